@@ -1,0 +1,56 @@
+"""Errors that a user can act on: one paragraph (what, where, what to do) and an exit code. A traceback is for bugs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+from typing import NoReturn
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `launch train` and of a single rank; anything else is a crash."""
+
+    FINISHED = 0
+    USAGE = 2
+    """Bad usage or configuration."""
+    DATA = 3
+    """Bad data or credentials."""
+    SAVED = 85
+    """Saved, and wants to go on: start the same command again."""
+
+
+class EarwitnessError(Exception):
+    """A failure with a message for the user; `exit_code` is what the process ends with."""
+
+    exit_code: int = 1
+
+
+class ConfigError(EarwitnessError):
+    """The configuration or the command line is wrong."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataError(EarwitnessError):
+    """The data, or the access to them, is wrong; trying again would not help."""
+
+    exit_code = ExitCode.DATA
+
+
+class ShardError(EarwitnessError):
+    """A shard could not be read although it should be there; a later attempt may succeed."""
+
+
+class CheckpointError(EarwitnessError):
+    """A checkpoint could not be written or read."""
+
+
+def run_command(command: Callable[[], object]) -> NoReturn:
+    """Run a command-line program: an EarwitnessError becomes its paragraph on stderr and its exit code."""
+    try:
+        command()
+    except EarwitnessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(ExitCode.FINISHED)

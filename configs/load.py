@@ -1,0 +1,133 @@
+"""YAML files and key=value overrides -> RunConfig. All errors are reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from configs.errors import ConfigError
+from configs.schema import RunConfig
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config file, merge what it extends, apply `key=value` overrides and validate.
+
+    Raises ConfigError naming every wrong key at once, with the nearest valid one.
+    """
+    values = read_yaml(Path(path))
+    for override in overrides:
+        _override(values, override)
+    return validate(values, str(path))
+
+
+def validate(values: dict[str, Any], origin: str) -> RunConfig:
+    """Nested values -> RunConfig; `origin` says in errors where they came from."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{origin}: {_explain(e)}" for e in error.errors())) from None
+
+
+def dump(config: RunConfig) -> str:
+    """RunConfig -> YAML with every setting, which `load` reads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML file; mappings are merged over those of the file it `extends` (a path relative to it), all else replaces."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
+    try:
+        values = yaml.load(path.read_text(), Loader=_Loader) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, this is a {type(values).__name__}")
+    parent = values.pop("extends", None)
+    return values if parent is None else merge(read_yaml(path.parent / parent, (*seen, path)), values)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Merge two nested mappings; where both have a key, `above` wins, and only mappings are merged further."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 5e-5 as a number, as everybody means it (YAML 1.1 wants 5.0e-5)."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Apply `a.b=value` in place. An item of a list is named by its number or by its `name`: `data.sources.speech.weight=2`."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"{override!r}: an override is written key=value, e.g. optim.lr=1e-5")
+    *parents, last = dotted.split(".")
+    at: Any = values
+    for part in parents:
+        at = _item(at, part, override) if isinstance(at, list) else at.setdefault(part, {})
+        if not isinstance(at, dict | list):
+            raise ConfigError(f"{override!r}: {part} is a value, not a section")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML; quote it for the shell") from None
+    if isinstance(at, list):
+        at[at.index(_item(at, last, override))] = value
+    else:
+        at[last] = value
+
+
+def _item(items: list[Any], part: str, override: str) -> Any:
+    for number, item in enumerate(items):
+        if part == str(number) or (isinstance(item, dict) and item.get("name") == part):
+            return item
+    names = [item["name"] for item in items if isinstance(item, dict) and "name" in item]
+    raise ConfigError(f"{override!r}: no item {part!r} in that list; it has {', '.join(names) or f'{len(items)} items'}")
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error -> one line."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        *parents, key = error["loc"]
+        known = _fields_at(parents)
+        near = difflib.get_close_matches(str(key), known, 1, 0.5)
+        return f"unknown key {where!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    given = "" if isinstance(error["input"], dict | list) else f" (got {error['input']!r})"
+    return f"{where or 'config'}: {error['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _fields_at(path: Sequence[Any]) -> list[str]:
+    """Names of the fields of the section at a path of the schema."""
+    section: type[BaseModel] = RunConfig
+    for part in path:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for a in typing.get_args(annotation) if (found := _section_in(a))), None)

@@ -1,0 +1,88 @@
+"""The folder of a run: where things lie, and the ledger that says what happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError
+from configs.load import dump, load
+from configs.schema import RunConfig
+
+
+class RunDir:
+    """Paths of `runs/NAME/`, and its append-only files."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.base = self.path / "base"
+        """The model's config, tokenizer, processor, generation config and the tensors that are not trained."""
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.events = self.path / "events.jsonl"
+        self.quarantine = self.path / "quarantine.jsonl"
+        self.audit = self.path / "audit"
+        self.logs = self.path / "logs"
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunDir:
+        """Make the folder of a run, or take it up again, and write its config."""
+        run = cls(config.run.dir)
+        try:
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomic(run.config, dump(config))
+        except OSError as error:
+            raise ConfigError(f"{run.path}: cannot write the run's folder: {error.strerror}; set run.dir to a place that you may write") from None
+        return run
+
+    def read_config(self) -> RunConfig:
+        """The resolved config of this run. Raises ConfigError if this folder is none."""
+        if not self.config.is_file():
+            raise ConfigError(f"{self.path}: not the folder of a run (it has no config.yaml)")
+        return load(self.config)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append one line to the ledger."""
+        append_line(self.events, {"time": round(time.time(), 3), "event": event, **fields})
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """All lines of the ledger, oldest first."""
+        return read_lines(self.events)
+
+    def next_attempt(self) -> int:
+        """Number of the attempt that starts now: 0, 1, ..."""
+        return 1 + max((line["attempt"] for line in self.ledger() if line["event"] == "attempt"), default=-1)
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Append a JSON line in one write, so that ranks may share the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(descriptor, (json.dumps(value, ensure_ascii=False) + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file; a line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    values = []
+    for line in path.read_text().splitlines():
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return values
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

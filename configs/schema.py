@@ -1,0 +1,229 @@
+"""Every setting, with its unit and its default. Frozen; unknown keys are refused (configs/load.py names the nearest valid one)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SECRET_OPTIONS = {"key", "secret", "token", "password", "aws_access_key_id", "aws_secret_access_key", "aws_session_token"}
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Run(Section):
+    """What the run is called and where its folder is."""
+
+    name: str = Field(min_length=1)
+    """Name of the run."""
+    dir: Path
+    """Folder of the run; default `runs/NAME`. Starting again with the same folder resumes."""
+    seed: int = Field(0, ge=0)
+    """Seed of the sample order and of weights that start at random."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_dir(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("dir") is None and values.get("name"):
+            return {**values, "dir": Path("runs") / str(values["name"])}
+        return values
+
+
+class Model(Section):
+    """The Whisper to start from."""
+
+    name_or_path: str
+    """A name on the model hub, a folder that `from_pretrained` loads, or a folder with a config.json but no weights (random start)."""
+    freeze: list[str] = []
+    """Prefixes of parameter names that are not trained, e.g. `model.encoder.conv`. The encoder's fixed positions never are."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more computation."""
+    compile: bool = False
+    """torch.compile the encoder (needs a C++ compiler where the job runs; the first step takes about a minute longer)."""
+
+
+class Validation(Section):
+    """Where a source's validation samples come from: a share of its keys, or shards of their own."""
+
+    fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the samples, chosen by SHA-256 of the key alone, so that overlapping data sets split alike."""
+    group: str | None = None
+    """Regular expression; its first group (or whole match) in the key is hashed instead, to keep segments of one recording together."""
+    shards: list[str] = []
+    """Shards that hold validation samples only."""
+
+
+class Source(Section):
+    """One data set: tar shards with an audio member and a caption per sample."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name in logs, curves and audit."""
+    shards: list[str] = Field(min_length=1)
+    """Paths or URLs, with {000..123} braces or globs: local, `s3://`, `https://`, `hf://`, whatever fsspec opens."""
+    caption_key: str = "caption"
+    """Dotted path into the sample's JSON, or the ending of a text member, as `.txt`."""
+    audio: str | None = None
+    """Ending of the audio member to use (`flac`, `16k.flac`) where samples have several."""
+    weight: float = Field(1.0, gt=0)
+    """Passes over this source per epoch: 0.5 is each sample every second epoch, 2 is twice."""
+    style: str | None = None
+    """Prompt text that says which style of caption is wanted; it stands before the start token and is not learnt."""
+    validation: Validation = Validation()
+    """Share held out for validation (`0.01`), or `{fraction, group}`, or `{shards: [...]}`."""
+    storage_options: dict[str, Any] = {}
+    """Options for fsspec: endpoint, profile, region. Never keys or secrets: those come from the environment or a profile."""
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _number_is_a_fraction(cls, value: Any) -> Any:
+        return {"fraction": value} if isinstance(value, int | float) else value
+
+    @field_validator("storage_options")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        nested = [value, *(v for v in value.values() if isinstance(v, dict))]
+        found = sorted(SECRET_OPTIONS & {key for options in nested for key in options})
+        if found:
+            raise ValueError(f"{', '.join(found)}: secrets do not belong in a config; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or `profile`")
+        return value
+
+
+class Data(Section):
+    """From shards to batches."""
+
+    sources: list[Source] = Field(min_length=1)
+    """The data sets; each epoch passes over all of them."""
+    index_dir: Path = Path("index")
+    """Where the shards' indexes are kept; runs may share it."""
+    max_seconds: float | None = Field(None, gt=0)
+    """Longest clip, in seconds; default the model's window (30 for Whisper)."""
+    overlong: Literal["skip", "crop"] = "skip"
+    """What to do with longer clips: leave them out, or take a random stretch of `max_seconds`."""
+    long_caption: Literal["truncate", "skip"] = "truncate"
+    """What to do with captions that exceed the decoder's positions (448 for Whisper, prompt included)."""
+    shuffle_window: int = Field(256, ge=1)
+    """Samples of one lane that are shuffled together; larger mixes better and buffers more."""
+    read_ahead_mb: int = Field(512, ge=1)
+    """Megabytes of undecoded samples that each rank may hold."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of samples with unreadable content above which the run stops (of the first 1,000 at least)."""
+    threads: int = Field(2, ge=1)
+    """Decoding threads per rank."""
+    audit: bool = False
+    """Write the keys of every step and rank to audit/*.jsonl in the run's folder."""
+
+    @model_validator(mode="after")
+    def _distinct_sources(self) -> Data:
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"source names must differ: {', '.join(twice)}")
+        return self
+
+
+class Batch(Section):
+    """How many samples a step takes."""
+
+    global_size: int = Field(64, ge=1)
+    """Samples per optimizer step, over all ranks. It stays the same on any number of ranks."""
+    micro_size: int = Field(8, ge=1)
+    """Samples per forward pass of one rank; lower it when memory runs out. It changes no result."""
+
+
+class Optim(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(5e-5, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay; biases and norms have none."""
+    clip_grad_norm: float = Field(1.0, gt=0)
+    """Largest norm of the whole gradient."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
+    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    """Share of all steps over which the learning rate rises from 0."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data (give this or max_steps)."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps (give this or epochs)."""
+    max_skips: int = Field(10, ge=0)
+    """Updates in a row that may be skipped for a gradient that is not finite, before the run stops."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Optim:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give either epochs or max_steps")
+        return self
+
+
+class EngineSettings(Section):
+    """How training is spread over the ranks."""
+
+    backend: Literal["zero2"] = "zero2"
+    """DeepSpeed ZeRO-2: optimizer state and gradients are divided among the ranks."""
+    zero2: dict[str, Any] = {}
+    """Entries that override those of DeepSpeed's config, e.g. `{bf16: {enabled: false}}` to train in fp32."""
+
+
+class Checkpoint(Section):
+    """When the state is saved, and what is kept."""
+
+    every_steps: int = Field(500, ge=1)
+    """Optimizer steps between saves."""
+    every_minutes: float | None = Field(None, gt=0)
+    """Minutes after which a save is due in any case."""
+    keep_last: int = Field(2, ge=1)
+    """Checkpoints kept, newest first; the best by `evaluate.best_metric` is kept besides."""
+    keep_every: int | None = Field(None, ge=1)
+    """Keep each checkpoint whose step is a multiple of this."""
+
+
+class Evaluate(Section):
+    """Validation loss per source, and captions of a fixed panel of clips."""
+
+    every_steps: int = Field(500, ge=1)
+    """Optimizer steps between evaluations; there is one at the start and one at the end, too."""
+    max_samples: int = Field(1000, ge=1)
+    """Validation samples per source."""
+    captions: int = Field(8, ge=0)
+    """Clips in the panel of captions, over all sources."""
+    best_metric: str = "validation/loss"
+    """Metric whose lowest value marks the best checkpoint: `validation/loss`, or `validation/loss/SOURCE`."""
+
+
+class Monitor(Section):
+    """What is reported."""
+
+    every_steps: int = Field(10, ge=1)
+    """Optimizer steps between points of the curves."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak BF16 TFLOP/s of one device, for MFU; default from a table of known cards, without one MFU stays blank."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run: Run
+    model: Model
+    data: Data
+    batch: Batch = Batch()
+    optim: Optim
+    engine: EngineSettings = EngineSettings()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    monitor: Monitor = Monitor()

@@ -1,0 +1,1 @@
+"""Shards -> batches: sources, index, order, storage, decode, features, batch, loader."""

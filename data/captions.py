@@ -1,0 +1,87 @@
+"""Captions: found in a sample's text member, and turned into the decoder's tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from data.decode import BadSample, Skipped
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+LANGUAGE, TASK = "en", "transcribe"
+"""What the prompt tokens of a multilingual Whisper say; captioners are used with generate(language="en", task="transcribe")."""
+IGNORED = -100
+"""Label of positions that the loss leaves out."""
+
+
+def find_caption(content: bytes, caption_key: str) -> str:
+    """The caption in a JSON or text member. `caption_key`: a dotted path, or an ending as `.txt`. Raises BadSample."""
+    try:
+        text = content.decode()
+        found: Any = text if caption_key.startswith(".") else json.loads(text)
+    except UnicodeDecodeError:
+        raise BadSample("the caption's member is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise BadSample(f"the JSON is broken: {error}") from None
+    if not caption_key.startswith("."):
+        for part in caption_key.split("."):
+            if not isinstance(found, dict) or part not in found:
+                there = f"keys there: {', '.join(map(str, found))}" if isinstance(found, dict) else f"there is {type(found).__name__}"
+                raise BadSample(f"no caption under {caption_key!r} ({there})")
+            found = found[part]
+    if not isinstance(found, str):
+        raise BadSample(f"the caption under {caption_key!r} is {type(found).__name__}, not text")
+    if not found.strip():
+        raise BadSample("the caption is empty")
+    return found.strip()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Decoder input and labels of one caption, equally long; labels of prompt and prefix are IGNORED."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class CaptionEncoder:
+    """Caption -> `[<|startofprev|> style] <|startoftranscript|> [<|en|> <|transcribe|>] <|notimestamps|> caption <|endoftext|>`."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prefix: Sequence[int],
+        *,
+        positions: int,
+        long_caption: Literal["truncate", "skip"],
+        styles: Sequence[str | None] = (),
+    ) -> None:
+        """`prefix`: the tokens that generation starts from; `positions`: the decoder's (448), prompt and prefix included."""
+        self.tokenizer, self.prefix, self.positions, self.long_caption = tokenizer, list(prefix), positions, long_caption
+        # Done here once, because threads share the encoder.
+        self.prompts = {style: tokenizer.get_prompt_ids(style).tolist() if style else [] for style in {None, *styles}}
+
+    def encode(self, caption: str, style: str | None = None) -> Tokens:
+        """Raises Skipped for a caption that does not fit, where the configuration says so."""
+        before = self.prompts[style] + self.prefix
+        ids = self.tokenizer(caption, add_special_tokens=False)["input_ids"]
+        room = self.positions - len(before)
+        if len(ids) > room:
+            if self.long_caption == "skip":
+                raise Skipped(f"the caption has {len(ids)} tokens, there is room for {room}")
+            ids = ids[:room]
+        sequence = [*before, *ids, self.tokenizer.eos_token_id]
+        return Tokens(sequence[:-1], [IGNORED] * (len(before) - 1) + sequence[len(before) :])
+
+
+def prefix_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
+    """The tokens that `generate(language="en", task="transcribe")` starts from: start, for a multilingual model language and task, no time stamps."""
+    names = ["<|notimestamps|>"]
+    if getattr(generation_config, "is_multilingual", False):
+        names = [f"<|{LANGUAGE}|>", f"<|{TASK}|>", *names]
+    known = tokenizer.get_vocab()
+    return [generation_config.decoder_start_token_id, *(known[name] for name in names if name in known)]

@@ -1,0 +1,66 @@
+"""The data of a run: its shards, their indexes, and the merged index for training and for validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.errors import DataError
+from configs.schema import RunConfig
+from data.index import Index, Sidecar, index_shard, load_sidecar, merge
+from data.order import Order, cut_runs
+from data.sources import Shard, expand
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and validation samples of a run."""
+
+    training: Index
+    validation: Index
+
+    def order(self, config: RunConfig, frames: int) -> Order:
+        """The order of the training samples; `frames`: the model's audio window."""
+        shard = self.training.column("shard")
+        runs = cut_runs(shard, self.training.column("audio_size") + self.training.column("text_size"), config.batch.global_size)
+        weights = [source.weight for source in config.data.sources]
+        source = self.training.column("source")[runs[:-1]].astype(np.int64)
+        return Order(runs, source, weights, config.run.seed, config.batch.global_size, config.data.shuffle_window, frames)
+
+
+def list_shards(config: RunConfig) -> list[Shard]:
+    """All shards of all sources, in the order of the config."""
+    return [shard for source in config.data.sources for shard in expand(source)]
+
+
+def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
+    """The sidecars of all shards. Local ones without an index get a quick one; for a bucket that is a job of its own.
+
+    Raises DataError for shards of a bucket that have no index, or changed since.
+    """
+    sidecars = [load_sidecar(shard, config.data.index_dir) for shard in shards]
+    remote = [shard.location.url for shard, sidecar in zip(shards, sidecars, strict=True) if sidecar is None and not shard.location.is_local]
+    if remote:
+        raise DataError(
+            f"{len(remote)} of {len(shards)} shards have no index in {config.data.index_dir}, or changed since, e.g. {remote[0]}. "
+            "Make it once, on a machine without GPUs: python -m tools.index CONFIG"
+        )
+    return [sidecar or index_shard(shard, config.data.index_dir, full=False) for shard, sidecar in zip(shards, sidecars, strict=True)]
+
+
+def build(config: RunConfig, folder: Path, longest: float) -> None:
+    """Write the merged indexes of a run into `folder`; one rank does it. `longest`: seconds of the model's window."""
+    shards = list_shards(config)
+    sidecars = index_missing(config, shards)
+    limit = min(longest, config.data.max_seconds or longest) if config.data.overlong == "skip" else float("inf")
+    merge(shards, sidecars, folder / "index-training.arrow", validation=False, longest=limit)
+    merge(shards, sidecars, folder / "index-validation.arrow", validation=True, longest=limit)
+
+
+def open_dataset(config: RunConfig, folder: Path) -> Dataset:
+    """Map the merged indexes that `build` wrote."""
+    shards = list_shards(config)
+    return Dataset(Index(folder / "index-training.arrow", shards), Index(folder / "index-validation.arrow", shards))

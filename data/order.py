@@ -1,0 +1,127 @@
+"""Which sample comes when: a pure function of (index, seed, epoch, global batch, weights), the same for any number of ranks.
+
+An epoch is a sequence of *runs* (consecutive samples of a shard, one ranged read) in random order. It is cut into as many *lanes* as
+a global batch has samples; batch `s` is the `s`-th sample of every lane. A rank owns neighbouring lanes. So the position of the
+whole job is one integer, the global step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+RUN_BYTES = 5 << 20
+"""Bytes of a run at most: one ranged read of this size hides the latency of object storage."""
+RUNS_PER_LANE = 16
+"""Runs are shorter where a lane would have fewer of them per epoch, so that small data sets mix well."""
+EMPTY = -1
+"""Slot without a sample."""
+
+
+def cut_runs(shard: npt.ArrayLike, size: npt.ArrayLike, global_batch: int) -> Ints:
+    """Cut samples into runs of neighbours in one shard.
+
+    shard, size: (n,) shard number and bytes of each sample in the order of the index. Returns (r + 1,) boundaries: run `i` holds
+    samples [b[i], b[i + 1]).
+    """
+    shards, sizes = np.asarray(shard), np.asarray(size, np.int64)
+    if not len(sizes):
+        return np.zeros(1, np.int64)
+    limit = max(1, min(RUN_BYTES, int(sizes.sum()) // (RUNS_PER_LANE * global_batch)))
+    first = np.flatnonzero(np.r_[True, shards[1:] != shards[:-1]])
+    before = np.cumsum(sizes) - sizes
+    within = before - np.repeat(before[first], np.diff(np.r_[first, len(sizes)]))  # bytes of the shard's samples before this one
+    part = within // limit
+    new = np.r_[True, (shards[1:] != shards[:-1]) | (part[1:] != part[:-1])]
+    return np.r_[np.flatnonzero(new), len(sizes)].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of the samples of a run.
+
+    runs: (r + 1,) boundaries from `cut_runs`; run_source: (r,) source number of each run; weights: passes per epoch by source.
+    """
+
+    runs: Ints
+    run_source: Ints
+    weights: Sequence[float]
+    seed: int
+    global_batch: int
+    shuffle_window: int
+    frames: int
+    """Mel frames of the model's audio window: 2 * max_source_positions."""
+
+    def window(self, step: int) -> int:
+        """Mel frames of the audio window of the whole global batch of a step."""
+        return self.frames
+
+    def samples_in(self, epoch: int) -> int:
+        """Samples of an epoch."""
+        return int(self._lengths()[self._runs_in(epoch)].sum())
+
+    def steps_in(self, epoch: int) -> int:
+        """Steps of an epoch; the last one may have empty slots."""
+        return -(-self.samples_in(epoch) // self.global_batch)
+
+    def steps_of(self, epochs: float) -> int:
+        """Steps of the first `epochs` passes; a part of an epoch is rounded up."""
+        whole = int(epochs)
+        part = epochs - whole
+        return sum(self.steps_in(epoch) for epoch in range(whole)) + (int(np.ceil(part * self.steps_in(whole))) if part else 0)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step in that epoch) of a global step."""
+        epoch = 0
+        while step >= (steps := self.steps_in(epoch)):
+            step -= steps
+            epoch += 1
+        return epoch, step
+
+    def lanes(self, epoch: int, lanes: range) -> Ints:
+        """Samples of some lanes in an epoch: (len(lanes), steps_in(epoch)), EMPTY where a lane is one shorter."""
+        runs = self._runs_in(epoch)
+        runs = runs[self._random(1, epoch).permutation(len(runs))]
+        lengths = self._lengths()[runs]
+        total = int(lengths.sum())
+        samples = np.repeat(self.runs[runs] - (np.cumsum(lengths) - lengths), lengths) + np.arange(total)
+        steps = -(-total // self.global_batch)
+        out = np.full((len(lanes), steps), EMPTY, np.int64)
+        for row, lane in enumerate(lanes):
+            stretch = samples[lane * total // self.global_batch : (lane + 1) * total // self.global_batch]
+            out[row, : len(stretch)] = self._shuffled(stretch, epoch, lane)
+        return out
+
+    def _shuffled(self, stretch: Ints, epoch: int, lane: int) -> Ints:
+        """Shuffle a lane inside windows of `shuffle_window` samples."""
+        window = np.arange(len(stretch)) // self.shuffle_window
+        return stretch[np.lexsort((self._random(2, epoch, lane).random(len(stretch)), window))]
+
+    def _runs_in(self, epoch: int) -> Ints:
+        """Runs of an epoch, unshuffled: each `floor(weight)` times, and of the rest the epoch's slice of a fixed cycle through all runs."""
+        chosen = []
+        for source, weight in enumerate(self.weights):
+            runs = np.flatnonzero(self.run_source == source)
+            whole = int(weight)
+            chosen += [runs] * whole
+            if part := weight - whole:
+                cycle = self._random(3, source).permutation(runs)
+                start, end = round(epoch * part * len(runs)), round((epoch + 1) * part * len(runs))
+                chosen.append(cycle[np.arange(start, end) % len(runs)])
+        return np.concatenate(chosen).astype(np.int64)
+
+    def _lengths(self) -> Ints:
+        return np.diff(self.runs)
+
+    def _random(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key])
+
+
+def rank_lanes(rank: int, world_size: int, global_batch: int) -> range:
+    """The lanes of a rank: contiguous, as even as can be."""
+    return range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size)

@@ -1,0 +1,96 @@
+"""A row of the index -> a decoded, tokenised Sample."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from configs.errors import DataError
+from data import storage
+from data.batch import Sample
+from data.captions import CaptionEncoder, find_caption
+from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
+from data.index import Index
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A sample whose content could not be used. `bad` is false where the configuration leaves it out (too long)."""
+
+    key: str
+    reason: str
+    bad: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample's bytes are in its shard: audio and text as (start, end)."""
+
+    location: storage.Location
+    shard: int
+    audio: tuple[int, int]
+    text: tuple[int, int]
+
+    @property
+    def start(self) -> int:
+        """First byte of the sample."""
+        return min(self.audio[0], self.text[0])
+
+    @property
+    def end(self) -> int:
+        """Byte after the last one of the sample."""
+        return max(self.audio[1], self.text[1])
+
+
+class Samples:
+    """Reads the samples of an index. Safe to use from several threads."""
+
+    def __init__(self, index: Index, encoder: CaptionEncoder, *, max_seconds: float, overlong: Literal["skip", "crop"], seed: int) -> None:
+        self.index, self.encoder, self.overlong, self.seed = index, encoder, overlong, seed
+        self.max_length = round(max_seconds * SAMPLE_RATE)
+        names = ("shard", "source", "audio_offset", "audio_size", "text_offset", "text_size", "crc32")
+        self._columns = {name: index.column(name) for name in names}
+
+    def place(self, row: int) -> Place:
+        """Where a sample's bytes are."""
+        value = {name: int(column[row]) for name, column in self._columns.items()}
+        audio = (value["audio_offset"], value["audio_offset"] + value["audio_size"])
+        text = (value["text_offset"], value["text_offset"] + value["text_size"])
+        return Place(self.index.shards[value["shard"]].location, value["shard"], audio, text)
+
+    def load(self, row: int, step: int = 0) -> Sample | Rejected:
+        """Read and decode one sample by itself."""
+        place = self.place(row)
+        return self.build(row, storage.read(place.location, *place.audio), storage.read(place.location, *place.text), step)
+
+    def build(self, row: int, audio: bytes, text: bytes, step: int) -> Sample | Rejected:
+        """Decode a sample from its bytes; a random crop depends on seed, step and sample alone.
+
+        Raises DataError if the bytes are not those that were indexed.
+        """
+        index, expected = self.index, int(self._columns["crc32"][row])
+        shard = index.shards[int(self._columns["shard"][row])]
+        if expected >= 0 and zlib.crc32(audio) != expected:
+            raise DataError(
+                f"{shard.location.url}: the audio of sample {index.text('key', row)!r} is not what was indexed (CRC32 differs). "
+                "The shard was changed or damaged: restore it, or index it again with `python -m tools.index`."
+            )
+        try:
+            caption = find_caption(text, shard.source.caption_key)
+            tokens = self.encoder.encode(caption, shard.source.style)
+            waveform = self._fit(decode(audio, index.text("ending", row)), row, step)
+        except BadSample as error:
+            return Rejected(index.identity(row), str(error), bad=not isinstance(error, Skipped))
+        return Sample(waveform, tokens, caption, int(self._columns["source"][row]), index.identity(row))
+
+    def _fit(self, waveform: np.ndarray, row: int, step: int) -> np.ndarray:
+        excess = len(waveform) - self.max_length
+        if excess <= 0:
+            return waveform
+        if self.overlong == "skip":
+            raise Skipped(f"the audio has {len(waveform) / SAMPLE_RATE:.1f} s, {self.max_length / SAMPLE_RATE:g} s fit (data.overlong: crop would take a part)")
+        start = int(np.random.default_rng([self.seed, 4, step, row]).integers(excess + 1))
+        return waveform[start : start + self.max_length]

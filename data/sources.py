@@ -1,0 +1,65 @@
+"""Which shards a source has: braces and globs expanded."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from braceexpand import braceexpand
+
+from configs.errors import DataError
+from configs.schema import Source
+from data.storage import Location, freeze, open_filesystem
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard of a source. `validation` marks shards that hold validation samples only."""
+
+    source: Source
+    location: Location
+    validation: bool = False
+
+
+def expand(source: Source) -> list[Shard]:
+    """All shards of a source, training shards first, sorted by name.
+
+    Raises DataError for a glob without a match, a compressed shard, and two shards of one file name (names identify samples).
+    """
+    held_out = locate(source.validation.shards, source)
+    training = [location for location in locate(source.shards, source) if location not in held_out]
+    for locations in (training, held_out):
+        for one, other in itertools.pairwise(locations):
+            if one.name == other.name:
+                raise DataError(
+                    f"source {source.name}: two shards are called {one.name} ({one.url} and {other.url}). "
+                    "File names identify samples: rename one, or make two sources of them."
+                )
+    return [Shard(source, location) for location in training] + [Shard(source, location, validation=True) for location in held_out]
+
+
+def locate(patterns: Sequence[str], source: Source) -> list[Location]:
+    """Expand braces and globs to shard locations, sorted by file name, each once."""
+    options = freeze(source.storage_options)
+    found: dict[str, Location] = {}
+    for pattern in patterns:
+        for url in braceexpand(pattern):
+            for match in _glob(Location(url, options), source):
+                found[match.url] = match
+    for location in found.values():
+        suffixes = PurePosixPath(location.name).suffixes
+        if suffixes and suffixes[-1] in (".gz", ".tgz", ".zst", ".xz", ".bz2"):
+            raise DataError(f"{location.url}: compressed shards cannot be read at any position; unpack it to a plain .tar (audio gains nothing from it)")
+    return sorted(found.values(), key=lambda location: (location.name, location.url))
+
+
+def _glob(location: Location, source: Source) -> list[Location]:
+    if not any(character in location.url for character in "*?["):
+        return [location]
+    filesystem, path = open_filesystem(location)
+    matches = [filesystem.unstrip_protocol(match) if not location.is_local else match for match in filesystem.glob(path)]
+    if not matches:
+        raise DataError(f"source {source.name}: {location.url} matches no shard. Check the path and the pattern; quote it in the shell.")
+    return [Location(match, location.options) for match in matches]

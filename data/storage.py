@@ -1,0 +1,125 @@
+"""Byte ranges of shards, through fsspec: local files, s3, https, hf, whatever it opens."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.core import split_protocol
+
+from configs.errors import DataError, ShardError
+
+TRIES = 6
+"""Attempts at one range before the read fails; pauses double from 0.2 s, with jitter, about 6 s in all."""
+FATAL = (FileNotFoundError, PermissionError, IsADirectoryError)
+
+
+@dataclass(frozen=True)
+class Location:
+    """One shard: its URL and the options that open it."""
+
+    url: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """File name, as `audioset-000012.tar`."""
+        return self.url.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the shard lies in this machine's file system."""
+        return split_protocol(self.url)[0] in (None, "file", "local")
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Size in bytes, and a tag that changes when the content is replaced (ETag, or modification time)."""
+
+    size: int
+    tag: str
+
+
+def freeze(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Options of fsspec as a hashable value."""
+    return tuple(sorted((key, freeze(value) if isinstance(value, dict) else value) for key, value in options.items()))
+
+
+def _thaw(options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return {key: _thaw(value) if isinstance(value, tuple) else value for key, value in options}
+
+
+@lru_cache(maxsize=64)
+def _filesystem(protocol: str, options: tuple[tuple[str, Any], ...]) -> AbstractFileSystem:
+    given = _thaw(options)
+    if protocol in ("s3", "s3a"):
+        # botocore's own retries would multiply with ours; its pool of 10 connections would hold readers back.
+        given["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64, **given.get("config_kwargs", {})}
+    return fsspec.filesystem(protocol, **given)
+
+
+def open_filesystem(location: Location) -> tuple[AbstractFileSystem, str]:
+    """File system of a location and the path in it."""
+    protocol, _ = split_protocol(location.url)
+    try:
+        filesystem = _filesystem(protocol or "file", location.options)
+    except (ValueError, ImportError) as error:
+        raise DataError(f"{location.url}: {error}") from None
+    return filesystem, filesystem._strip_protocol(location.url)
+
+
+def stat(location: Location) -> Stat:
+    """Size and tag of a shard. Raises DataError if it is not there or may not be read."""
+
+    def info() -> Stat:
+        filesystem, path = open_filesystem(location)
+        filesystem.invalidate_cache(filesystem._parent(path))
+        found = filesystem.info(path)
+        return Stat(int(found["size"] or 0), str(found.get("ETag") or found.get("mtime") or found.get("LastModified") or ""))
+
+    return _retry(location, "its size", info)
+
+
+def read(location: Location, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a shard.
+
+    Raises DataError at once where trying again would not help (missing, forbidden, shorter than the index says), ShardError
+    after TRIES failures.
+    """
+
+    def fetch() -> bytes:
+        filesystem, path = open_filesystem(location)
+        found = filesystem.cat_file(path, start=start, end=end)
+        if len(found) != end - start:
+            raise EOFError(f"got {len(found)} of {end - start} bytes")
+        return found
+
+    return _retry(location, f"bytes {start}-{end}", fetch)
+
+
+def _retry(location: Location, what: str, action: Any) -> Any:
+    for tries in range(1, TRIES + 1):
+        try:
+            return action()
+        except FATAL as error:
+            raise DataError(f"{location.url}: cannot read {what}: {_reason(error)}. {_advice(location)}") from error
+        except (OSError, EOFError, TimeoutError, ConnectionError) as error:
+            if location.is_local or tries == TRIES:
+                raise ShardError(f"{location.url}: cannot read {what} after {tries} tries: {error}") from error
+            time.sleep(random.uniform(0, 0.2 * 2**tries))
+    raise AssertionError("unreachable")
+
+
+def _reason(error: OSError) -> str:
+    return {FileNotFoundError: "it does not exist", PermissionError: f"access denied ({error})"}.get(type(error), str(error))
+
+
+def _advice(location: Location) -> str:
+    if location.is_local:
+        return "Check the path, and that this machine sees that file system."
+    return "Check bucket and name, the credentials (AWS_ACCESS_KEY_ID, or a profile), the region and the endpoint (AWS_ENDPOINT_URL)."

@@ -1,0 +1,1 @@
+"""The command line, local processes, and the worker that every rank runs."""

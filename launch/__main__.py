@@ -1,0 +1,62 @@
+"""`python -m launch`: train on this machine, show a config, look the machine over. No torch is imported here, so that it answers at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from configs.errors import ConfigError, run_command
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Earwitness: trains Whisper to caption what it hears.")
+
+Config = Annotated[Path, typer.Argument(help="YAML file, as configs/turbo.yaml", metavar="CONFIG")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value, as optim.lr=1e-5", metavar="[KEY=VALUE]...")]  # noqa: UP045 (typer)
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    procs: Annotated[Optional[int], typer.Option(min=1, help="Processes; default one per GPU, or 1.")] = None,  # noqa: UP045
+) -> None:
+    """Train on this machine. The same command again resumes. Ctrl-C saves and leaves (exit code 85)."""
+    from configs.load import load
+    from configs.rundir import RunDir
+    from launch.local import run_ranks
+
+    settings = load(config, overrides or [])
+    procs = procs or _gpus() or 1
+    if procs > settings.batch.global_size:
+        raise ConfigError(f"--procs {procs}: more processes than samples in a step (batch.global_size is {settings.batch.global_size})")
+    raise typer.Exit(run_ranks(RunDir.create(settings), procs))
+
+
+@app.command()
+def config(config: Config, overrides: Overrides = None) -> None:
+    """Print the resolved settings."""
+    from configs.load import dump, load
+
+    print(dump(load(config, overrides or [])), end="")
+
+
+@app.command()
+def doctor(config: Annotated[Optional[Path], typer.Argument(help="Also check what this config needs.", metavar="[CONFIG]")] = None) -> None:  # noqa: UP045
+    """Look over driver, CUDA, torch, DeepSpeed, FFmpeg, S3 and Slurm, and say what to mend."""
+    from launch.doctor import examine
+
+    raise typer.Exit(examine(config))
+
+
+def _gpus() -> int:
+    """GPUs that this process may use, without the seconds that importing torch takes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+if __name__ == "__main__":
+    run_command(app)

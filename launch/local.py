@@ -1,0 +1,116 @@
+"""All ranks of a run on this machine: start them, pass signals on, end all when one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from configs.errors import ExitCode
+from configs.rundir import RunDir
+from launch.worker import error_file
+
+GRACE = 20.0
+"""Seconds that the other ranks get to leave by themselves after one has failed."""
+GOOD = (ExitCode.FINISHED, ExitCode.SAVED)
+TAIL = 20
+"""Lines shown of the output of a rank that died without a word."""
+
+
+def run_ranks(run: RunDir, procs: int) -> int:
+    """Train on `procs` processes; returns the exit code of the run. The error of the rank that failed is printed last."""
+    attempt = run.next_attempt()
+    run.record("attempt", attempt=attempt, host=socket.gethostname(), ranks=procs)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    for rank in range(procs):
+        error_file(run.path, rank).unlink(missing_ok=True)
+    port = _free_port()
+    ranks = [_start(run, attempt, rank, procs, port) for rank in range(procs)]
+    _pass_signals_to(ranks)
+    try:
+        codes = _wait(ranks)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    if all(code in GOOD for code in codes):
+        return max(process.returncode for process in ranks)
+    return _explain(run, codes)
+
+
+def _start(run: RunDir, attempt: int, rank: int, procs: int, port: int) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "EARWITNESS_DIE_WITH_PARENT": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "launch.worker", str(run.path), str(attempt)]
+    # In a session of its own, so that Ctrl-C reaches the launcher alone, which asks all ranks to save.
+    with _log(run, rank).open("wb") as log:
+        return subprocess.Popen(command, env=environment, start_new_session=True, stdout=None if rank == 0 else log, stderr=log)
+
+
+def _log(run: RunDir, rank: int) -> Path:
+    """What a rank wrote, but for what rank 0 shows on the terminal."""
+    return run.logs / f"rank-{rank:05d}.log"
+
+
+def _pass_signals_to(ranks: list[subprocess.Popen[bytes]]) -> None:
+    asked = False
+
+    def pass_on(signum: int, frame: object) -> None:
+        nonlocal asked
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL if asked and signum == signal.SIGINT else signal.SIGTERM)
+        if not asked:
+            print("\nstopping: saving at the end of this step (Ctrl-C again to leave at once)", file=sys.stderr, flush=True)
+        asked = True
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(signum, pass_on)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Wait for all ranks, or GRACE seconds after the first one has failed; their exit codes then (None: still running)."""
+    deadline = float("inf")
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in ranks]
+        running = [process for process, code in zip(ranks, codes, strict=True) if code is None]
+        if not running:
+            break
+        if deadline == float("inf") and any(code not in (None, *GOOD) for code in codes):
+            deadline = time.monotonic() + GRACE
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running[0].wait(timeout=0.2)
+    return [process.poll() for process in ranks]
+
+
+def _explain(run: RunDir, codes: list[int | None]) -> int:
+    """Print the error that ended the run, and return its exit code. A rank that was killed is the cause, the others only lost it."""
+    reports = {rank: path for rank in range(len(codes)) if (path := error_file(run.path, rank)).exists()}
+    silent = [rank for rank, code in enumerate(codes) if code not in (None, *GOOD) and rank not in reports]
+    killed = [rank for rank in silent if (codes[rank] or 0) < 0]
+    if reports and not killed:
+        rank = min(reports, key=lambda rank: reports[rank].stat().st_mtime_ns)
+        message = reports[rank].read_text()
+    else:
+        rank = (killed or silent)[0]
+        code = codes[rank] or 0
+        ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        message = "\n".join([*_log(run, rank).read_text(errors="replace").splitlines()[-TAIL:], f"rank {rank} {ended}{hint}"])
+    print(f"\nerror on rank {rank} (its log: {_log(run, rank)}):\n{message.strip()}", file=sys.stderr, flush=True)
+    code = codes[rank] or 0
+    return code if code > 0 else 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

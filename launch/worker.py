@@ -1,0 +1,81 @@
+"""What every rank runs: `python -m launch.worker RUN ATTEMPT`, told by RANK, WORLD_SIZE and LOCAL_RANK which one it is.
+
+Here the trainer and the signals of a job meet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from configs.errors import EarwitnessError, ExitCode
+from configs.rundir import RunDir, write_atomic
+from slurm.signals import StopFlag
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(run_path: str, attempt: int) -> int:
+    """Train, and return this rank's exit code."""
+    stop = StopFlag().install()
+    run = RunDir(run_path)
+    rank = int(os.environ["RANK"])
+    try:
+        return _train(run, attempt, stop)
+    except EarwitnessError as error:
+        _report(run, rank, type(error).__name__, str(error))
+        return error.exit_code
+    except Exception as error:
+        _report(run, rank, type(error).__name__, traceback.format_exc())
+        return 1
+
+
+def _train(run: RunDir, attempt: int, stop: StopFlag) -> int:
+    # Imported here, so that a signal during these seconds is already heeded.
+    import torch
+
+    from trainer import distributed
+    from trainer.loop import Outcome, train
+    from trainer.session import prepare
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
+    world = distributed.start()
+    session = prepare(run.read_config(), run, attempt, world)
+    if world.rank == 0:
+        run.record("start", attempt=attempt, step=session.state.step, of=session.total_steps, ranks=world.size, device=str(world.device))
+        resumed = f"resumes at step {session.state.step}" if session.state.step else "starts"
+        print(f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt {attempt}", flush=True)
+    outcome = train(session, stop)
+    if world.rank == 0:
+        run.record("stop", attempt=attempt, step=session.state.step, outcome=outcome.value)
+    world.barrier()
+    distributed.end()
+    return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED
+
+
+def _report(run: RunDir, rank: int, kind: str, message: str) -> None:
+    """Leave the error where the launcher finds it, and in the ledger."""
+    print(message, file=sys.stderr, flush=True)
+    if kind != "PeerFailed":
+        run.record("error", rank=rank, kind=kind, message=message)
+        write_atomic(error_file(run.path, rank), message)
+
+
+def error_file(run_path: Path, rank: int) -> Path:
+    """Where a rank of the present attempt leaves its error."""
+    folder = run_path / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"rank-{rank:05d}.error"
+
+
+if __name__ == "__main__":
+    if os.environ.get("EARWITNESS_DIE_WITH_PARENT"):  # a launcher that is killed takes its ranks along
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    code = main(sys.argv[1], int(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(code)  # not sys.exit: threads that still wait for a read would hold the process

@@ -1,0 +1,1 @@
+"""Jobs: what a signal means to a running rank."""

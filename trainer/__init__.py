@@ -1,0 +1,1 @@
+"""Batches -> weights: loop, model, optim, engines, checkpoint, evaluate, monitor, flops, distributed."""

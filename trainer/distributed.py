@@ -1,0 +1,65 @@
+"""The ranks of a job: start, agree, end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import ConfigError, EarwitnessError
+
+
+class PeerFailed(EarwitnessError):
+    """Another rank failed, and says why; this one only leaves."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks, in float64. Every rank must call it at the same point."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: object) -> list[object] | None:
+        """Values of all ranks on rank 0, None elsewhere."""
+        values: list[object] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+
+def start() -> World:
+    """Join the job that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
+
+    Raises ConfigError for a GPU without BF16.
+    """
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = torch.cuda.get_device_name(device)
+            raise ConfigError(f"{name}: this GPU has no BF16 arithmetic, which training uses; take one of the Ampere generation or newer (A100, H100)")
+    else:
+        device = torch.device("cpu")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, device_id=device if device.type == "cuda" else None)
+    return World(rank, size, device)
+
+
+def end() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,62 @@
+"""Engines spread a model over the ranks. What the trainer asks of one, and the pieces of state that all of them exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+"""What a checkpoint holds of each parameter: the fp32 weights and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, end) of a flattened parameter that this rank holds: 1-D float32 tensors by kind."""
+
+    name: str
+    start: int
+    end: int
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer step did. grad_norm: before clipping; applied: false if the gradient was not finite."""
+
+    grad_norm: float
+    applied: bool
+
+
+Read = Callable[[str, str, int, int], torch.Tensor]
+"""read(name, kind, start, end) -> (end - start,) float32 of a parameter's state."""
+
+
+class Engine(Protocol):
+    """Gradients are the SUM over ranks and micro-batches of the globally normalised loss."""
+
+    dtype: torch.dtype
+    """Of the weights that compute."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Forward pass of the model."""
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add a micro-batch's gradient; `last` marks the last one of a step."""
+
+    def step(self, lr: float) -> Update:
+        """Clip, update the weights and forget the gradient."""
+
+    def fragments(self) -> list[Fragment]:
+        """This rank's share of the state: views, not copies."""
+
+    def updates(self) -> int:
+        """AdamW's own counter of updates."""
+
+    def load(self, read: Read, updates: int | None) -> None:
+        """Set this rank's share of the state. `updates` None sets the weights only and leaves the optimizer fresh."""
+
+    def evaluation_module(self) -> torch.nn.Module:
+        """The model, for evaluation and generation."""

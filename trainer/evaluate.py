@@ -1,0 +1,97 @@
+"""Validation: loss per source, and captions of a fixed panel of clips."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from data.batch import Sample, collate
+from data.captions import LANGUAGE, TASK
+from data.features import log_mel
+from trainer.loss import count_tokens, token_losses
+from trainer.session import Session
+
+
+@dataclass(frozen=True)
+class PanelClip:
+    """A clip of the panel with what the model says of it."""
+
+    sample: Sample
+    caption: str
+
+
+def validation_rows(session: Session, per_source: int) -> list[list[int]]:
+    """The first samples of each source's validation part, by source."""
+    source = session.dataset.validation.column("source")
+    return [[int(row) for row in (source == number).nonzero()[0][:per_source]] for number in range(len(session.config.data.sources))]
+
+
+@torch.no_grad()
+def validation_loss(session: Session, *, interrupted: Callable[[], bool]) -> dict[str, float]:
+    """Mean loss of a caption token over all validation samples (`validation/loss`) and by source (`validation/loss/SOURCE`).
+
+    Empty without validation samples, and where `interrupted` (which ranks agree on) says to leave off.
+    """
+    world, names = session.world, [source.name for source in session.config.data.sources]
+    rows = [row for of_source in validation_rows(session, session.config.evaluate.max_samples) for row in of_source]
+    size, mels = session.config.batch.micro_size, session.captioner.config.num_mel_bins
+    samples, module = session.samples(validation=True), session.engine.evaluation_module()
+    losses = torch.zeros(len(names), dtype=torch.float64, device=world.device)
+    tokens = torch.zeros_like(losses)
+    module.eval()
+    with ThreadPoolExecutor(session.config.data.threads) as pool:
+        for first in range(0, len(rows), size * world.size):  # as many rounds on every rank
+            if interrupted():
+                module.train()
+                return {}
+            mine = rows[first + world.rank * size : min(first + (world.rank + 1) * size, len(rows))]
+            loaded = [sample for sample in pool.map(samples.load, mine) if isinstance(sample, Sample)]
+            batch = collate(loaded, session.order.frames, session.pad_id).to(world.device)
+            losses.index_add_(0, batch.source, token_losses(module, batch, mels, session.engine.dtype).double())
+            tokens.index_add_(0, batch.source, count_tokens(batch).double())
+    module.train()
+    summed = world.sum([*losses.tolist(), *tokens.tolist()])
+    by_source = list(zip(names, summed[: len(names)], summed[len(names) :], strict=True))
+    metrics = {f"validation/loss/{name}": loss / count for name, loss, count in by_source if count}
+    total = sum(count for *_, count in by_source)
+    return {"validation/loss": sum(loss for _, loss, _ in by_source) / total, **metrics} if total else {}
+
+
+@torch.no_grad()
+def caption_panel(session: Session) -> list[PanelClip]:
+    """Caption the panel: the first validation clips of each source in turn. All ranks take part, rank 0 gets the clips."""
+    world, wanted = session.world, session.config.evaluate.captions
+    by_source = validation_rows(session, wanted)
+    turns = [rows[turn] for turn in range(wanted) for rows in by_source if turn < len(rows)][:wanted]
+    samples = session.samples(validation=True)
+    clips = [sample for sample in map(samples.load, turns[world.rank :: world.size]) if isinstance(sample, Sample)]
+    gathered = world.gather([PanelClip(clip, generate(session, clip)) for clip in clips])
+    panels: list[list[PanelClip]] = gathered or []  # type: ignore[assignment]
+    return [panel[turn] for turn in range(wanted) for panel in panels if turn < len(panel)]
+
+
+def generate(session: Session, sample: Sample) -> str:
+    """The caption that the model gives a clip, greedily."""
+    model, captioner = session.engine.evaluation_module(), session.captioner
+    config = captioner.model.generation_config
+    kept = [token for token in config.suppress_tokens or [] if not session.caption_tokens[token]]
+    waveform = torch.from_numpy(sample.waveform)[None].to(session.world.device)
+    lengths = torch.tensor([len(sample.waveform)], device=waveform.device)
+    features = log_mel(waveform, lengths, session.order.frames, captioner.config.num_mel_bins).to(session.engine.dtype)
+    style = session.config.data.sources[sample.source].style
+    prompt = session.encoder.prompts[style]
+    spoken = {"language": LANGUAGE, "task": TASK} if getattr(config, "is_multilingual", False) else {}
+    chosen = copy.deepcopy(config)
+    chosen.suppress_tokens = kept or None
+    chosen.max_length = captioner.config.max_target_positions
+    model.eval()
+    tokens = model.generate(  # type: ignore[operator]
+        features, generation_config=chosen, prompt_ids=torch.tensor(prompt, device=waveform.device) if prompt else None, **spoken
+    )
+    model.train()
+    text = captioner.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+    return str(text).strip().removeprefix(style or "").strip()

@@ -1,0 +1,105 @@
+"""Whisper from a name, a folder or a config, and what has to lie beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
+
+from configs.errors import ConfigError
+from configs.rundir import RunDir
+from configs.schema import Model
+from data.captions import prefix_tokens
+
+UNTRAINED = "untrained.safetensors"
+RANDOM_PARTS = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "apply_spec_augment")
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """A Whisper with its tokenizer and feature extractor (processor) and the tokens that captions start from."""
+
+    model: WhisperForConditionalGeneration
+    processor: WhisperProcessor
+    prefix: Sequence[int]
+
+    @property
+    def config(self) -> WhisperConfig:
+        """The model's config."""
+        return self.model.config
+
+    @property
+    def frames(self) -> int:
+        """Mel frames of its audio window."""
+        return 2 * int(self.config.max_source_positions)
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def load(settings: Model, seed: int) -> Captioner:
+    """The model to start from, in float32. Raises ConfigError if it cannot be had or cannot be trained exactly."""
+    name = settings.name_or_path
+    try:
+        processor = WhisperProcessor.from_pretrained(name)
+        if Path(name).is_dir() and not any(Path(name).glob("*.safetensors*")) and not any(Path(name).glob("*.bin*")):
+            torch.manual_seed(seed)
+            model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(name))
+            if (Path(name) / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(name)
+        else:
+            model = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name_or_path: {name}: cannot load a Whisper from there: {error}") from error
+    return _prepare(model, processor, settings)
+
+
+def load_base(run: RunDir, settings: Model) -> Captioner:
+    """The model of a run that has started: its shape and its untrained tensors; the trained ones come from a checkpoint."""
+    processor = WhisperProcessor.from_pretrained(run.base)
+    model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(run.base))
+    model.generation_config = GenerationConfig.from_pretrained(run.base)
+    model.load_state_dict(load_file(run.base / UNTRAINED), strict=False)
+    return _prepare(model, processor, settings)
+
+
+def save_base(run: RunDir, captioner: Captioner) -> None:
+    """Write `base/`: all that export and offline nodes need besides a checkpoint. Call before training changes anything."""
+    run.base.mkdir(parents=True, exist_ok=True)
+    captioner.processor.save_pretrained(run.base)
+    captioner.model.generation_config.save_pretrained(run.base)
+    trained = captioner.trained
+    frozen = {n: p.detach() for n, p in captioner.model.named_parameters() if n not in trained} | dict(captioner.model.named_buffers())
+    save_file({name: tensor.contiguous() for name, tensor in frozen.items()}, run.base / UNTRAINED)
+    (run.base / UNTRAINED).chmod((run.base / "generation_config.json").stat().st_mode)  # safetensors writes 0600
+    captioner.config.save_pretrained(run.base)  # the last one: its presence says that base/ is complete
+
+
+def _prepare(model: WhisperForConditionalGeneration, processor: WhisperProcessor, settings: Model) -> Captioner:
+    config = model.config
+    random = [part for part in RANDOM_PARTS if getattr(config, part, 0)]
+    if random:
+        raise ConfigError(
+            f"{settings.name_or_path}: its config sets {', '.join(random)}. "
+            "A step must not depend on how many ranks take it, so set them to 0 (false), as in Whisper as published."
+        )
+    model.requires_grad_(True)
+    model.model.encoder.embed_positions.requires_grad_(False)  # from_pretrained leaves it True
+    for prefix in settings.freeze:
+        matching = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+        if not matching:
+            raise ConfigError(f"model.freeze: no parameter's name starts with {prefix!r}; names look like {next(iter(model.state_dict()))!r}")
+        for parameter in matching:
+            parameter.requires_grad_(False)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile:
+        model.model.encoder.compile()
+    model.config.use_cache = not settings.gradient_checkpointing
+    return Captioner(model, processor, prefix_tokens(processor.tokenizer, model.generation_config))

@@ -1,0 +1,115 @@
+"""What a run shows while it trains: TensorBoard curves and a line on the terminal."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from data.batch import Batch
+from data.decode import SAMPLE_RATE
+from trainer.engines import Update
+from trainer.evaluate import PanelClip
+from trainer.flops import peak_flops, step_flops
+from trainer.loss import count_tokens
+from trainer.session import Session
+
+
+class Monitor:
+    """Collects what happens on every rank; rank 0 writes it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, world = session, session.world
+        self.every = session.config.monitor.every_steps
+        self.names = [source.name for source in session.config.data.sources]
+        self.peak = peak_flops(session.config.monitor.peak_tflops, world.device)
+        self.writer = SummaryWriter(str(session.run.tensorboard), purge_step=session.state.step + 1) if world.rank == 0 else None
+        self.progress: Progress | None = None
+        if world.rank == 0 and sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=Console(file=sys.stdout))
+            self.progress.start()
+            self.task = self.progress.add_task(session.config.run.name, total=session.total_steps, completed=session.state.step, status="")
+        self._reset()
+
+    def _reset(self) -> None:
+        self.losses = torch.zeros(len(self.names), dtype=torch.float64, device=self.session.world.device)
+        self.tokens = torch.zeros_like(self.losses)
+        self.samples, self.audio_samples, self.waited, self.began, self.steps = 0, 0, 0.0, time.perf_counter(), 0
+
+    def add(self, batch: Batch, losses: torch.Tensor) -> None:
+        """Count a micro-batch. losses: (B,) sums of its token losses."""
+        self.losses.index_add_(0, batch.source, losses.detach().double())
+        self.tokens.index_add_(0, batch.source, count_tokens(batch).double())
+        self.samples += len(batch.keys)
+        self.audio_samples += int(batch.lengths.sum()) if batch.keys else 0
+
+    def step(self, update: Update, lr: float, waited: float) -> None:
+        """End of a step, `session.state.step` being the number of those taken; every `monitor.every_steps` it is reported."""
+        self.waited += waited
+        self.steps += 1
+        step = self.session.state.step
+        if self.progress:
+            self.progress.update(self.task, completed=step)
+        if step % self.every == 0 or step == self.session.total_steps:
+            self._report(step, update, lr)
+            self._reset()
+
+    def _report(self, step: int, update: Update, lr: float) -> None:
+        world, count = self.session.world, len(self.names)
+        summed = world.sum([*self.losses.tolist(), *self.tokens.tolist(), self.samples, self.audio_samples, self.waited])
+        if self.writer is None:
+            return
+        losses, tokens, (samples, audio, waited) = summed[:count], summed[count : 2 * count], summed[2 * count :]
+        seconds = time.perf_counter() - self.began
+        scalars = {f"loss/{name}": loss / n for name, loss, n in zip(self.names, losses, tokens, strict=True) if n}
+        scalars["loss"] = sum(losses) / max(1.0, sum(tokens))
+        scalars |= {"grad_norm": update.grad_norm, "learning_rate": lr}
+        scalars |= {"speed/samples_per_second": samples / seconds, "speed/audio_seconds_per_second": audio / SAMPLE_RATE / seconds}
+        scalars["speed/data_wait_share"] = waited / world.size / seconds
+        if self.peak and samples:
+            flops = step_flops(self.session.captioner.config, self.session.order.frames // 2, sum(tokens) / samples)
+            scalars["speed/mfu"] = flops * samples / seconds / (self.peak * world.size)
+        scalars["memory/host_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        if world.device.type == "cuda":
+            scalars["memory/device_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+        status = f"loss {scalars['loss']:.4f}  grad norm {update.grad_norm:.3f}  lr {lr:.2e}  {samples / seconds:.1f} samples/s"
+        status += "" if "speed/mfu" not in scalars else f"  MFU {scalars['speed/mfu']:.1%}"
+        if self.progress:
+            self.progress.update(self.task, status=status)
+        else:
+            print(f"step {step}/{self.session.total_steps}  {status}  data wait {scalars['speed/data_wait_share']:.0%}", flush=True)
+
+    def evaluation(self, metrics: dict[str, float], panel: Sequence[PanelClip]) -> None:
+        """Report an evaluation; the time that it took does not count for the speed."""
+        step = self.session.state.step
+        if self.writer is not None and metrics:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+            for number, clip in enumerate(panel):
+                self.writer.add_audio(f"panel/{number}", torch.from_numpy(clip.sample.waveform)[None] / 32768, step, SAMPLE_RATE)
+                self.writer.add_text(f"panel/{number}", f"**said** {clip.caption}\n\n**reference** {clip.sample.caption}\n\n`{clip.sample.key}`", step)
+            self.writer.flush()
+            self.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        self._reset()
+
+    def say(self, text: str) -> None:
+        """A line on the terminal, from rank 0."""
+        if self.session.world.rank == 0:
+            (self.progress.console.print if self.progress else print)(text)
+
+    def close(self) -> None:
+        """Finish the terminal line and the curves."""
+        if self.progress:
+            self.progress.stop()
+        if self.writer is not None:
+            self.writer.close()
