@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
 
     Raises DataError for shards of a bucket that have no index, or changed since.
     """
-    sidecars = [load_sidecar(shard, config.data.index_dir) for shard in shards]
+    with ThreadPoolExecutor(32) as pool:  # a request per shard
+        sidecars = list(pool.map(lambda shard: load_sidecar(shard, config.data.index_dir), shards))
     remote = [shard.location.url for shard, sidecar in zip(shards, sidecars, strict=True) if sidecar is None and not shard.location.is_local]
     if remote:
         raise DataError(
@@ -62,5 +64,5 @@ def build(config: RunConfig, folder: Path, longest: float) -> None:
 
 def open_dataset(config: RunConfig, folder: Path) -> Dataset:
     """Map the merged indexes that `build` wrote."""
-    shards = list_shards(config)
-    return Dataset(Index(folder / "index-training.arrow", shards), Index(folder / "index-validation.arrow", shards))
+    sources = config.data.sources
+    return Dataset(Index(folder / "index-training.arrow", sources), Index(folder / "index-validation.arrow", sources))

@@ -124,7 +124,8 @@ def _group(members: Iterable[Member]) -> list[tuple[str, list[tuple[str, Member]
     """Members by sample: the key is the path up to the first dot of its last part, the rest the ending, in lower case."""
     samples: dict[str, list[tuple[str, Member]]] = {}
     for member in members:
-        folder, slash, file = member.name.rpartition("/")
+        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # Arrow takes UTF-8 only
+        folder, slash, file = name.rpartition("/")
         stem, _, ending = file.partition(".")
         if stem and ending:
             samples.setdefault(folder + slash + stem, []).append((ending.lower(), member))
@@ -175,15 +176,18 @@ def _inspect(row: dict[str, Any], read: _Blocks, shard: Shard) -> None:
 class Index:
     """The samples of a run, memory-mapped. Rows are sorted by source, shard and position in the shard.
 
-    `source`, `shard`: numbers into `sources` and `shards`; offsets and sizes in bytes; `crc32` -1 and `seconds` NaN where the
+    `source`, `shard`: numbers into the config's sources and `shards`; offsets and sizes in bytes; `crc32` -1 and `seconds` NaN where the
     shard's index is a quick one.
     """
 
-    def __init__(self, path: Path, shards: Sequence[Shard]) -> None:
-        self.shards = shards
+    def __init__(self, path: Path, sources: Sequence[Source]) -> None:
+        """Map what `merge` wrote; nothing is listed or opened in the storage of the shards."""
         with pa.memory_map(str(path)) as file:
             self.table = pa.ipc.open_file(file).read_all()
         self.digest: str = self.table.schema.metadata[b"digest"].decode()
+        by_name = {source.name: source for source in sources}
+        listed = json.loads(self.table.schema.metadata[b"shards"])
+        self.shards = [Shard(by_name[name], storage.Location(url, storage.freeze(by_name[name].storage_options))) for name, url in listed]
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -203,7 +207,7 @@ class Index:
         return f"{shard.source.name}/{shard.location.name}/{self.text('key', row)}"
 
 
-def merge(shards: Sequence[Shard], sidecars: Sequence[Sidecar], path: Path, *, validation: bool, longest: float = float("inf")) -> Index:
+def merge(shards: Sequence[Shard], sidecars: Sequence[Sidecar], path: Path, *, validation: bool, longest: float = float("inf")) -> None:
     """Merge the sound samples of all shards (either for training or for validation) into an Arrow file at `path`.
 
     Samples known to be longer than `longest` seconds are left out. Raises DataError if a source has no sample for training.
@@ -223,13 +227,13 @@ def merge(shards: Sequence[Shard], sidecars: Sequence[Sidecar], path: Path, *, v
     present = set(np.unique(merged.column("source").to_numpy()).tolist())
     if not validation and (empty := [name for i, name in enumerate(sources) if i not in present]):
         raise DataError(f"no sample to train on in source {', '.join(empty)}: see its shards with `python -m tools.index`, which names every problem")
-    merged = merged.replace_schema_metadata({"digest": _digest(merged, shards)})
+    listed = [[shard.source.name, shard.location.url] for shard in shards]
+    merged = merged.replace_schema_metadata({"digest": _digest(merged, shards), "shards": json.dumps(listed)})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, merged.schema) as writer:
         writer.write_table(merged, max_chunksize=max(1, len(merged)))
     temporary.replace(path)
-    return Index(path, shards)
 
 
 def is_held_out(key: str, source: Source) -> bool:

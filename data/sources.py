@@ -11,7 +11,7 @@ from braceexpand import braceexpand
 
 from configs.errors import DataError
 from configs.schema import Source
-from data.storage import Location, freeze, open_filesystem
+from data.storage import Location, freeze, glob
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def locate(patterns: Sequence[str], source: Source) -> list[Location]:
     found: dict[str, Location] = {}
     for pattern in patterns:
         for url in braceexpand(pattern):
-            for match in _glob(Location(url, options), source):
+            for match in _matches(Location(url, options), source):
                 found[match.url] = match
     for location in found.values():
         suffixes = PurePosixPath(location.name).suffixes
@@ -55,11 +55,10 @@ def locate(patterns: Sequence[str], source: Source) -> list[Location]:
     return sorted(found.values(), key=lambda location: (location.name, location.url))
 
 
-def _glob(location: Location, source: Source) -> list[Location]:
+def _matches(location: Location, source: Source) -> list[Location]:
     if not any(character in location.url for character in "*?["):
         return [location]
-    filesystem, path = open_filesystem(location)
-    matches = [filesystem.unstrip_protocol(match) if not location.is_local else match for match in filesystem.glob(path)]
+    matches = glob(location)
     if not matches:
         raise DataError(f"source {source.name}: {location.url} matches no shard. Check the path and the pattern; quote it in the shell.")
-    return [Location(match, location.options) for match in matches]
+    return matches

@@ -85,6 +85,17 @@ def stat(location: Location) -> Stat:
     return _retry(location, "its size", info)
 
 
+def glob(location: Location) -> list[Location]:
+    """The objects that a URL with `*`, `?` or `[...]` matches."""
+
+    def match() -> list[Location]:
+        filesystem, path = open_filesystem(location)
+        found = filesystem.glob(path)
+        return [Location(name if location.is_local else filesystem.unstrip_protocol(name), location.options) for name in found]
+
+    return _retry(location, "the list of shards", match)
+
+
 def read(location: Location, start: int, end: int) -> bytes:
     """Bytes [start, end) of a shard.
 

@@ -9,9 +9,6 @@ import pytest
 from tests.making import make_clips, make_model, run_program
 from tools.sandbox import s3
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,7 +15,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizerFast
 
 ROOT = Path(__file__).parents[1]
-SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|translate|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|startoftranscript|>",
+    "<|en|>",
+    "<|transcribe|>",
+    "<|translate|>",
+    "<|startoflm|>",
+    "<|startofprev|>",
+    "<|nospeech|>",
+    "<|notimestamps|>",
+]
 KINDS = ("beep", "buzz", "hiss")
 PITCHES = {"low": 200.0, "middle": 700.0, "high": 2000.0}
 WINDOW_SECONDS = 2
@@ -32,7 +42,9 @@ def sound_of(number: int, rate: int = 16_000, channels: int = 1) -> np.ndarray:
     random = np.random.default_rng(number)
     kind, pitch, count = KINDS[number % 3], list(PITCHES.values())[number // 3 % 3], 1 + number // 9 % 3
     time = np.arange(int(rate * (0.5 + 0.1 * (number % 10)))) / rate
-    wave = {"beep": np.sin(2 * np.pi * pitch * time), "buzz": np.sign(np.sin(2 * np.pi * pitch * time)) * 0.5, "hiss": random.standard_normal(len(time)) * 0.2}[kind]
+    wave = {"beep": np.sin(2 * np.pi * pitch * time), "buzz": np.sign(np.sin(2 * np.pi * pitch * time)) * 0.5, "hiss": random.standard_normal(len(time)) * 0.2}[
+        kind
+    ]
     wave *= (time * count * 2 / time[-1]) % 1 < 0.6
     wave += random.standard_normal(len(time)) * 0.003
     return np.repeat((wave * 0.5).astype(np.float32)[:, None], channels, axis=1)
@@ -60,10 +72,12 @@ def make_model(folder: Path, *, mels: int = 80, vocabulary: int | None = None, w
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=390, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.add_special_tokens(SPECIAL)  # last, as in Whisper: what follows <|notimestamps|> is taken for time stamps
     fast = WhisperTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[0], unk_token=SPECIAL[0], pad_token=SPECIAL[0])
     ids = {token: fast.convert_tokens_to_ids(token) for token in SPECIAL}
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "decoder_start_token_id": 1}
+    end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
+    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
     config = WhisperConfig(
         vocab_size=vocabulary or len(fast), num_mel_bins=mels, d_model=width, encoder_layers=2, decoder_layers=2,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
@@ -71,7 +85,7 @@ def make_model(folder: Path, *, mels: int = 80, vocabulary: int | None = None, w
     )  # fmt: skip
     banned = sorted({fast.encode(symbol, add_special_tokens=False)[0] for symbol in '":([#'})
     generation = GenerationConfig(
-        suppress_tokens=banned, begin_suppress_tokens=[ids["<|endoftext|>"]], is_multilingual=True, lang_to_id={"<|en|>": ids["<|en|>"]},
+        suppress_tokens=banned, begin_suppress_tokens=[end], is_multilingual=True, lang_to_id={"<|en|>": ids["<|en|>"]},
         task_to_id={"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]}, no_timestamps_token_id=ids["<|notimestamps|>"],
         prev_sot_token_id=ids["<|startofprev|>"], max_length=64, return_timestamps=False, **special,
     )  # fmt: skip

@@ -78,7 +78,7 @@ def test_gradient_and_update_equal_a_plain_loop(runs, case) -> None:
             moments = {name: reader(name, "exp_avg", 0, value.numel()).view_as(value) / 0.1 for name, value in gradient.items()}
             assert distance(moments, gradient) < (1e-5 if precision == "fp32" else 1e-2)
         found = {name: reader.tensor(name) for name in weights}
-        start = {name: value for name, value in model.load(run.read_config().model, 7).trained.items()}
+        start = model.load(run.read_config().model, 7).trained
         moved = {name: value - start[name].detach() for name, value in weights.items()}
         error = {name: found[name] - weights[name] for name in weights}
         assert norm(error) / norm(moved) < (2e-3 if precision == "fp32" else 0.15)
@@ -109,7 +109,7 @@ def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
     network.gradient_checkpointing_disable()
     for step in range(steps):
         batch_samples = [samples.load(int(row)) for row in lanes[:, step]]
-        batches = [collate(batch_samples[i : i + micro], order.frames, 0) for i in range(0, GLOBAL, micro)]
+        batches = [collate(batch_samples[i : i + micro], order.frames, captioner.config.pad_token_id) for i in range(0, GLOBAL, micro)]
         tokens = sum(int(count_tokens(batch).sum()) for batch in batches)
         total, sums = 0.0, {name: torch.zeros_like(master) for name, master in masters.items()}
         for batch in batches:
@@ -147,5 +147,3 @@ def test_checkpoints_say_where_every_element_is(runs) -> None:
             ends = sorted((start, end) for start, end, _ in about["fragments"])
             assert ends[0][0] == 0 and ends[-1][1] == math.prod(about["shape"]), name
             assert all(before[1] == after[0] for before, after in itertools.pairwise(ends)), name
-
-

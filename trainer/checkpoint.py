@@ -183,7 +183,7 @@ class Reader:
         for block in range(low // DIGEST_BLOCK, -(-high // DIGEST_BLOCK)):
             if (file, block) in self._sound:
                 continue
-            found = hashlib.sha256(memoryview(content)[block * DIGEST_BLOCK : (block + 1) * DIGEST_BLOCK]).hexdigest()
+            found = hashlib.sha256(content[block * DIGEST_BLOCK : (block + 1) * DIGEST_BLOCK].data).hexdigest()
             if found != self.manifest.files[file]["sha256"][block]:
                 raise CheckpointError(f"{self.folder / file}: damaged between bytes {block * DIGEST_BLOCK} and {(block + 1) * DIGEST_BLOCK}; {ADVICE}")
             self._sound.add((file, block))

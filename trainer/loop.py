@@ -73,7 +73,7 @@ def train(session: Session, stop: StopFlag) -> Outcome:
             state.step += 1
             skips = 0 if update.applied else skips + 1
             check_update(session, update, skips, step)
-            monitor.step(update, lr, step.waited)
+            monitor.step(step, update, lr)
 
             last = state.step == session.total_steps
             metrics: dict[str, float] = {}

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data.batch import Batch
 from data.decode import SAMPLE_RATE
+from data.loader import Step
 from trainer.engines import Update
 from trainer.evaluate import PanelClip
 from trainer.flops import peak_flops, step_flops
@@ -41,19 +42,18 @@ class Monitor:
     def _reset(self) -> None:
         self.losses = torch.zeros(len(self.names), dtype=torch.float64, device=self.session.world.device)
         self.tokens = torch.zeros_like(self.losses)
-        self.samples, self.audio_samples, self.waited, self.began, self.steps = 0, 0, 0.0, time.perf_counter(), 0
+        self.samples, self.seconds, self.waited, self.began = 0, 0.0, 0.0, time.perf_counter()
 
     def add(self, batch: Batch, losses: torch.Tensor) -> None:
         """Count a micro-batch. losses: (B,) sums of its token losses."""
         self.losses.index_add_(0, batch.source, losses.detach().double())
         self.tokens.index_add_(0, batch.source, count_tokens(batch).double())
-        self.samples += len(batch.keys)
-        self.audio_samples += int(batch.lengths.sum()) if batch.keys else 0
 
-    def step(self, update: Update, lr: float, waited: float) -> None:
+    def step(self, data: Step, update: Update, lr: float) -> None:
         """End of a step, `session.state.step` being the number of those taken; every `monitor.every_steps` it is reported."""
-        self.waited += waited
-        self.steps += 1
+        self.waited += data.waited
+        self.samples += len(data.samples)
+        self.seconds += sum(sample.seconds for sample in data.samples)
         step = self.session.state.step
         if self.progress:
             self.progress.update(self.task, completed=step)
@@ -63,7 +63,7 @@ class Monitor:
 
     def _report(self, step: int, update: Update, lr: float) -> None:
         world, count = self.session.world, len(self.names)
-        summed = world.sum([*self.losses.tolist(), *self.tokens.tolist(), self.samples, self.audio_samples, self.waited])
+        summed = world.sum([*self.losses.tolist(), *self.tokens.tolist(), self.samples, self.seconds, self.waited])
         if self.writer is None:
             return
         losses, tokens, (samples, audio, waited) = summed[:count], summed[count : 2 * count], summed[2 * count :]
@@ -71,7 +71,7 @@ class Monitor:
         scalars = {f"loss/{name}": loss / n for name, loss, n in zip(self.names, losses, tokens, strict=True) if n}
         scalars["loss"] = sum(losses) / max(1.0, sum(tokens))
         scalars |= {"grad_norm": update.grad_norm, "learning_rate": lr}
-        scalars |= {"speed/samples_per_second": samples / seconds, "speed/audio_seconds_per_second": audio / SAMPLE_RATE / seconds}
+        scalars |= {"speed/samples_per_second": samples / seconds, "speed/audio_seconds_per_second": audio / seconds}
         scalars["speed/data_wait_share"] = waited / world.size / seconds
         if self.peak and samples:
             flops = step_flops(self.session.captioner.config, self.session.order.frames // 2, sum(tokens) / samples)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # found by DeepSpeed too, but with a warning
 import deepspeed
 import deepspeed.ops
-import torch
 from deepspeed.utils import logger as deepspeed_logger
 
 from configs.errors import ConfigError

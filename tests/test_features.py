@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperTokenizerFast
+
+from data.batch import Sample, collate
+from data.captions import IGNORED, CaptionEncoder, Tokens, find_caption, prefix_tokens
+from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
+from data.features import _spectrum, log_mel
+from tests.making import caption_of
+
+LENGTHS = [1, 150, 200, 201, SAMPLE_RATE // 2, 10 * SAMPLE_RATE, 30 * SAMPLE_RATE - 160, 30 * SAMPLE_RATE]
+mels_of_whispers = pytest.mark.parametrize("mels", [80, 128])
+
+
+@cache
+def extractor(mels: int, seconds: int) -> WhisperFeatureExtractor:
+    return WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds)
+
+
+def reference(clips: list[np.ndarray], mels: int, seconds: int = 30) -> np.ndarray:
+    """What stock inference feeds the model, from the same int16."""
+    return extractor(mels, seconds)([clip / np.float32(32768) for clip in clips], sampling_rate=SAMPLE_RATE, return_tensors="np")["input_features"]
+
+
+def ours(clips: list[np.ndarray], mels: int, frames: int = 3000) -> np.ndarray:
+    """What training feeds the model, batch and all."""
+    batch = collate([Sample(clip, Tokens([0], [0]), "", 0, "") for clip in clips], frames, 0)
+    return log_mel(batch.waveforms, batch.lengths, frames, mels).numpy()
+
+
+def on_device(clips: list[np.ndarray], mels: int, frames: int = 3000) -> np.ndarray:
+    """The branch of log_mel for accelerators: the whole padded batch at once."""
+    batch = collate([Sample(clip, Tokens([0], [0]), "", 0, "") for clip in clips], frames, 0)
+    return _spectrum(batch.waveforms, frames, mels, frames).numpy()
+
+
+def noise(length: int, seed: int = 0) -> np.ndarray:
+    """A tone in noise that swells, so that clips have loud and silent parts."""
+    time = np.arange(length) / SAMPLE_RATE
+    wave = 0.3 * np.sin(2 * np.pi * 300 * time) + np.random.default_rng(seed).normal(0, 0.1, length)
+    return (np.clip(wave * np.sin(time) ** 2 + 1e-4, -1, 1) * 32767).astype(np.int16)
+
+
+def assert_equal(found: np.ndarray, wanted: np.ndarray) -> None:
+    assert found.dtype == np.float32 and found.shape == wanted.shape
+    assert np.abs(found - wanted).max() <= 1e-5
+
+
+@mels_of_whispers
+def test_features_are_those_of_stock_whisper_at_every_length(mels: int) -> None:
+    clips = [noise(length, seed) for seed, length in enumerate(LENGTHS)] + [np.zeros(SAMPLE_RATE, np.int16), np.full(SAMPLE_RATE, -32768, np.int16)]
+    wanted = reference(clips, mels)
+    assert_equal(ours(clips, mels), wanted)
+    assert_equal(on_device(clips, mels), wanted)
+
+
+@mels_of_whispers
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(lengths=st.lists(st.integers(1, 4 * SAMPLE_RATE), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_features_of_a_4_s_window(mels: int, lengths: list[int], seed: int) -> None:
+    clips = [noise(length, seed) for length in lengths]
+    wanted = reference(clips, mels, seconds=4)
+    assert wanted.shape[2] == 400
+    assert_equal(ours(clips, mels, 400), wanted)
+    assert_equal(on_device(clips, mels, 400), wanted)
+
+
+def test_features_do_not_depend_on_the_batch() -> None:
+    clips = [noise(length, seed) for seed, length in enumerate(LENGTHS[:6])]
+    together = ours(clips, 80)
+    for clip, row in zip(clips, together, strict=True):
+        assert np.array_equal(ours([clip], 80)[0], row)
+    padded = torch.from_numpy(np.pad(clips[2], (0, 5000), constant_values=12345))[None]  # what lies behind the length does not count
+    assert np.array_equal(log_mel(padded, torch.tensor([len(clips[2])]), 3000, 80)[0].numpy(), together[2])
+
+
+@mels_of_whispers
+@pytest.mark.parametrize("kind", ["sounds/*.ogg", "speech/*.wav", "music/*.flac"])
+def test_features_of_real_clips(real_clips: Path, kind: str, mels: int) -> None:
+    files = list(islice(sorted(real_clips.glob(kind)), 0, None, 40))
+    assert files
+    clips = [decode(file.read_bytes(), file.suffix.lstrip("."))[: 30 * SAMPLE_RATE] for file in files]
+    assert all(np.abs(clip).max() > 100 for clip in clips)
+    wanted = reference(clips, mels)
+    assert_equal(ours(clips, mels), wanted)
+    assert_equal(on_device(clips, mels), wanted)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> WhisperTokenizerFast:
+    return WhisperTokenizerFast.from_pretrained(model)
+
+
+@pytest.fixture(scope="module")
+def prefix(model: Path, tokenizer: WhisperTokenizerFast) -> list[int]:
+    return prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model))
+
+
+def test_the_prefix_is_what_generation_starts_from(tokenizer: WhisperTokenizerFast, prefix: list[int]) -> None:
+    assert tokenizer.convert_ids_to_tokens(prefix) == ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    english = GenerationConfig(decoder_start_token_id=prefix[0], is_multilingual=False)
+    assert tokenizer.convert_ids_to_tokens(prefix_tokens(tokenizer, english)) == ["<|startoftranscript|>", "<|notimestamps|>"]
+
+
+@pytest.mark.parametrize("style", [None, "In the style of AudioCaps."])
+@pytest.mark.parametrize("caption", [caption_of(3), caption_of(4), "漢 🎵", "x"])
+def test_labels_are_the_inputs_shifted_and_only_the_caption_is_learnt(
+    tokenizer: WhisperTokenizerFast, prefix: list[int], caption: str, style: str | None
+) -> None:
+    encoder = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip", styles=[style])
+    tokens = encoder.encode(caption, style)
+    prompt = tokenizer.get_prompt_ids(style).tolist() if style else []
+    assert tokens.input_ids[: len(prompt) + len(prefix)] == prompt + prefix
+    learnt = [(after, label) for after, label in zip(tokens.input_ids[1:], tokens.labels[:-1], strict=True) if label != IGNORED]
+    assert all(after == label for after, label in learnt)
+    assert tokens.labels[: len(prompt) + len(prefix) - 1] == [IGNORED] * (len(prompt) + len(prefix) - 1)
+    told = tokens.labels[len(prompt) + len(prefix) - 1 :]
+    assert tokenizer.decode(told[:-1]) == caption and told[-1] == tokenizer.eos_token_id
+
+
+def test_a_caption_teaches_what_transformers_would_teach(tokenizer: WhisperTokenizerFast, prefix: list[int]) -> None:
+    """The same pairs of input and label as Hugging Face's own recipe: labels from the tokenizer, shifted right by the model."""
+    tokens = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip").encode(caption_of(5))
+    labels = [*prefix, *tokenizer(caption_of(5), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert (tokens.input_ids, tokens.labels) == (labels[:-1], [IGNORED] * (len(prefix) - 1) + labels[len(prefix) :])
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(words=st.integers(0, 40), positions=st.integers(30, 64), styled=st.booleans())
+def test_a_caption_fits_the_positions_with_its_prompt(tokenizer: WhisperTokenizerFast, prefix: list[int], words: int, positions: int, styled: bool) -> None:
+    caption, style = "beep" + " beep" * words, "AudioCaps" if styled else None
+    encoders = {long: CaptionEncoder(tokenizer, prefix, positions=positions, long_caption=long, styles=["AudioCaps"]) for long in ("truncate", "skip")}
+    whole = CaptionEncoder(tokenizer, prefix, positions=448, long_caption="skip", styles=["AudioCaps"]).encode(caption, style)
+    cut = encoders["truncate"].encode(caption, style)
+    assert len(cut.input_ids) == len(cut.labels) == min(len(whole.input_ids), positions)
+    assert cut.input_ids == whole.input_ids[:positions] and cut.labels[-1] == tokenizer.eos_token_id
+    if len(whole.input_ids) <= positions:
+        assert cut == whole == encoders["skip"].encode(caption, style)
+    else:
+        with pytest.raises(Skipped, match=r"the caption has \d+ tokens, there is room for \d+"):
+            encoders["skip"].encode(caption, style)
+
+
+def test_a_caption_with_half_a_character_is_a_bad_sample_or_read(tokenizer: WhisperTokenizerFast, prefix: list[int]) -> None:
+    content = b'{"caption": "A bell \\ud83d"}'  # an emoji cut in two, as some crawlers leave it
+    try:
+        CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip").encode(find_caption(content, "caption"))
+    except BadSample as error:
+        assert "caption" in str(error)

@@ -1,0 +1,74 @@
+"""The house stands as it is drawn: imports go one way, and the command line answers without waiting for torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.making import ROOT, run_program
+
+MAY_IMPORT = {
+    "configs": set(),
+    "data": {"configs"},
+    "trainer": {"configs", "data"},
+    "slurm": {"configs"},
+    "launch": {"configs", "data", "trainer", "slurm"},
+    "tools": {"configs", "data", "trainer", "slurm"},
+}
+QUICK = ("configs", "slurm", "launch")
+HOUSE = {*MAY_IMPORT, "tests"}
+FILES = sorted(path.relative_to(ROOT) for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path, *, at_start_only: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, top-level package) of every import of a file, those inside functions too unless only what runs at its start is wanted."""
+    waiting: list[ast.AST] = [ast.parse((ROOT / path).read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, path.parts[0] if node.level else (node.module or "").split(".")[0]
+        later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        )
+        if not (later and at_start_only):
+            waiting.extend(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_go_one_way(package: str) -> None:
+    allowed = MAY_IMPORT[package] | {package}
+    files = [path for path in FILES if path.parts[0] == package]
+    assert files
+    assert not [f"{path}:{line} imports {name}" for path in files for line, name in imports(path) if name in HOUSE - allowed]
+
+
+def test_no_torch_at_the_start_of_what_answers_at_once() -> None:
+    heavy = {"torch", "deepspeed", "transformers"}
+    files = [path for path in FILES if path.parts[0] in QUICK]
+    assert not [f"{path}:{line} imports {name}" for path in files for line, name in imports(path, at_start_only=True) if name in heavy]
+
+
+def test_no_torch_is_loaded_by_way_of_others() -> None:
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in FILES if path.parts[0] in QUICK]
+    assert "launch.__main__" in modules
+    program = f"import importlib, sys\nfor name in {modules}:\n    importlib.import_module(name)\n    assert 'torch' not in sys.modules, name"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_answers_in_under_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = run_program("launch", "--help")
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0 and "train" in done.stdout, done.stderr
+    assert min(seconds) < 1, seconds

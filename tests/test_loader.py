@@ -1,0 +1,233 @@
+"""Each step brings its samples wherever reading starts, however many ranks share it, and whatever way they are read."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import shutil
+import tarfile
+import threading
+import tracemalloc
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from queue import Queue
+
+import numpy as np
+import pytest
+import soundfile
+from transformers import GenerationConfig, WhisperProcessor
+
+from configs.errors import DataError, EarwitnessError
+from configs.load import validate
+from data import dataset
+from data.captions import CaptionEncoder, prefix_tokens
+from data.index import index_shard
+from data.loader import Loader, Step
+from data.order import Order, rank_lanes
+from data.samples import Samples
+from tests.making import WINDOW_SECONDS, config_values
+
+BATCH, STEPS = 7, range(24)  # two epochs and a half: 60 clips, some held out, each 1.5 times per epoch; 7 do not divide by 2 or 3
+Opened = tuple[Samples, Order]
+Open = Callable[..., Opened]
+Members = list[tuple[str, bytes]]
+
+
+@pytest.fixture
+def opened(model: Path, tmp_path: Path) -> Open:
+    """Opens shards as a run does; keyword arguments are settings of `data`."""
+
+    def opened(shards: str, *, full: bool = False, weight: float = 1.5, batch: int = BATCH, **data: object) -> Opened:
+        values = config_values("run", tmp_path, model, shards, batch={"global_size": batch})
+        values["data"] |= {"sources": [{"name": "sounds", "shards": shards, "validation": 0.15, "weight": weight}], "shuffle_window": 5, **data}
+        config = validate(values, "test")
+        for shard in dataset.list_shards(config) if full else []:
+            index_shard(shard, config.data.index_dir, full=True)
+        dataset.build(config, config.run.dir, WINDOW_SECONDS)
+        found = dataset.open_dataset(config, config.run.dir)
+        tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
+        encoder = CaptionEncoder(tokenizer, prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model)), positions=64, long_caption="truncate")
+        longest = config.data.max_seconds or WINDOW_SECONDS
+        samples = Samples(found.training, encoder, max_seconds=longest, overlong=config.data.overlong, seed=config.run.seed)
+        return samples, found.order(config, 100 * WINDOW_SECONDS)
+
+    return opened
+
+
+def loader(opened: Opened, *, rank: int = 0, ranks: int = 1, steps: range = STEPS, threads: int = 2, read_ahead_mb: int = 512) -> Loader:
+    samples, order = opened
+    return Loader(samples, order, rank_lanes(rank, ranks, order.global_batch), steps, threads=threads, read_ahead_mb=read_ahead_mb)
+
+
+def content(steps: list[Step]) -> list[list[tuple[object, ...]]]:
+    """What a step trains on, in the order of lanes."""
+    return [[(step.number, s.key, s.caption, *s.tokens.labels, s.waveform.tobytes()) for s in step.samples] for step in steps]
+
+
+def of_ranks(opened: Opened, ranks: int, steps: range = STEPS) -> list[list[tuple[object, ...]]]:
+    """What the ranks train on together."""
+    parts = [content(list(loader(opened, rank=rank, ranks=ranks, steps=steps))) for rank in range(ranks)]
+    return [list(itertools.chain(*together)) for together in zip(*parts, strict=True)]
+
+
+def write_tar(path: Path, members: Members) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+
+
+def repack(shards: str, folder: Path, change: Callable[[Members], Members]) -> str:
+    """Copies of shards under the same names with other members."""
+    for shard in Path(shards).parent.glob("*.tar"):
+        with tarfile.open(shard) as tar:
+            members = [(member.name, tar.extractfile(member).read()) for member in tar]
+        write_tar(folder / shard.name, change(members))
+    return f"{folder}/*.tar"
+
+
+@pytest.fixture
+def copied(shards: str, tmp_path: Path) -> str:
+    """Copies of the shards that a test may spoil."""
+    shutil.copytree(Path(shards).parent, tmp_path / "shards")
+    return f"{tmp_path}/shards/*.tar"
+
+
+def test_steps_bring_what_the_order_says(shards: str, opened: Open) -> None:
+    samples, order = found = opened(shards)
+    steps = list(loader(found))
+    assert [step.number for step in steps] == list(STEPS) and not any(step.rejected for step in steps)
+    for step in steps:
+        epoch, position = order.locate(step.number)
+        rows = order.lanes(epoch, range(BATCH))[:, position]
+        assert [s.key for s in step.samples] == [samples.index.identity(row) for row in rows if row >= 0]
+    assert {len(step.samples) for step in steps} > {BATCH}, "a short last batch of an epoch is among them"
+
+
+def test_starting_at_any_step_goes_on_as_if_from_the_first(shards: str, opened: Open) -> None:
+    found = opened(shards)
+    whole = content(list(loader(found)))
+    for start in (1, 7, *(step for step in STEPS if found[1].locate(step)[1] == 0), STEPS.stop):
+        assert content(list(loader(found, steps=range(start, STEPS.stop)))) == whole[start:], start
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 9])
+def test_ranks_together_take_the_batches_of_one(shards: str, opened: Open, ranks: int) -> None:
+    found = opened(shards)
+    assert of_ranks(found, ranks) == content(list(loader(found)))
+
+
+def test_single_reads_bring_the_samples_of_long_ones(shards: str, opened: Open) -> None:
+    found = opened(shards, shuffle_window=50)
+    assert sum(found[0].place(row).end - found[0].place(row).start for row in range(len(found[0].index))) > 1 << 20
+    assert content(list(loader(found, read_ahead_mb=1))) == content(list(loader(found)))
+
+
+def test_members_in_another_order_bring_the_same_samples(shards: str, opened: Open, tmp_path: Path) -> None:
+    def audio_first(members: Members) -> Members:
+        return sorted(members, key=lambda member: member[0].endswith(".json"))
+
+    def text_first_from_the_end(members: Members) -> Members:
+        return [member for pair in zip(members[1::2], members[::2], strict=True) for member in sorted(pair, key=lambda m: not m[0].endswith(".json"))]
+
+    whole = content(list(loader(opened(shards))))
+    assert content(list(loader(opened(repack(shards, tmp_path / "one", audio_first))))) == whole
+    assert content(list(loader(opened(repack(shards, tmp_path / "two", text_first_from_the_end)), read_ahead_mb=1))) == whole
+
+
+def test_a_sample_that_cannot_be_decoded_keeps_its_place(shards: str, opened: Open, tmp_path: Path) -> None:
+    sound = list(loader(opened(shards)))
+    bad = sound[0].samples[3].key
+    name = bad.rpartition("/")[2]
+
+    def spoil(members: Members) -> Members:
+        return [(file, bytes(len(data)) if file.startswith(f"{name}.") and not file.endswith(".json") else data) for file, data in members]
+
+    steps = list(loader(opened(repack(shards, tmp_path / "spoilt", spoil))))
+    assert content(steps) == [[sample for sample in batch if sample[1] != bad] for batch in content(sound)]
+    assert [[(one.key, one.bad) for one in step.rejected] for step in steps] == [[(s.key, True) for s in step.samples if s.key == bad] for step in sound]
+
+
+def test_overlong_clips_are_skipped_or_cropped(shards: str, opened: Open) -> None:
+    whole = {sample.key: sample.waveform for step in loader(opened(shards)) for sample in step.samples}
+    short = {key for key, waveform in whole.items() if len(waveform) <= 16_000}
+    assert 0 < len(short) < len(whole)
+    for step in loader(opened(shards, max_seconds=1.0, overlong="skip")):
+        assert {sample.key for sample in step.samples} <= short
+        assert not {one.key for one in step.rejected} & short and not any(one.bad for one in step.rejected)
+        assert all(np.array_equal(sample.waveform, whole[sample.key]) for sample in step.samples)
+    starts: dict[str, set[int]] = {}
+    for step in loader(opened(shards, max_seconds=1.0, overlong="crop")):
+        for sample in step.samples:
+            assert len(sample.waveform) == min(16_000, len(whole[sample.key]))
+            starts.setdefault(sample.key, set()).add(whole[sample.key].tobytes().index(sample.waveform.tobytes()))
+    assert any(len(found) > 1 for found in starts.values()), "another epoch takes another stretch"
+
+
+def test_a_full_index_leaves_out_overlong_clips_beforehand(shards: str, opened: Open) -> None:
+    samples, _ = found = opened(shards, full=True, max_seconds=1.0, overlong="skip")
+    assert all(len(sample.waveform) <= 16_000 for step in loader(found) for sample in step.samples)
+    assert not any(step.rejected for step in loader(found))
+    assert len(samples.index) < len(opened(shards, full=True, max_seconds=1.0, overlong="crop")[0].index)
+
+
+@pytest.mark.parametrize(("ranks", "start"), [(1, 11), (3, 0)])
+def test_crops_do_not_depend_on_ranks_or_start(shards: str, opened: Open, ranks: int, start: int) -> None:
+    found = opened(shards, max_seconds=0.6, overlong="crop")
+    assert of_ranks(found, ranks, range(start, STEPS.stop)) == content(list(loader(found)))[start:]
+
+
+def error_of(found: Opened) -> EarwitnessError:
+    """The error that reading everything ends with, before a minute is over."""
+    outcome: Queue[object] = Queue()
+
+    def read() -> None:
+        try:
+            outcome.put(list(loader(found)))
+        except Exception as error:
+            outcome.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    error = outcome.get(timeout=60)
+    assert isinstance(error, EarwitnessError), error
+    return error
+
+
+def test_changed_audio_is_an_error_that_names_the_sample(copied: str, opened: Open) -> None:
+    samples, _ = found = opened(copied, full=True)
+    place = samples.place(5)
+    shard = Path(place.location.url)
+    before = shard.stat()
+    with shard.open("r+b") as file:
+        file.seek((place.audio[0] + place.audio[1]) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    error = error_of(found)
+    assert isinstance(error, DataError) and str(shard) in str(error) and repr(samples.index.text("key", 5)) in str(error)
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, functools.partial(os.truncate, length=50_000)], ids=["missing", "cut off"])
+def test_a_shard_that_went_away_is_an_error_that_names_it(copied: str, opened: Open, spoil: Callable[[Path], None]) -> None:
+    found = opened(copied)
+    shard = Path(found[0].place(len(found[0].index) // 2).location.url)
+    spoil(shard)
+    assert str(shard) in str(error_of(found))
+
+
+def test_undecoded_bytes_stay_within_the_read_ahead(opened: Open, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(-9999, 9999, 160_000).astype(np.int16)
+    audio = BytesIO()
+    soundfile.write(audio, noise, 16_000, format="WAV")  # 10 s, 320 kB
+    members = [(f"{n}.{ending}", data) for n in range(50) for ending, data in [("wav", audio.getvalue()), ("json", b'{"caption": "Noise."}')]]
+    write_tar(tmp_path / "one" / "long.tar", members)
+    found = opened(f"{tmp_path}/one/*.tar", weight=1.0, batch=1, overlong="crop", shuffle_window=256)
+    tracemalloc.start()
+    held = [tracemalloc.get_traced_memory()[0] for _ in loader(found, steps=range(40), threads=1, read_ahead_mb=1)]
+    tracemalloc.stop()
+    assert max(held) < 5 << 20, "1 MB, the two steps that are being decoded, and what those take"

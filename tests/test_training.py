@@ -1,0 +1,267 @@
+"""The whole way on one machine, through the command line, as people use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import soundfile
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
+
+from configs.rundir import RunDir
+from tests.making import ROOT, audit, caption_of, config_values, make_clips, make_model, run_program, sound_of
+from trainer.checkpoint import Reader, find
+
+
+def write_config(folder: Path, values: dict[str, object]) -> Path:
+    path = folder / "config.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def train(config: Path, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return run_program("launch", "train", config, *arguments, env=env)
+
+
+def start_training(config: Path, procs: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "launch", "train", str(config), "--procs", str(procs)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], pattern: str) -> None:
+    """Read the output up to a line."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.search(pattern, line):
+            return
+    pytest.fail(f"no line {pattern!r}: {process.communicate()[1]}")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    reader = Reader(find(RunDir(run).checkpoints)[0])
+    return {
+        f"{name}:{kind}": reader(name, kind, 0, reader.tensor(name).numel())
+        for name in reader.manifest.parameters
+        for kind in ("master", "exp_avg", "exp_avg_sq")
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run of 40 steps on 2 processes, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(folder, config_values("run", folder, model, shards, optim={"max_steps": 40}, evaluate={"every_steps": 20}))
+    done = train(config, "--procs", 2)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done
+
+
+def test_training_learns_and_says_so(finished) -> None:
+    run, done = finished
+    evaluations = [line["validation/loss"] for line in RunDir(run).ledger() if line["event"] == "evaluation"]
+    assert len(evaluations) == 3 and evaluations[-1] < 0.7 * evaluations[0]
+    assert re.search(r"step 40/40  loss \d\.\d+  grad norm .* samples/s", done.stdout)
+
+
+def test_tensorboard_shows_curves_and_a_panel_with_audio(finished) -> None:
+    run, _ = finished
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"audio": 0, "tensors": 0})
+    events.Reload()
+    expected = {"loss", "loss/sounds", "grad_norm", "learning_rate", "speed/samples_per_second", "speed/audio_seconds_per_second", "speed/data_wait_share"}
+    assert expected | {"memory/host_gb", "validation/loss", "validation/loss/sounds"} <= set(events.Tags()["scalars"])
+    assert [point.step for point in events.Scalars("loss")] == list(range(1, 41))
+    assert [point.step for point in events.Audio("panel/0")] == [0, 20, 40]
+    texts = [point.tensor_proto.string_val[0].decode() for point in events.Tensors("panel/1/text_summary")]
+    assert len(texts) == 3 and all("**said**" in text and "**reference**" in text for text in texts)
+
+
+def test_mfu_appears_where_the_peak_is_known(tmp_path: Path, model: Path, shards: str) -> None:
+    values = config_values("run", tmp_path, model, shards, optim={"max_steps": 1}, monitor={"every_steps": 1, "peak_tflops": 0.1})
+    done = train(write_config(tmp_path, values))
+    assert re.search(r"MFU \d+\.\d%", done.stdout), done.stdout + done.stderr
+
+
+def test_stopped_and_resumed_is_the_same_run_bit_for_bit(finished, tmp_path: Path, model: Path, shards: str) -> None:
+    """Ctrl-C saves and exits with 85; the same command goes on, and ends with the weights of a run that was never stopped."""
+    config = write_config(tmp_path, config_values("run", tmp_path, model, shards, optim={"max_steps": 40}, evaluate={"every_steps": 20}))
+    process = start_training(config, 2)
+    wait_for(process, r"^step 4/40")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 85
+    stopped = Reader(find(RunDir(tmp_path / "run").checkpoints)[0]).manifest.step
+    assert 4 <= stopped < 40
+    again = train(config, "--procs", 2)
+    assert again.returncode == 0, again.stderr
+    assert f"resumes at step {stopped}" in again.stdout
+    expected, found = weights(finished[0]), weights(tmp_path / "run")
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert audit(tmp_path / "run") == audit(finished[0])
+
+
+def test_a_killed_rank_ends_all_and_is_named_last(tmp_path: Path, model: Path, shards: str) -> None:
+    config = write_config(tmp_path, config_values("run", tmp_path, model, shards, optim={"max_steps": 10_000}, evaluate={"captions": 0}))
+    process = start_training(config, 2)
+    wait_for(process, r"^step 3/")
+    ranks = [child for child in psutil.Process(process.pid).children() if "launch.worker" in " ".join(child.cmdline())]
+    next(child for child in ranks if child.environ()["RANK"] == "1").kill()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in said.strip().splitlines()[-1]
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in ranks)
+
+
+def test_bad_data_on_one_rank_ends_all_with_its_message(tmp_path: Path, model: Path, clips: Path) -> None:
+    """A sample that is not what was indexed: exit code 3, and the paragraph names shard and sample."""
+    run_program("tools.pack", clips, tmp_path / "shards")
+    run_program("tools.index", tmp_path / "shards/shard-000000.tar", "--index-dir", tmp_path / "index")
+    shard = tmp_path / "shards/shard-000000.tar"
+    times, content = shard.stat(), bytearray(shard.read_bytes())
+    at = content.index(b"fLaC")
+    content[at + 600] ^= 0xFF
+    shard.write_bytes(content)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    config = write_config(tmp_path, config_values("run", tmp_path, model, str(shard), optim={"max_steps": None, "epochs": 1}))
+    done = train(config, "--procs", 2)
+    assert done.returncode == 3
+    assert "CRC32 differs" in done.stderr and "shard-000000.tar" in done.stderr and "tools.index" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_samples_that_cannot_be_used_are_named_and_end_the_run_above_the_limit(tmp_path: Path, model: Path, shards: str) -> None:
+    values = config_values("run", tmp_path, model, shards, optim={"max_steps": None, "epochs": 1})
+    values["data"]["sources"] = [{**values["data"]["sources"][0], "caption_key": "text.en"}]
+    done = train(write_config(tmp_path, values))
+    assert done.returncode == 3 and "max_bad_fraction" in done.stderr
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
+    assert reasons and all("no caption under 'text.en' (keys there: licence, caption)" in reason for reason in reasons)
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_then_end_the_run(tmp_path: Path, model: Path, shards: str) -> None:
+    values = config_values("run", tmp_path, model, shards, optim={"max_steps": 50, "lr": 1e38, "max_skips": 2}, evaluate={"captions": 0})
+    done = train(write_config(tmp_path, values))
+    assert done.returncode == 1 and "not finite 3 times in a row" in done.stderr and "Traceback" not in done.stderr
+    skips = [line for line in RunDir(tmp_path / "run").ledger() if line["event"] == "skip"]
+    assert len(skips) == 3 and all(len(line["keys"]) == 8 for line in skips)
+
+
+def test_another_order_of_samples_is_refused_on_resume(finished) -> None:
+    run, _ = finished
+    changed = train(run.parent / "config.yaml", "batch.global_size=16")
+    assert changed.returncode == 2 and "batch.global_size: 8 -> 16" in changed.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "said"),
+    [("optim.warmup_fracton=1", 2, "did you mean 'warmup_fraction'"), ("data.sources.sounds.shards=nowhere/*.tar", 3, "matches no shard")],
+)
+def test_mistakes_have_an_exit_code_and_one_paragraph(tmp_path: Path, model: Path, shards: str, override: str, code: int, said: str) -> None:
+    config = write_config(tmp_path, config_values("run", tmp_path, model, shards))
+    done = train(config, override)
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_export_is_the_trained_model(finished, tmp_path: Path) -> None:
+    """Loaded by transformers it has the trained weights, says what the run's last evaluation said, and works in a stock pipeline."""
+    run, _ = finished
+    done = run_program("tools.export", run, tmp_path / "fp32")
+    assert done.returncode == 0, done.stderr
+    assert run_program("tools.export", run, tmp_path / "bf16", "--dtype", "bf16").returncode == 0
+    exported = WhisperForConditionalGeneration.from_pretrained(tmp_path / "fp32")
+    reader = Reader(find(RunDir(run).checkpoints)[0])
+    trained = WhisperForConditionalGeneration(exported.config)
+    trained.load_state_dict({name: reader.tensor(name) for name in reader.manifest.parameters}, strict=False)
+    trained.model.encoder.embed_positions.load_state_dict(exported.model.encoder.embed_positions.state_dict())
+    features, inputs = torch.randn(2, 80, 200), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert torch.equal(
+            exported(input_features=features, decoder_input_ids=inputs).logits, trained(input_features=features, decoder_input_ids=inputs).logits
+        )
+    assert (tmp_path / "fp32/model.safetensors").stat().st_mode & 0o777 == (tmp_path / "fp32/config.json").stat().st_mode & 0o777
+
+    soundfile.write(tmp_path / "clip.wav", sound_of(1), 16_000)
+    captioner = pipeline("automatic-speech-recognition", model=str(tmp_path / "fp32"), generate_kwargs={"language": "en", "task": "transcribe", "num_beams": 1})
+    by_tool = run_program("tools.caption", tmp_path / "fp32", tmp_path / "clip.wav", "--json")
+    audio = soundfile.read(tmp_path / "clip.wav", dtype="float32")[0]  # given a path, the pipeline would want FFmpeg
+    assert captioner({"raw": audio, "sampling_rate": 16_000})["text"].strip() == json.loads(by_tool.stdout)["caption"] != ""
+
+
+def test_bf16_export_repeats_the_captions_of_the_last_evaluation(finished, tmp_path: Path, clips: Path) -> None:
+    run, _ = finished
+    last = [line for line in RunDir(run).ledger() if line["event"] == "evaluation"][-1]
+    assert run_program("tools.export", run, tmp_path / "bf16", "--dtype", "bf16", "--best").returncode == 0
+    for clip in last["captions"]:
+        shutil.copy(next(clips.parent.glob(clip["key"].rsplit("/", 1)[1] + ".*")), tmp_path)
+    said = run_program("tools.caption", tmp_path / "bf16", *sorted(tmp_path.glob("clip*")), "--json")
+    captions = {Path(line["path"]).stem: line["caption"] for line in map(json.loads, said.stdout.splitlines())}
+    assert captions == {clip["key"].rsplit("/", 1)[1]: clip["caption"] for clip in last["captions"]} != {}
+
+
+def test_tokens_of_the_captions_can_be_said_after_export(finished, tmp_path: Path) -> None:
+    """Quotes and colons are in the captions, brackets are not: only what was learnt is no longer suppressed."""
+    run, _ = finished
+    run_program("tools.export", run, tmp_path / "out")
+    tokenizer = WhisperProcessor.from_pretrained(tmp_path / "out").tokenizer
+    model = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out")
+    suppressed = set(model.generation_config.suppress_tokens)
+    learnt = {token for number in range(60) for token in tokenizer(caption_of(number), add_special_tokens=False)["input_ids"]}
+    before = set(WhisperForConditionalGeneration.from_pretrained(tmp_path / "out").generation_config.suppress_tokens or [])
+    assert suppressed and not suppressed & learnt and before
+    assert tokenizer.convert_tokens_to_ids(":") in learnt
+
+
+def test_export_and_pack_do_not_overwrite(finished, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("precious")
+    done = run_program("tools.export", finished[0], tmp_path / "out")
+    assert done.returncode == 2 and "not empty" in done.stderr and (tmp_path / "out/mine.txt").exists()
+
+
+def test_from_s3_the_same_samples_come_in_the_same_order(finished, tmp_path: Path, model: Path, shards: str, s3_server) -> None:
+    client = s3_server.client()
+    client.create_bucket(Bucket="clips")
+    for shard in Path(shards).parent.glob("*.tar"):
+        client.upload_file(str(shard), "clips", f"train/{shard.name}")
+    config = write_config(
+        tmp_path, config_values("run", tmp_path, model, "s3://clips/train/*.tar", optim={"max_steps": 40}, evaluate={"captions": 0, "every_steps": 100})
+    )
+    unindexed = train(config, env=s3_server.environment)
+    assert unindexed.returncode == 3 and "python -m tools.index" in unindexed.stderr
+    indexed = run_program("tools.index", config, "--quick", env=s3_server.environment)
+    assert indexed.returncode == 0 and "60 samples" in indexed.stdout, indexed.stdout + indexed.stderr
+    done = train(config, "--procs", 2, env=s3_server.environment)
+    assert done.returncode == 0, done.stderr
+    assert audit(tmp_path / "run") == audit(finished[0])
+    wrong = train(config, "run.name=other", f"run.dir={tmp_path}/other", env={**s3_server.environment, "AWS_SECRET_ACCESS_KEY": "wrong"})
+    assert wrong.returncode == 3 and "credentials" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_the_shape_of_turbo_passes_through_everything(tmp_path: Path) -> None:
+    """128 mels and a vocabulary of 51,866, as large-v3-turbo has: pack, train, export, caption."""
+    small = make_model(tmp_path / "model", mels=128, vocabulary=51_866)
+    table = make_clips(tmp_path / "clips", range(12))
+    assert run_program("tools.pack", table, tmp_path / "shards").returncode == 0
+    values = config_values("run", tmp_path, small, f"{tmp_path}/shards/*.tar", optim={"max_steps": 2})
+    values["model"]["gradient_checkpointing"] = True
+    done = train(write_config(tmp_path, values))
+    assert done.returncode == 0, done.stderr
+    assert run_program("tools.export", tmp_path / "run", tmp_path / "out", "--dtype", "fp16").returncode == 0
+    said = run_program("tools.caption", tmp_path / "out", tmp_path / "clips/clip0001.wav")
+    assert said.returncode == 0 and said.stdout.startswith(str(tmp_path / "clips/clip0001.wav\t")), said.stderr
+
+
+def test_doctor_gives_a_verdict(tmp_path: Path, model: Path, shards: str) -> None:
+    done = run_program("launch", "doctor", write_config(tmp_path, config_values("run", tmp_path, model, shards)))
+    assert done.returncode == 0 and "verdict: ready to train" in done.stdout and "deepspeed" in done.stdout
