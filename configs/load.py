@@ -38,7 +38,7 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """RunConfig -> YAML with every setting, which `load` reads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -50,11 +50,13 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         values = yaml.load(path.read_text(), Loader=_Loader) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, this is a {type(values).__name__}")
     parent = values.pop("extends", None)
+    if not isinstance(parent, str | None):
+        raise ConfigError(f"{path}: extends one other file, by its name; this is {parent!r}")
     return values if parent is None else merge(read_yaml(path.parent / parent, (*seen, path)), values)
 
 
@@ -68,11 +70,15 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 5e-5 as a number, as everybody means it (YAML 1.1 wants 5.0e-5)."""
+    """Reads 5e-5 as a number, as everybody means it (YAML 1.1 wants 5.0e-5)."""
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Quotes what _Loader would take for a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -83,7 +89,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     *parents, last = dotted.split(".")
     at: Any = values
     for part in parents:
-        at = _item(at, part, override) if isinstance(at, list) else at.setdefault(part, {})
+        at = at[_number(at, part, override)] if isinstance(at, list) else at.setdefault(part, {})
         if not isinstance(at, dict | list):
             raise ConfigError(f"{override!r}: {part} is a value, not a section")
     try:
@@ -91,15 +97,15 @@ def _override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"{override!r}: the value is not valid YAML; quote it for the shell") from None
     if isinstance(at, list):
-        at[at.index(_item(at, last, override))] = value
+        at[_number(at, last, override)] = value
     else:
         at[last] = value
 
 
-def _item(items: list[Any], part: str, override: str) -> Any:
+def _number(items: list[Any], part: str, override: str) -> int:
     for number, item in enumerate(items):
         if part == str(number) or (isinstance(item, dict) and item.get("name") == part):
-            return item
+            return number
     names = [item["name"] for item in items if isinstance(item, dict) and "name" in item]
     raise ConfigError(f"{override!r}: no item {part!r} in that list; it has {', '.join(names) or f'{len(items)} items'}")
 

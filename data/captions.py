@@ -25,7 +25,7 @@ def find_caption(content: bytes, caption_key: str) -> str:
         found: Any = text if caption_key.startswith(".") else json.loads(text)
     except UnicodeDecodeError:
         raise BadSample("the caption's member is not UTF-8") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise BadSample(f"the JSON is broken: {error}") from None
     if not caption_key.startswith("."):
         for part in caption_key.split("."):
@@ -37,6 +37,8 @@ def find_caption(content: bytes, caption_key: str) -> str:
         raise BadSample(f"the caption under {caption_key!r} is {type(found).__name__}, not text")
     if not found.strip():
         raise BadSample("the caption is empty")
+    if any("\ud800" <= character <= "\udfff" for character in found):
+        raise BadSample("the caption holds half a character (a lone surrogate)")
     return found.strip()
 
 

@@ -18,6 +18,8 @@ from configs.errors import DataError
 SAMPLE_RATE = 16_000  # Hz
 FFMPEG_ONLY = {"m4a", "mp4", "aac", "webm", "wma", "mka"}
 """Endings that libsndfile does not read."""
+READ_FRAMES = 1 << 20
+UNKNOWN_FRAMES = 1 << 32  # a day at 48 kHz: more is a header that does not know
 AUDIO_ENDINGS = {"wav", "flac", "ogg", "oga", "mp3", "opus", "aiff", "aif", "au", "w64"} | FFMPEG_ONLY
 """Endings of tar members that are taken for audio."""
 
@@ -60,8 +62,13 @@ def duration(content: bytes, ending: str) -> float:
 
 def _sndfile(content: bytes) -> npt.NDArray[np.float32]:
     with _open(content) as file:
-        audio = file.read(dtype="float32", always_2d=True)
         rate = file.samplerate
+        parts = []  # in parts, because memory for the length that a damaged header claims may not be there
+        while len(part := file.read(READ_FRAMES, dtype="float32", always_2d=True)):
+            parts.append(part)
+    if not parts:
+        raise BadSample("the audio has no samples (0 s)")
+    audio = np.concatenate(parts) if len(parts) > 1 else parts[0]
     if audio.shape[1] == 1:
         mono = audio[:, 0]
     elif audio.shape[1] == 2:
@@ -92,6 +99,8 @@ def _open(content: bytes) -> Iterator[soundfile.SoundFile]:
     with _memory_file(content) as descriptor:
         try:
             with soundfile.SoundFile(descriptor, closefd=False) as file:
+                if file.frames >= UNKNOWN_FRAMES:
+                    raise BadSample("the audio's header does not say how long it is (an encoder wrote it into a pipe?); encode it to a file again")
                 yield file
         except soundfile.LibsndfileError as error:
             raise BadSample(f"the audio cannot be decoded: {error.error_string}") from None

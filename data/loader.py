@@ -96,7 +96,9 @@ class Loader(Iterator[Step]):
         for slot in plan.slots:
             for span in slot.spans:
                 span.uses -= 1
-                self._held -= (span.end - span.start) if span.uses == 0 else 0
+                if span.uses == 0:
+                    self._held -= span.end - span.start
+                    span.content = None  # the lane's window still holds the span
         samples = [result for result in done if isinstance(result, Sample)]
         rejected = [result for result in done if isinstance(result, Rejected)]
         return Step(plan.number, samples, rejected, time.perf_counter() - began)
@@ -172,7 +174,7 @@ class Loader(Iterator[Step]):
                 audio, text = _Span(place.location, *place.audio, uses), _Span(place.location, *place.text, uses)
                 spans[row] = audio, text
                 continue
-            near = last is not None and last_shard == place.shard and 0 <= place.start - last.end <= LARGEST_GAP and place.end - last.start <= RUN_BYTES
+            near = last is not None and last_shard == place.shard and 0 <= place.start - last.end <= LARGEST_GAP and place.end - last.start <= 2 * RUN_BYTES
             if last is None or not near or self._singly:
                 last, last_shard = _Span(place.location, place.start, place.end), place.shard
             last.end = place.end

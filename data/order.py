@@ -16,7 +16,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 RUN_BYTES = 5 << 20
-"""Bytes of a run at most: one ranged read of this size hides the latency of object storage."""
+"""Bytes after which a run ends: one ranged read of this size hides the latency of object storage."""
 RUNS_PER_LANE = 16
 """Runs are shorter where a lane would have fewer of them per epoch, so that small data sets mix well."""
 EMPTY = -1

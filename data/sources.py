@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
+from fsspec.core import split_protocol
 
 from configs.errors import DataError
 from configs.schema import Source
@@ -56,6 +57,8 @@ def locate(patterns: Sequence[str], source: Source) -> list[Location]:
 
 
 def _matches(location: Location, source: Source) -> list[Location]:
+    if location.is_local:
+        location = replace(location, url=str(Path(split_protocol(location.url)[1]).absolute()))
     if not any(character in location.url for character in "*?["):
         return [location]
     matches = glob(location)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 BLOCK = 512
+ABOUT_THE_NEXT = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+"""Types of entries whose content says something of the next member, or of all."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +38,44 @@ def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
         if at + BLOCK > size:
             raise Damage(f"the archive ends at byte {size} without an end marker" if at == size else f"a header at byte {at} is cut off")
         header = read(at, at + BLOCK)
+        if header == bytes(BLOCK):
+            return _check_end(read, at, size)
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            if header == bytes(BLOCK):
-                return
             raise Damage(f"the header at byte {at} is damaged ({error})") from None
+        name = longer.get("path", member.name)
+        if member.type == tarfile.GNUTYPE_SPARSE or any(keyword.startswith("GNU.sparse") for keyword in longer):
+            raise Damage(f"{name!r} at byte {at} is a sparse file; pack it without --sparse")
         start = at + BLOCK
-        length = int(longer.get("size", member.size))
+        length = _size(longer, member) if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or member.type in ABOUT_THE_NEXT else 0
         if start + length > size:
-            raise Damage(f"{longer.get('path', member.name)!r} at byte {at} claims {length} bytes, the archive has {size - start} left")
+            raise Damage(f"{name!r} at byte {at} claims {length} bytes, the archive has {size - start} left")
         at = start + -(-length // BLOCK) * BLOCK
         if member.type == tarfile.GNUTYPE_LONGNAME:
             longer["path"] = read(start, start + length).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif member.type == tarfile.XHDTYPE:
+        elif member.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             longer |= _pax(read(start, start + length), start)
-        elif member.type in (tarfile.GNUTYPE_SPARSE,) or "GNU.sparse.map" in longer:
-            raise Damage(f"{member.name!r} at byte {start - BLOCK} is a sparse file; pack it without --sparse")
-        elif member.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+        elif member.type not in ABOUT_THE_NEXT:
             if member.isreg():
-                yield Member(longer.get("path", member.name).removeprefix("./"), start, length)
+                yield Member(name.removeprefix("./"), start, length)
             longer = {}
+
+
+def _size(longer: dict[str, str], member: tarfile.TarInfo) -> int:
+    size = longer.get("size", str(member.size)) if member.type not in ABOUT_THE_NEXT else str(member.size)
+    if not size.isdecimal():
+        raise Damage(f"{member.name!r} has a size of {size!r}")
+    return int(size)
+
+
+def _check_end(read: Callable[[int, int], bytes], at: int, size: int) -> None:
+    """After the end marker come zeros only; anything else was lost from the middle, or put behind another archive."""
+    while at < size:
+        end = min(at + 128 * BLOCK, size)
+        if read(at, end).strip(b"\0"):
+            raise Damage(f"there is more behind the end marker, after byte {at}: a lost block, or archives put together with `cat`")
+        at = end
 
 
 def _pax(records: bytes, at: int) -> dict[str, str]:
@@ -65,9 +84,12 @@ def _pax(records: bytes, at: int) -> dict[str, str]:
     while records.strip(b"\0"):
         try:
             length = int(records[: records.index(b" ")])
-            keyword, value = records[records.index(b" ") + 1 : length - 1].split(b"=", 1)
+            record = records[records.index(b" ") + 1 : length]
+            keyword, value = record.removesuffix(b"\n").split(b"=", 1)
+            if not record.endswith(b"\n"):
+                raise ValueError
+            found[keyword.decode()] = value.decode("utf-8", "surrogateescape")
         except ValueError:
             raise Damage(f"the PAX header at byte {at} is damaged") from None
-        found[keyword.decode()] = value.decode("utf-8", "surrogateescape")
         records = records[length:]
     return found

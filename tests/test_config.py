@@ -187,8 +187,8 @@ def test_dump_is_read_back_to_the_same_config(tmp_path_factory, name, style, lr,
 
 # Settings as the schema has them: a key is either a section everywhere or a value everywhere.
 leaves = st.dictionaries(st.sampled_from("abc"), st.integers() | st.none() | st.lists(st.integers(), max_size=2), max_size=3)
-sections = st.builds(lambda values, inner: {**values, **inner}, leaves, st.dictionaries(st.sampled_from("xyz"), leaves, max_size=2))
-configs = st.builds(lambda values, inner: {**values, **inner}, leaves, st.dictionaries(st.sampled_from("XYZ"), sections, max_size=3))
+sections = st.builds(dict.__or__, leaves, st.fixed_dictionaries({}, optional={"x": leaves, "y": leaves}))
+configs = st.builds(dict.__or__, leaves, st.fixed_dictionaries({}, optional={"X": sections, "Y": sections}))
 
 
 def paths(values: dict[str, object], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:

@@ -92,7 +92,9 @@ def test_empty_slots_are_at_the_last_step_only(order, epoch) -> None:
 def test_another_seed_or_epoch_is_another_order(seed, other_seed, epoch, other_epoch) -> None:
     runs = cut_runs(np.zeros(200), np.full(200, 1_000), 4)
     one, other = (Order(runs, np.zeros(len(runs) - 1), [1.0], s, 4, 16, 3000).lanes(e, range(4)) for s, e in [(seed, epoch), (other_seed, other_epoch)])
-    assert np.array_equal(one, other) == ((seed, epoch) == (other_seed, other_epoch))
+    same = (seed, epoch) == (other_seed, other_epoch)
+    assert np.array_equal(one, other) == same
+    assert np.array_equal(np.sort(one), np.sort(other)) == same, "lanes hold other samples, too"
 
 
 @seeded
@@ -104,7 +106,7 @@ def test_runs_cover_all_samples_inside_shards_and_the_byte_limit(samples, batch)
     assert runs[0] == 0 and runs[-1] == len(samples) and np.all(np.diff(runs) > 0)
     for start, end in itertools.pairwise(runs):
         assert len(set(shard[start:end])) == 1
-        assert end - start == 1 or size[start:end].sum() <= limit
+        assert end - start == 1 or size[start : end - 1].sum() < limit  # the sample that reaches the limit ends the run
 
 
 def test_an_epoch_mixes_the_sources_from_the_start() -> None:

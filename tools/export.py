@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from enum import StrEnum
 from pathlib import Path
@@ -15,8 +14,9 @@ import typer
 from safetensors import safe_open
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
-from configs.errors import CheckpointError, ConfigError, run_command
+from configs.errors import CheckpointError, run_command
 from configs.rundir import RunDir
+from tools.output import new_folder
 from trainer import checkpoint
 from trainer.model import UNTRAINED
 
@@ -44,22 +44,13 @@ def export(
     best: Annotated[bool, typer.Option("--best", help="The checkpoint with the best evaluate.best_metric instead of the newest.")] = False,
 ) -> None:
     """Export a checkpoint to safetensors, with processor and generation config; it is loaded and compared before it is there."""
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out}: exists and is not empty; remove it or choose another folder")
     run, folder = _resolve(source, best)
     reader = checkpoint.Reader(folder)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(out) as temporary:
         weights = _Weights(run, reader, dtype.torch)
         _write_weights(weights, temporary / "model.safetensors")
         _write_rest(run, reader, temporary, dtype)
         _compare(weights, temporary)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: step {reader.manifest.step} of {run.path}, {dtype.value}, {size / 1e6:.0f} MB, loaded and compared")
 

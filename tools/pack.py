@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -13,8 +11,9 @@ from typing import Annotated, Any, Optional
 import typer
 from webdataset import TarWriter
 
-from configs.errors import ConfigError, DataError, run_command
+from configs.errors import DataError, run_command
 from data.decode import AUDIO_ENDINGS, BadSample, duration
+from tools.output import new_folder
 
 REJECTED = "rejected.csv"
 
@@ -27,17 +26,8 @@ def pack(
     where: Annotated[Optional[str], typer.Option(help="Take only rows with COLUMN=VALUE, e.g. split=train.")] = None,  # noqa: UP045 (typer)
 ) -> None:
     """Pack clips and their captions into shards for training."""
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out}: exists and is not empty; remove it or choose another folder")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        packed, rejected = _write(table, temporary, caption_key, shard_mb << 20, where)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(out) as folder:
+        packed, rejected = _write(table, folder, caption_key, shard_mb << 20, where)
     shards = len(list(out.glob("*.tar")))
     print(f"{out}: {packed} samples in {shards} shard{'s' * (shards != 1)}, {rejected} rows rejected" + (f" (see {out / REJECTED})" if rejected else ""))
 

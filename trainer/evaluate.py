@@ -69,6 +69,7 @@ def caption_panel(session: Session) -> list[PanelClip]:
     turns = [rows[turn] for turn in range(wanted) for rows in by_source if turn < len(rows)][:wanted]
     samples = session.samples(validation=True)
     clips = [sample for sample in map(samples.load, turns[world.rank :: world.size]) if isinstance(sample, Sample)]
+    session.share_caption_tokens()
     gathered = world.gather([PanelClip(clip, generate(session, clip)) for clip in clips])
     panels: list[list[PanelClip]] = gathered or []  # type: ignore[assignment]
     return [panel[turn] for turn in range(wanted) for panel in panels if turn < len(panel)]

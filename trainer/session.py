@@ -93,17 +93,18 @@ class Session:
             "index": self.dataset.training.digest,
         }
 
+    def share_caption_tokens(self) -> None:
+        """Let all ranks know which tokens occurred in the captions of any of them."""
+        self.caption_tokens = torch.tensor(self.world.sum(self.caption_tokens.tolist())) > 0
+
     def save(self, reason: str, metrics: dict[str, float]) -> None:
         """Write a checkpoint of the present step, unless there is one, and delete what need not be kept."""
         settings = self.config.checkpoint
         if self.state.saved == self.state.step:
             return
-        seen = torch.tensor(self.world.sum(self.caption_tokens.float().tolist())) > 0
-        self.caption_tokens |= seen
-        suppressed = self.captioner.model.generation_config.suppress_tokens or []
-        manifest = checkpoint.Manifest(
-            self.state.step, self.engine.updates(), self.identity(), metrics, caption_tokens=[token for token in suppressed if seen[token]]
-        )
+        self.share_caption_tokens()
+        learnt = [token for token in self.captioner.model.generation_config.suppress_tokens or [] if self.caption_tokens[token]]
+        manifest = checkpoint.Manifest(self.state.step, self.engine.updates(), self.identity(), metrics, caption_tokens=learnt)
         shapes = {name: list(p.shape) for name, p in self.captioner.trained.items()}
         folder = checkpoint.save(self.run.checkpoints, self.engine, self.world, manifest, shapes, self.attempt)
         self.state.saved = self.state.step
