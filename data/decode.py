@@ -86,12 +86,12 @@ def _ffmpeg(content: bytes) -> npt.NDArray[np.float32]:
             "Install it (apt-get install ffmpeg, or conda install ffmpeg), or convert the clips to FLAC."
         )
     with _memory_file(content) as descriptor:
-        command = [program, "-nostdin", "-v", "error", "-i", f"/proc/self/fd/{descriptor}", "-vn", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-"]
+        command = [program, "-nostdin", "-v", "error", "-i", f"/proc/self/fd/{descriptor}", "-vn", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "s16le", "-"]
         done = subprocess.run(command, pass_fds=[descriptor], capture_output=True, check=False)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip() or f"FFmpeg ended with {done.returncode}"
         raise BadSample(f"the audio cannot be decoded: {said.splitlines()[-1]}")
-    return np.frombuffer(done.stdout, np.float32)
+    return np.frombuffer(done.stdout, np.int16) / np.float32(32768)  # as floats FFmpeg would not normalise the mix to mono
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def _group(members: Iterable[Member]) -> list[tuple[str, list[tuple[str, Member]
 
 
 def _row(key: str, parts: list[tuple[str, Member]], source: Source) -> dict[str, Any]:
-    text_ending = source.caption_key.lstrip(".") if source.caption_key.startswith(".") else "json"
+    text_ending = source.caption_key.lower().lstrip(".") if source.caption_key.startswith(".") else "json"
     audio = [(ending, m) for ending, m in parts if ending.rsplit(".", 1)[-1] in AUDIO_ENDINGS]
     if source.audio is not None:
         audio = [(ending, m) for ending, m in audio if ending == source.audio.lower().lstrip(".")]
@@ -247,10 +247,14 @@ def is_held_out(key: str, source: Source) -> bool:
 
 
 def _digest(merged: pa.Table, shards: Sequence[Shard]) -> str:
-    """SHA-256 of (source, shard file name, key, size, CRC) of all samples: what must not change under a run. URLs and ETags may."""
+    """SHA-256 of (source, shard file name, key, size) of all samples: what must not change under a run.
+
+    URLs and ETags may. So may the CRC, which a quick index does not know: a run may go on when a full index was made meanwhile; each
+    sample is checked against its CRC when it is read.
+    """
     digest = hashlib.sha256()
     digest.update(json.dumps([[shard.source.name, shard.location.name] for shard in shards]).encode())
-    for name in ("shard", "audio_size", "text_size", "crc32"):
+    for name in ("shard", "audio_size", "text_size"):
         digest.update(np.ascontiguousarray(merged.column(name).to_numpy()).tobytes())
     digest.update("\n".join(merged.column("key").to_pylist()).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -59,7 +59,7 @@ def locate(patterns: Sequence[str], source: Source) -> list[Location]:
 def _matches(location: Location, source: Source) -> list[Location]:
     if location.is_local:
         location = replace(location, url=str(Path(split_protocol(location.url)[1]).absolute()))
-    if not any(character in location.url for character in "*?["):
+    if not any(character in location.url for character in ("*[" if location.url.startswith("http") else "*?[")):
         return [location]
     matches = glob(location)
     if not matches:

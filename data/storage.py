@@ -29,7 +29,8 @@ class Location:
     @property
     def name(self) -> str:
         """File name, as `audioset-000012.tar`."""
-        return self.url.rstrip("/").rsplit("/", 1)[-1]
+        path = self.url.partition("?")[0] if self.url.startswith("http") else self.url
+        return path.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def is_local(self) -> bool:

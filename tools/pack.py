@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from webdataset import TarWriter
+from webdataset import ShardWriter
 
-from configs.errors import DataError, run_command
+from configs.errors import ConfigError, DataError, run_command
 from data.decode import AUDIO_ENDINGS, BadSample, duration
 from tools.output import new_folder
 
@@ -26,6 +26,10 @@ def pack(
     where: Annotated[Optional[str], typer.Option(help="Take only rows with COLUMN=VALUE, e.g. split=train.")] = None,  # noqa: UP045 (typer)
 ) -> None:
     """Pack clips and their captions into shards for training."""
+    if where is not None and "=" not in where:
+        raise ConfigError(f"--where {where}: is written COLUMN=VALUE, e.g. --where split=train")
+    if "." in caption_key:
+        raise ConfigError(f"--caption-key {caption_key}: names one field of the JSON, without dots")
     with new_folder(out) as folder:
         packed, rejected = _write(table, folder, caption_key, shard_mb << 20, where)
     shards = len(list(out.glob("*.tar")))
@@ -36,21 +40,16 @@ def _write(table: Path, folder: Path, caption_key: str, shard_bytes: int, where:
     """Write shards into a folder; (rows packed, rows rejected)."""
     seen: dict[str, str] = {}
     rejected = []
-    writer, written, shards = None, 0, 0
-    for line, row in _rows(table, where):
-        sample = _sample(row, table.parent, caption_key, seen)
-        if isinstance(sample, str):
-            print(f"{table}, line {line}: {row.get('file') or '(no file)'}: {sample}")
-            rejected.append([line, row.get("file", ""), sample])
-            continue
-        if writer is None or written > shard_bytes:
-            if writer:
-                writer.close()
-            writer, written, shards = TarWriter(str(folder / f"shard-{shards:06d}.tar"), mtime=0, user="", group=""), 0, shards + 1
-        written += writer.write(sample)
-    if writer is None:
+    with ShardWriter(str(folder).replace("%", "%%") + "/shard-%06d.tar", maxcount=10**9, maxsize=shard_bytes, verbose=0, mtime=0, user="", group="") as writer:
+        for line, row in _rows(table, where):
+            sample = _sample(row, table.parent, caption_key, seen)
+            if isinstance(sample, str):
+                print(f"{table}, line {line}: {row.get('file') or '(no file)'}: {sample}")
+                rejected.append([line, row.get("file", ""), sample])
+            else:
+                writer.write(sample)
+    if not seen:
         raise DataError(f"{table}: no row could be packed: {len(rejected)} were rejected, of those {f'with {where}' if where else 'that it has'}")
-    writer.close()
     if rejected:
         with (folder / REJECTED).open("w", newline="") as file:
             csv.writer(file).writerows([["line", "file", "reason"], *rejected])
@@ -81,6 +80,8 @@ def _sample(row: dict[str, Any], root: Path, caption_key: str, seen: dict[str, s
     if ending.lower() not in AUDIO_ENDINGS:
         return f"{ending!r} is not an audio format that can be read ({', '.join(sorted(AUDIO_ENDINGS))})"
     key = re.sub(r"[./\\]", "_", stem.removeprefix("./"))
+    if not key.rpartition("/")[2]:
+        return "there is no name before the ending"
     if key in seen:
         return f"its key {key!r} is that of {seen[key]}"
     try:

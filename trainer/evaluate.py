@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from data.batch import Sample, collate
@@ -25,9 +26,10 @@ class PanelClip:
 
 
 def validation_rows(session: Session, per_source: int) -> list[list[int]]:
-    """The first samples of each source's validation part, by source."""
+    """Up to `per_source` samples of each source's validation part, spread evenly over it, by source."""
     source = session.dataset.validation.column("source")
-    return [[int(row) for row in (source == number).nonzero()[0][:per_source]] for number in range(len(session.config.data.sources))]
+    by_source = [(source == number).nonzero()[0] for number in range(len(session.config.data.sources))]
+    return [rows[np.linspace(0, len(rows) - 1, min(per_source, len(rows))).astype(int)].tolist() for rows in by_source]
 
 
 @torch.no_grad()
@@ -63,9 +65,9 @@ def validation_loss(session: Session, *, interrupted: Callable[[], bool]) -> dic
 
 @torch.no_grad()
 def caption_panel(session: Session) -> list[PanelClip]:
-    """Caption the panel: the first validation clips of each source in turn. All ranks take part, rank 0 gets the clips."""
+    """Caption the panel: as many validation clips of each source. All ranks take part, rank 0 gets the clips."""
     world, wanted = session.world, session.config.evaluate.captions
-    by_source = validation_rows(session, wanted)
+    by_source = validation_rows(session, -(-wanted // len(session.config.data.sources)))
     turns = [rows[turn] for turn in range(wanted) for rows in by_source if turn < len(rows)][:wanted]
     samples = session.samples(validation=True)
     clips = [sample for sample in map(samples.load, turns[world.rank :: world.size]) if isinstance(sample, Sample)]
