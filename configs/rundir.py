@@ -19,6 +19,8 @@ class RunDir:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.next_config = self.path / "config.next.yaml"
+        """What a start asks for; it becomes config.yaml when the run has accepted it."""
         self.base = self.path / "base"
         """The model's config, tokenizer, processor, generation config and the tensors that are not trained."""
         self.checkpoints = self.path / "checkpoints"
@@ -30,11 +32,11 @@ class RunDir:
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDir:
-        """Make the folder of a run, or take it up again, and write its config."""
+        """Make the folder of a run, or take it up again, and leave the config that is asked for."""
         run = cls(config.run.dir)
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomic(run.config, dump(config))
+            write_atomic(run.next_config, dump(config))
         except OSError as error:
             raise ConfigError(f"{run.path}: cannot write the run's folder: {error.strerror}; set run.dir to a place that you may write") from None
         return run
@@ -42,8 +44,17 @@ class RunDir:
     def read_config(self) -> RunConfig:
         """The resolved config of this run. Raises ConfigError if this folder is none."""
         if not self.config.is_file():
-            raise ConfigError(f"{self.path}: not the folder of a run (it has no config.yaml)")
+            raise ConfigError(f"{self.path}: not the folder of a run that has started (it has no config.yaml)")
         return load(self.config)
+
+    def read_next_config(self) -> RunConfig:
+        """The config that this start asks for, or that of the run."""
+        return load(self.next_config) if self.next_config.is_file() else self.read_config()
+
+    def accept_config(self) -> None:
+        """The run goes on with what was asked for."""
+        if self.next_config.is_file():
+            self.next_config.replace(self.config)
 
     def record(self, event: str, **fields: Any) -> None:
         """Append one line to the ledger."""
@@ -73,7 +84,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     values = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().split("\n"):
         try:
             values.append(json.loads(line))
         except json.JSONDecodeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,15 @@ class Validation(Section):
     """Regular expression; its first group (or whole match) in the key is hashed instead, to keep segments of one recording together."""
     shards: list[str] = []
     """Shards that hold validation samples only."""
+
+    @field_validator("group")
+    @classmethod
+    def _is_an_expression(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
 
 
 class Source(Section):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from configs.errors import ConfigError
 from data.decode import BadSample, Skipped
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def find_caption(content: bytes, caption_key: str) -> str:
         found: Any = text if caption_key.startswith(".") else json.loads(text)
     except UnicodeDecodeError:
         raise BadSample("the caption's member is not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample(f"the JSON is broken: {error}") from None
     if not caption_key.startswith("."):
         for part in caption_key.split("."):
@@ -67,10 +68,19 @@ class CaptionEncoder:
         # Done here once, because threads share the encoder.
         self.prompts = {style: tokenizer.get_prompt_ids(style).tolist() if style else [] for style in {None, *styles}}
 
+        if len(max(self.prompts.values(), key=len)) + len(self.prefix) >= positions:
+            raise ConfigError(f"data.sources: a style is longer than the {positions} positions of the decoder; say it in a few words")
+        self._ids("")  # the first call sets up the tokenizer
+
+    def _ids(self, caption: str) -> list[int]:
+        """Tokens of a caption; `<|endoftext|>` written in one is text."""
+        ids: list[int] = self.tokenizer(caption, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
     def encode(self, caption: str, style: str | None = None) -> Tokens:
         """Raises Skipped for a caption that does not fit, where the configuration says so."""
         before = self.prompts[style] + self.prefix
-        ids = self.tokenizer(caption, add_special_tokens=False)["input_ids"]
+        ids = self._ids(caption)
         room = self.positions - len(before)
         if len(ids) > room:
             if self.long_caption == "skip":

@@ -44,22 +44,44 @@ def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
     """
     with ThreadPoolExecutor(32) as pool:  # a request per shard
         sidecars = list(pool.map(lambda shard: load_sidecar(shard, config.data.index_dir), shards))
-    remote = [shard.location.url for shard, sidecar in zip(shards, sidecars, strict=True) if sidecar is None and not shard.location.is_local]
-    if remote:
+        remote = [shard.location.url for shard, sidecar in zip(shards, sidecars, strict=True) if sidecar is None and not shard.location.is_local]
+        if remote:
+            raise DataError(
+                f"{len(remote)} of {len(shards)} shards have no index in {config.data.index_dir}, or changed since, e.g. {remote[0]}. "
+                "Make it once, on a machine without GPUs: python -m tools.index CONFIG"
+            )
+        return list(pool.map(lambda shard, sidecar: sidecar or index_shard(shard, config.data.index_dir, full=False), shards, sidecars))
+
+
+def left_out(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Sidecar]) -> list[str]:
+    """A line for each shard of which something cannot be used. Raises DataError if it is more than `data.max_bad_fraction`."""
+    lines, bad, total = [], 0, 0
+    for shard, sidecar in zip(shards, sidecars, strict=True):
+        problems = [problem for problem in sidecar.table.column("problem").to_pylist() if problem]
+        bad, total = bad + len(problems), total + len(sidecar.table)
+        if sidecar.damage:
+            lines.append(f"{shard.location.url}: DAMAGED: {sidecar.damage}; {len(sidecar.table)} samples before that are kept, what came after is lost")
+        if problems:
+            lines.append(f"{shard.location.url}: {len(problems)} of {len(sidecar.table)} samples are left out, e.g. because of this: {problems[0]}")
+    if bad > config.data.max_bad_fraction * max(total, 1000):
         raise DataError(
-            f"{len(remote)} of {len(shards)} shards have no index in {config.data.index_dir}, or changed since, e.g. {remote[0]}. "
-            "Make it once, on a machine without GPUs: python -m tools.index CONFIG"
+            "\n".join([*lines[:20], f"{bad} of {total} samples cannot be used, more than data.max_bad_fraction={config.data.max_bad_fraction:g} allows"])
         )
-    return [sidecar or index_shard(shard, config.data.index_dir, full=False) for shard, sidecar in zip(shards, sidecars, strict=True)]
+    return lines
 
 
-def build(config: RunConfig, folder: Path, longest: float) -> None:
-    """Write the merged indexes of a run into `folder`; one rank does it. `longest`: seconds of the model's window."""
+def build(config: RunConfig, folder: Path, longest: float) -> list[str]:
+    """Write the merged indexes of a run into `folder`; one rank does it. `longest`: seconds of the model's window.
+
+    Returns what is left out, a line per shard.
+    """
     shards = list_shards(config)
     sidecars = index_missing(config, shards)
+    lines = left_out(config, shards, sidecars)
     limit = min(longest, config.data.max_seconds or longest) if config.data.overlong == "skip" else float("inf")
     merge(shards, sidecars, folder / "index-training.arrow", validation=False, longest=limit)
     merge(shards, sidecars, folder / "index-validation.arrow", validation=True, longest=limit)
+    return lines
 
 
 def open_dataset(config: RunConfig, folder: Path) -> Dataset:

@@ -91,7 +91,7 @@ def _ffmpeg(content: bytes) -> npt.NDArray[np.float32]:
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip() or f"FFmpeg ended with {done.returncode}"
         raise BadSample(f"the audio cannot be decoded: {said.splitlines()[-1]}")
-    return np.frombuffer(done.stdout, np.int16) / np.float32(32768)  # as floats FFmpeg would not normalise the mix to mono
+    return (np.frombuffer(done.stdout, np.int16) / 32768).astype(np.float32)  # as floats FFmpeg would not normalise the mix to mono
 
 
 @contextmanager

@@ -150,6 +150,8 @@ def _row(key: str, parts: list[tuple[str, Member]], source: Source) -> dict[str,
         )
     elif len(audio) > 1 or len(text) > 1:
         problem = "the key occurs twice in this shard"
+    elif not audio[0][1].size:
+        problem = "the audio is empty (0 bytes)"
     nothing = Member("", parts[0][1].offset, 0)
     ending, sound = audio[0] if audio else ("", nothing)
     words = text[0] if text else nothing
@@ -163,10 +165,12 @@ def _inspect(row: dict[str, Any], read: _Blocks, shard: Shard) -> None:
     """Complete a row from the bytes of its sample."""
     if row["problem"]:
         return
-    audio = read(row["audio_offset"], row["audio_offset"] + row["audio_size"])
+    places = {name: (row[f"{name}_offset"], row[f"{name}_offset"] + row[f"{name}_size"]) for name in ("audio", "text")}
+    content = {name: read(*place) for name, place in sorted(places.items(), key=lambda item: item[1])}  # forwards: one block is held
+    audio = content["audio"]
     row["crc32"] = zlib.crc32(audio)
     try:
-        caption = find_caption(read(row["text_offset"], row["text_offset"] + row["text_size"]), shard.source.caption_key)
+        caption = find_caption(content["text"], shard.source.caption_key)
         row["caption_characters"] = len(caption)
         row["seconds"] = duration(audio, row["ending"])
     except BadSample as error:
@@ -187,7 +191,7 @@ class Index:
         self.digest: str = self.table.schema.metadata[b"digest"].decode()
         by_name = {source.name: source for source in sources}
         listed = json.loads(self.table.schema.metadata[b"shards"])
-        self.shards = [Shard(by_name[name], storage.Location(url, storage.freeze(by_name[name].storage_options))) for name, url in listed]
+        self.shards = [Shard(by_name[name], storage.Location(url, json.dumps(by_name[name].storage_options, sort_keys=True))) for name, url in listed]
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -241,7 +245,7 @@ def is_held_out(key: str, source: Source) -> bool:
     if not source.validation.fraction:
         return False
     found = re.search(source.validation.group, key) if source.validation.group else None
-    hashed = found.group(1 if found.re.groups else 0) if found else key
+    hashed = (found.group(1 if found.re.groups else 0) if found else None) or key
     number = int.from_bytes(hashlib.sha256(hashed.encode("utf-8", "surrogateescape")).digest()[:8], "big")
     return number < source.validation.fraction * 2**64
 

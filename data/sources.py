@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ from fsspec.core import split_protocol
 
 from configs.errors import DataError
 from configs.schema import Source
-from data.storage import Location, freeze, glob
+from data.storage import Location, glob
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,14 @@ def expand(source: Source) -> list[Shard]:
 
 def locate(patterns: Sequence[str], source: Source) -> list[Location]:
     """Expand braces and globs to shard locations, sorted by file name, each once."""
-    options = freeze(source.storage_options)
+    options = json.dumps(source.storage_options, sort_keys=True)
     found: dict[str, Location] = {}
     for pattern in patterns:
-        for url in braceexpand(pattern):
+        try:
+            urls = list(braceexpand(pattern))
+        except ValueError:
+            raise DataError(f"source {source.name}: {pattern}: a brace is not closed; a range is written {{000000..000099}}") from None
+        for url in urls:
             for match in _matches(Location(url, options), source):
                 found[match.url] = match
     for location in found.values():

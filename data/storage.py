@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 import fsspec
+from aiohttp import ClientError, ClientResponseError
+from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 from fsspec import AbstractFileSystem
 from fsspec.core import split_protocol
 
@@ -16,15 +19,16 @@ from configs.errors import DataError, ShardError
 
 TRIES = 6
 """Attempts at one range before the read fails; pauses double from 0.2 s, with jitter, about 6 s in all."""
-FATAL = (FileNotFoundError, PermissionError, IsADirectoryError)
+FATAL = (FileNotFoundError, PermissionError, IsADirectoryError, NoCredentialsError, PartialCredentialsError, ProfileNotFound)
+PASSING = (OSError, EOFError, BotoCoreError, ClientError)
 
 
 @dataclass(frozen=True)
 class Location:
-    """One shard: its URL and the options that open it."""
+    """One shard: its URL and the options that open it, as JSON."""
 
     url: str
-    options: tuple[tuple[str, Any], ...] = ()
+    options: str = "{}"
 
     @property
     def name(self) -> str:
@@ -46,18 +50,9 @@ class Stat:
     tag: str
 
 
-def freeze(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Options of fsspec as a hashable value."""
-    return tuple(sorted((key, freeze(value) if isinstance(value, dict) else value) for key, value in options.items()))
-
-
-def _thaw(options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    return {key: _thaw(value) if isinstance(value, tuple) else value for key, value in options}
-
-
 @lru_cache(maxsize=64)
-def _filesystem(protocol: str, options: tuple[tuple[str, Any], ...]) -> AbstractFileSystem:
-    given = _thaw(options)
+def _filesystem(protocol: str, options: str) -> AbstractFileSystem:
+    given = json.loads(options)
     if protocol in ("s3", "s3a"):
         # botocore's own retries would multiply with ours; its pool of 10 connections would hold readers back.
         given["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64, **given.get("config_kwargs", {})}
@@ -100,8 +95,7 @@ def glob(location: Location) -> list[Location]:
 def read(location: Location, start: int, end: int) -> bytes:
     """Bytes [start, end) of a shard.
 
-    Raises DataError at once where trying again would not help (missing, forbidden, shorter than the index says), ShardError
-    after TRIES failures.
+    Raises DataError at once where trying again would not help (missing, forbidden), ShardError after TRIES failures.
     """
 
     def fetch() -> bytes:
@@ -111,6 +105,8 @@ def read(location: Location, start: int, end: int) -> bytes:
             raise EOFError(f"got {len(found)} of {end - start} bytes")
         return found
 
+    if start == end:  # a range that ends before it starts would be answered with the whole object
+        return b""
     return _retry(location, f"bytes {start}-{end}", fetch)
 
 
@@ -120,15 +116,19 @@ def _retry(location: Location, what: str, action: Any) -> Any:
             return action()
         except FATAL as error:
             raise DataError(f"{location.url}: cannot read {what}: {_reason(error)}. {_advice(location)}") from error
-        except (OSError, EOFError, TimeoutError, ConnectionError) as error:
+        except PASSING as error:
+            if isinstance(error, ClientResponseError) and error.status in (401, 403):
+                raise DataError(f"{location.url}: cannot read {what}: access denied ({error.status}). {_advice(location)}") from error
             if location.is_local or tries == TRIES:
                 raise ShardError(f"{location.url}: cannot read {what} after {tries} tries: {error}") from error
             time.sleep(random.uniform(0, 0.2 * 2**tries))
     raise AssertionError("unreachable")
 
 
-def _reason(error: OSError) -> str:
-    return {FileNotFoundError: "it does not exist", PermissionError: f"access denied ({error})"}.get(type(error), str(error))
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist"
+    return f"access denied ({error})" if isinstance(error, PermissionError) else str(error)
 
 
 def _advice(location: Location) -> str:

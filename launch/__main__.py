@@ -25,12 +25,14 @@ def train(
     """Train on this machine. The same command again resumes. Ctrl-C saves and leaves (exit code 85)."""
     from configs.load import load
     from configs.rundir import RunDir
+    from data.dataset import index_missing, list_shards
     from launch.local import run_ranks
 
     settings = load(config, overrides or [])
     procs = procs or _gpus() or 1
     if procs > settings.batch.global_size:
         raise ConfigError(f"--procs {procs}: more processes than samples in a step (batch.global_size is {settings.batch.global_size})")
+    index_missing(settings, list_shards(settings))  # before any rank waits for it
     raise typer.Exit(run_ranks(RunDir.create(settings), procs))
 
 

@@ -22,7 +22,12 @@ PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "webdataset", "
 def examine(config: Path | None) -> int:
     """Print the findings; 0 if nothing is bad, 1 otherwise."""
     checks: list[Callable[[], Iterator[Finding]]] = [_packages, _device, _programs, _credentials]
-    findings = [finding for check in checks for finding in check()]
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            findings += check()
+        except ImportError as error:  # _packages has said so
+            findings.append((check.__name__.strip("_"), "bad", str(error)))
     if config is not None:
         findings += _config(config)
     table = Table("what", "", "found", title="earwitness doctor", title_justify="left")

@@ -45,8 +45,9 @@ def _train(run: RunDir, attempt: int, stop: StopFlag) -> int:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
     world = distributed.start()
-    session = prepare(run.read_config(), run, attempt, world)
+    session = prepare(run.read_next_config(), run, attempt, world)
     if world.rank == 0:
+        run.accept_config()
         run.record("start", attempt=attempt, step=session.state.step, of=session.total_steps, ranks=world.size, device=str(world.device))
         resumed = f"resumes at step {session.state.step}" if session.state.step else "starts"
         print(f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt {attempt}", flush=True)

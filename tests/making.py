@@ -120,6 +120,6 @@ def audit(run: Path) -> dict[int, list[str]]:
     """Keys by step, over all ranks, in the order of lanes."""
     steps: dict[int, list[str]] = {}
     for file in sorted((run / "audit").glob("rank-*.jsonl")):
-        for line in map(json.loads, file.read_text().splitlines()):
+        for line in map(json.loads, file.read_text().strip().split("\n")):
             steps.setdefault(line["step"], []).extend(line["keys"])
     return steps

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -104,4 +106,24 @@ def test_the_last_the_best_and_every_nth_are_kept(tmp_path: Path) -> None:
     (tmp_path / "step-00000099.a0.tmp").mkdir()
     checkpoint.retain(tmp_path, keep_last=2, keep_every=3, metric="validation/loss")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in (2, 3, 5, 6)]
-    assert checkpoint.best_of(tmp_path, "validation/loss") == tmp_path / "step-00000002"
+    assert checkpoint.best_of(tmp_path, "validation/loss") == (0.3, tmp_path / "step-00000002")
+
+
+def test_a_loss_that_is_no_number_is_not_the_best_and_damage_does_not_end_the_run(tmp_path: Path) -> None:
+    for step, loss in enumerate([0.5, float("nan"), 0.1], 1):
+        save(tmp_path, step, **{"validation/loss": loss})
+    os.truncate(tmp_path / "step-00000003/rank-00000-of-00001.safetensors", 1000)
+    assert checkpoint.best_of(tmp_path, "validation/loss") == (0.5, tmp_path / "step-00000001")
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint of step 2.*make room"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -17,7 +17,6 @@ from configs.errors import DataError
 from configs.schema import Source
 from data.index import Index, index_shard, is_held_out, load_sidecar, merge, sidecar_path
 from data.sources import expand
-from data.tar import BLOCK
 from tests.making import run_program, sound_of
 from tools.index import index as index_command
 
@@ -257,12 +256,12 @@ def test_the_digest_follows_the_content_and_not_the_place(tmp_path: Path) -> Non
     for name in ("a", "b"):
         shard(tmp_path / f"here/{name}.tar", clip(name))
     first = digest("here")
-    for folder in ("copied", "damaged", "renamed"):
+    for folder in ("copied", "changed", "renamed"):
         shutil.copytree(tmp_path / "here", tmp_path / folder)
     assert digest("copied") == first != digest("copied", name="other")
-    content = bytearray((tmp_path / "damaged/a.tar").read_bytes())
-    content[BLOCK + 1000] ^= 1  # one bit of the audio
-    (tmp_path / "damaged/a.tar").write_bytes(content)
-    assert digest("damaged") != first
+    (name, audio), _ = clip("a")
+    shard(tmp_path / "changed/a.tar", [(name, audio), ("a.json", words("Another."))])
+    assert digest("changed") != first
+    assert merged(tmp_path / "full", source(tmp_path / "here/*.tar"), full=False).digest == first, "a run that began on a quick index goes on"
     (tmp_path / "renamed/a.tar").rename(tmp_path / "renamed/c.tar")
     assert digest("renamed") != first, "a shard's name is part of what the samples are called"

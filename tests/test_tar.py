@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data.tar import BLOCK, Damage, Member, walk
@@ -99,6 +99,8 @@ def at_most(seconds: int) -> Iterator[None]:
 @settings(max_examples=150, derandomize=True, deadline=None)
 @given(entries=entries)
 def test_lists_the_files_that_tarfile_lists(layout: str, entries: list[tuple]) -> None:
+    # Old tar's type with a name that only PAX can hold: tarfile takes it for a folder where its cut-off name ends with a slash.
+    assume(not any(kind == tarfile.AREGTYPE and len(name.encode()) >= 100 for kind, name, *_ in entries))
     archive = make(layout, *(info(name, size if kind not in OTHERS else 0, kind, link, mtime) for kind, name, size, link, mtime in entries))
     assert walked(archive) == (listed(archive), "")
 

@@ -57,7 +57,6 @@ class _Captioner:
         self.options = {"prompt_ids": prompt} if prompt is not None else {}
         if getattr(self.model.generation_config, "is_multilingual", False):
             self.options |= {"language": LANGUAGE, "task": TASK}
-        self.style = style or ""
 
     @torch.no_grad()
     def __call__(self, waveform: torch.Tensor) -> str:
@@ -66,7 +65,7 @@ class _Captioner:
         features = log_mel(clip, torch.tensor([clip.shape[1]], device=clip.device), self.frames, self.model.config.num_mel_bins)
         tokens = self.model.generate(features.to(self.model.dtype), **self.options)
         text: str = self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
-        return text.strip().removeprefix(self.style).strip()
+        return text.strip()
 
 
 def _files(paths: list[Path]) -> Iterator[Path]:

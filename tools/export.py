@@ -61,7 +61,7 @@ def _resolve(source: Path, best: bool) -> tuple[RunDir, Path]:
         return RunDir(source.resolve().parents[1]), source
     run = RunDir(source)
     metric = run.read_config().evaluate.best_metric
-    folder = checkpoint.best_of(run.checkpoints, metric) if best else next(iter(checkpoint.find(run.checkpoints)), None)
+    folder = checkpoint.best_of(run.checkpoints, metric)[1] if best else next(iter(checkpoint.find(run.checkpoints)), None)
     if folder is None:
         raise CheckpointError(f"{source}: has no {f'checkpoint with {metric}' if best else 'complete checkpoint'} yet")
     return run, folder

@@ -22,11 +22,12 @@ def new_folder(out: Path) -> Iterator[Path]:
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be made: {error.strerror}") from error
+    try:
         yield temporary
         if out.exists():
             out.rmdir()
         temporary.rename(out)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"{out}: cannot be made: {error.strerror}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

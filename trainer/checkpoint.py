@@ -8,8 +8,10 @@ A folder without a valid manifest does not exist. Writing goes to `step-N.aATTEM
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from configs.errors import CheckpointError
@@ -62,28 +65,19 @@ def save(root: Path, engine: Engine, world: World, manifest: Manifest, shapes: d
     final = root / f"step-{manifest.step:08d}"
     temporary = root / f"{final.name}.a{attempt}.tmp"
     file = temporary / f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
-    problem: OSError | None = None
-    try:
+
+    def write() -> None:
         temporary.mkdir(parents=True, exist_ok=True)
         fragments = engine.fragments()
         save_file({f"{f.name}:{kind}": f.tensors[kind].cpu() for f in fragments for kind in KINDS}, file)
         file.chmod(0o666 & ~_umask())  # safetensors writes 0600
         _sync(file)
-        done = {
-            "file": {file.name: {"size": file.stat().st_size, "sha256": _digests(file)}},
-            "fragments": [[f.name, f.start, f.end] for f in fragments],
-        }
-        _write_synced(file.with_suffix(".json"), done)
-    except (OSError, RuntimeError) as error:  # safetensors raises RuntimeErrors of its own
-        problem = error if isinstance(error, OSError) else OSError(str(error))
-    if world.sum([problem is not None])[0]:
-        if world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{temporary}: cannot write the checkpoint of step {manifest.step}: {problem or 'another rank failed'}. "
-            "Earlier checkpoints are intact; make room or mend the folder, and start again."
-        )
-    if world.rank == 0:
+        about = {"size": file.stat().st_size, "sha256": _digests(file)}
+        _write_synced(file.with_suffix(".json"), {"file": {file.name: about}, "fragments": [[f.name, f.start, f.end] for f in fragments]})
+
+    def commit() -> None:
+        if world.rank != 0:
+            return
         for done_file in sorted(temporary.glob("rank-*.json")):
             done = json.loads(done_file.read_text())
             manifest.files |= done["file"]
@@ -97,7 +91,20 @@ def save(root: Path, engine: Engine, world: World, manifest: Manifest, shapes: d
             remove(final)
         temporary.rename(final)
         _sync(root)
-    world.barrier()
+
+    for part in (write, commit):
+        problem = None
+        try:
+            part()
+        except (OSError, SafetensorError) as error:
+            problem = error
+        if world.sum([problem is not None])[0]:  # all ranks learn of it, and leave together
+            if world.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"{temporary}: cannot write the checkpoint of step {manifest.step}: {problem or 'another rank failed'}. "
+                "Earlier checkpoints are intact; make room or mend the folder, and start again."
+            )
     return final
 
 
@@ -117,17 +124,21 @@ def retain(root: Path, keep_last: int, keep_every: int | None, metric: str) -> N
     """Delete what is not to be kept: not among the last, not the best by `metric`, not a multiple of `keep_every`. Also leftovers."""
     for leftover in root.glob("step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    best = best_of(root, metric)
+    _, best = best_of(root, metric)
     for folder in find(root)[keep_last:]:
         step = int(folder.name.removeprefix("step-"))
         if folder != best and not (keep_every and step % keep_every == 0):
             remove(folder)
 
 
-def best_of(root: Path, metric: str) -> Path | None:
-    """The checkpoint with the lowest value of a metric, if any has it."""
-    scored = [(value, folder) for folder in find(root) if (value := Reader(folder).manifest.metrics.get(metric)) is not None]
-    return min(scored)[1] if scored else None
+def best_of(root: Path, metric: str) -> tuple[float, Path | None]:
+    """The lowest value of a metric, and the checkpoint that has it (infinity and None without one); damaged checkpoints do not count."""
+    scored: list[tuple[float, Path]] = []
+    for folder in find(root):
+        with contextlib.suppress(CheckpointError):
+            scored.append((Reader(folder).manifest.metrics.get(metric, math.inf), folder))
+    finite = [(value, folder) for value, folder in scored if math.isfinite(value)]
+    return min(finite) if finite else (math.inf, None)
 
 
 class Reader:

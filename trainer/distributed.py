@@ -48,6 +48,11 @@ def start() -> World:
     """
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"--procs {size}: this machine has {torch.cuda.device_count()} GPUs, and each process needs one; "
+                "leave --procs out, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
         if not torch.cuda.is_bf16_supported(including_emulation=False):

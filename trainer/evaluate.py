@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from configs.errors import DataError
 from data.batch import Sample, collate
 from data.captions import LANGUAGE, TASK
 from data.features import log_mel
+from data.samples import Rejected
 from trainer.loss import count_tokens, token_losses
 from trainer.session import Session
 
@@ -33,13 +35,15 @@ def validation_rows(session: Session, per_source: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def validation_loss(session: Session, *, interrupted: Callable[[], bool]) -> dict[str, float]:
+def validation_loss(session: Session, *, interrupted: Callable[[], bool]) -> dict[str, float] | None:
     """Mean loss of a caption token over all validation samples (`validation/loss`) and by source (`validation/loss/SOURCE`).
 
-    Empty without validation samples, and where `interrupted` (which ranks agree on) says to leave off.
+    Empty without validation samples; None where `interrupted` (which ranks agree on) says to leave off. Raises DataError if none
+    of a source's validation samples can be used.
     """
     world, names = session.world, [source.name for source in session.config.data.sources]
-    rows = [row for of_source in validation_rows(session, session.config.evaluate.max_samples) for row in of_source]
+    by_source = validation_rows(session, session.config.evaluate.max_samples)
+    rows = [row for of_source in by_source for row in of_source]
     size, mels = session.config.batch.micro_size, session.captioner.config.num_mel_bins
     samples, module = session.samples(validation=True), session.engine.evaluation_module()
     losses = torch.zeros(len(names), dtype=torch.float64, device=world.device)
@@ -49,18 +53,23 @@ def validation_loss(session: Session, *, interrupted: Callable[[], bool]) -> dic
         for first in range(0, len(rows), size * world.size):  # as many rounds on every rank
             if interrupted():
                 module.train()
-                return {}
+                return None
             mine = rows[first + world.rank * size : min(first + (world.rank + 1) * size, len(rows))]
-            loaded = [sample for sample in pool.map(samples.load, mine) if isinstance(sample, Sample)]
+            results = list(pool.map(samples.load, mine))
+            loaded = [sample for sample in results if isinstance(sample, Sample)]
+            session.quarantine([one for one in results if isinstance(one, Rejected)], validation=True)
             batch = collate(loaded, session.order.frames, session.pad_id).to(world.device)
             losses.index_add_(0, batch.source, token_losses(module, batch, mels, session.engine.dtype).double())
             tokens.index_add_(0, batch.source, count_tokens(batch).double())
     module.train()
     summed = world.sum([*losses.tolist(), *tokens.tolist()])
-    by_source = list(zip(names, summed[: len(names)], summed[len(names) :], strict=True))
-    metrics = {f"validation/loss/{name}": loss / count for name, loss, count in by_source if count}
-    total = sum(count for *_, count in by_source)
-    return {"validation/loss": sum(loss for _, loss, _ in by_source) / total, **metrics} if total else {}
+    sums = list(zip(names, summed[: len(names)], summed[len(names) :], strict=True))
+    for wanted, (name, _, count) in zip(by_source, sums, strict=True):
+        if wanted and not count:
+            raise DataError(f"source {name}: none of its {len(wanted)} validation samples can be used; see {session.run.quarantine} for the reasons")
+    metrics = {f"validation/loss/{name}": loss / count for name, loss, count in sums if count}
+    total = sum(count for *_, count in sums)
+    return {"validation/loss": sum(loss for _, loss, _ in sums) / total, **metrics} if total else {}
 
 
 @torch.no_grad()
@@ -89,12 +98,11 @@ def generate(session: Session, sample: Sample) -> str:
     prompt = session.encoder.prompts[style]
     spoken = {"language": LANGUAGE, "task": TASK} if getattr(config, "is_multilingual", False) else {}
     chosen = copy.deepcopy(config)
-    chosen.suppress_tokens = kept or None
+    chosen.suppress_tokens = kept or [-1]  # none; an empty list would be filled up with the model's
     chosen.max_length = captioner.config.max_target_positions
     model.eval()
     tokens = model.generate(  # type: ignore[operator]
         features, generation_config=chosen, prompt_ids=torch.tensor(prompt, device=waveform.device) if prompt else None, **spoken
     )
     model.train()
-    text = captioner.processor.batch_decode(tokens, skip_special_tokens=True)[0]
-    return str(text).strip().removeprefix(style or "").strip()
+    return str(captioner.processor.batch_decode(tokens, skip_special_tokens=True)[0]).strip()

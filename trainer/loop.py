@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from enum import Enum
 from typing import Protocol
@@ -39,11 +40,22 @@ def train(session: Session, stop: StopFlag) -> Outcome:
     """Take the steps that are left. Returns SAVED if `stop` was requested on any rank: the state is then on disk."""
     config, state, world = session.config, session.state, session.world
     loader, monitor = session.loader(), Monitor(session)
-    bad, skips, saved_at = 0, 0, time.monotonic()
+    bad, skips, due, saved_at = 0, 0, 0.0, time.monotonic()
     try:
-        if state.step == 0:
-            evaluate(session, monitor, stop)
-        while state.step < session.total_steps:
+        while True:
+            last, is_best = state.step == session.total_steps, False
+            metrics: dict[str, float] = {}
+            if not state.evaluated and (last or state.step % config.evaluate.every_steps == 0):
+                if (evaluation := evaluate(session, monitor, stop)) is None:
+                    session.save("stop", {})
+                    return Outcome.SAVED
+                metrics, is_best = evaluation
+            if is_best or due or last or state.step % config.checkpoint.every_steps == 0:
+                session.save("best" if is_best else "finished" if last else "interval", metrics)
+                due, saved_at = 0.0, time.monotonic()
+            if last:
+                return Outcome.FINISHED
+
             step, error = fetch(loader, state.step)
             batches = micro_batches(step.samples, config.batch.micro_size, session.micro_batches, session.order.window(state.step), session.pad_id)
             tokens = sum(int(count_tokens(batch).sum()) for batch in batches)
@@ -71,19 +83,10 @@ def train(session: Session, stop: StopFlag) -> Outcome:
             lr = learning_rate(config.optim, state.step, session.total_steps)
             update = session.engine.step(lr)
             state.step += 1
+            state.evaluated = False
             skips = 0 if update.applied else skips + 1
             check_update(session, update, skips, step)
             monitor.step(step, update, lr)
-
-            last = state.step == session.total_steps
-            metrics: dict[str, float] = {}
-            is_best = False
-            if last or state.step % config.evaluate.every_steps == 0:
-                metrics, is_best = evaluate(session, monitor, stop)
-            if last or is_best or due or state.step % config.checkpoint.every_steps == 0:
-                session.save("finished" if last else "best" if is_best else "interval", metrics)
-                saved_at = time.monotonic()
-        return Outcome.FINISHED
     finally:
         loader.close()
         monitor.close()
@@ -97,18 +100,21 @@ def fetch(loader: Loader, number: int) -> tuple[Step, Exception | None]:
         return Step(number, [], [], 0.0), error
 
 
-def evaluate(session: Session, monitor: Monitor, stop: StopFlag) -> tuple[dict[str, float], bool]:
-    """Validation loss and the panel of captions. Returns the metrics (none if a stop was requested) and whether they are the best yet."""
+def evaluate(session: Session, monitor: Monitor, stop: StopFlag) -> tuple[dict[str, float], bool] | None:
+    """Validation loss and the panel of captions. Returns the metrics and whether they are the best yet; None if a stop was requested."""
+    state = session.state
     metrics = validation_loss(session, interrupted=lambda: session.world.sum([stop.requested])[0] > 0)
-    panel = caption_panel(session) if metrics else []
+    if metrics is None:
+        return None
+    panel = caption_panel(session)
     monitor.evaluation(metrics, panel)
-    value = metrics.get(session.config.evaluate.best_metric)
-    is_best = session.state.step > 0 and value is not None and value < session.state.best
-    if is_best and value is not None:
-        session.state.best = value
+    value = metrics.get(session.config.evaluate.best_metric, math.inf)
+    is_best = state.step > 0 and value < state.best
+    state.best = value if is_best else state.best
+    state.evaluated = True
     if session.world.rank == 0 and metrics:
         captions = [{"key": clip.sample.key, "reference": clip.sample.caption, "caption": clip.caption} for clip in panel]
-        session.run.record("evaluation", step=session.state.step, **metrics, captions=captions)
+        session.run.record("evaluation", step=state.step, **metrics, captions=captions)
     return metrics, is_best
 
 
@@ -117,8 +123,7 @@ def record_samples(session: Session, step: Step) -> None:
     for sample in step.samples:
         session.caption_tokens[[token for token in sample.tokens.labels if token != IGNORED]] = True
     about = {"step": step.number, "attempt": session.attempt, "rank": session.world.rank}
-    for one in step.rejected:
-        append_line(session.run.quarantine, {**about, "key": one.key, "reason": one.reason})
+    session.quarantine(step.rejected, step=step.number)
     if session.config.data.audit:
         line = {**about, "keys": [sample.key for sample in step.samples]}
         rejected = {"rejected": [one.key for one in step.rejected]} if step.rejected else {}

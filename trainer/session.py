@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from configs.errors import CheckpointError, ConfigError
-from configs.rundir import RunDir
+from configs.rundir import RunDir, append_line
 from configs.schema import RunConfig
 from data import dataset
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
 from data.loader import Loader
 from data.order import Order, rank_lanes
-from data.samples import Samples
+from data.samples import Rejected, Samples
 from trainer import checkpoint, model
 from trainer.distributed import World
 from trainer.engines import Engine
@@ -31,6 +32,8 @@ class State:
     """Optimizer steps taken."""
     saved: int = 0
     """The step of the newest checkpoint."""
+    evaluated: bool = False
+    """Whether this step has been evaluated."""
     best: float = float("inf")
     """The lowest value of `evaluate.best_metric` yet."""
 
@@ -52,6 +55,8 @@ class Session:
     state: State
     caption_tokens: torch.Tensor
     """(vocabulary,) bool: the tokens that occurred in captions."""
+    quarantined: set[str] = field(default_factory=set)
+    """Keys of samples that this attempt could not use."""
 
     @property
     def lanes(self) -> range:
@@ -86,6 +91,7 @@ class Session:
         """What a checkpoint must share with the run that goes on from it, so that the order of the samples is the same."""
         data = self.config.data
         return {
+            "model.name_or_path": self.config.model.name_or_path,
             "run.seed": self.config.run.seed,
             "batch.global_size": self.config.batch.global_size,
             "data.shuffle_window": data.shuffle_window,
@@ -93,14 +99,21 @@ class Session:
             "index": self.dataset.training.digest,
         }
 
+    def quarantine(self, rejected: Sequence[Rejected], **about: Any) -> None:
+        """Name samples that could not be used, each once per attempt."""
+        for one in rejected:
+            if one.key not in self.quarantined:
+                self.quarantined.add(one.key)
+                append_line(self.run.quarantine, {**about, "attempt": self.attempt, "rank": self.world.rank, "key": one.key, "reason": one.reason})
+
     def share_caption_tokens(self) -> None:
         """Let all ranks know which tokens occurred in the captions of any of them."""
         self.caption_tokens = torch.tensor(self.world.sum(self.caption_tokens.tolist())) > 0
 
     def save(self, reason: str, metrics: dict[str, float]) -> None:
-        """Write a checkpoint of the present step, unless there is one, and delete what need not be kept."""
+        """Write a checkpoint of the present step, unless there is one that says as much, and delete what need not be kept."""
         settings = self.config.checkpoint
-        if self.state.saved == self.state.step:
+        if self.state.step == 0 or (self.state.saved == self.state.step and not metrics):
             return
         self.share_caption_tokens()
         learnt = [token for token in self.captioner.model.generation_config.suppress_tokens or [] if self.caption_tokens[token]]
@@ -120,7 +133,9 @@ def prepare(config: RunConfig, run: RunDir, attempt: int, world: World) -> Sessi
     if (config.data.max_seconds or 0) > captioner.frames / 100:
         raise ConfigError(f"data.max_seconds: {config.data.max_seconds:g} s, but the model's window is {captioner.frames / 100:g} s")
     if world.rank == 0:
-        dataset.build(config, run.path, captioner.frames / 100)
+        for line in dataset.build(config, run.path, captioner.frames / 100):
+            print(line, flush=True)
+            run.record("left_out", attempt=attempt, what=line)
         if not newest:
             model.save_base(run, captioner)
     world.barrier()
@@ -155,6 +170,5 @@ def _resume(session: Session, reader: checkpoint.Reader) -> None:
     session.engine.load(reader, manifest.updates)
     session.caption_tokens[manifest.caption_tokens] = True
     session.state.step = session.state.saved = manifest.step
-    metric = session.config.evaluate.best_metric
-    if best := checkpoint.best_of(session.run.checkpoints, metric):
-        session.state.best = checkpoint.Reader(best).manifest.metrics[metric]
+    session.state.evaluated = bool(manifest.metrics)
+    session.state.best, _ = checkpoint.best_of(session.run.checkpoints, session.config.evaluate.best_metric)

@@ -88,7 +88,7 @@ class Zero2Engine:
         found = []
         for name, start, flat, at, count in self._pieces():
             state = self._zero.optimizer.state[flat]
-            tensors = {"master": flat.detach()} | {kind: state[kind] for kind in KINDS[1:]}
+            tensors = {"master": flat.detach()} | {kind: state[kind] if kind in state else torch.zeros_like(flat) for kind in KINDS[1:]}
             found.append(Fragment(name, start, start + count, {kind: tensor[at : at + count] for kind, tensor in tensors.items()}))
         return found
 
