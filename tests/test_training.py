@@ -142,7 +142,7 @@ def test_bad_data_on_one_rank_ends_all_with_its_message(tmp_path: Path, model: P
 
 def test_samples_that_cannot_be_used_are_named_and_end_the_run_above_the_limit(tmp_path: Path, model: Path, shards: str) -> None:
     values = config_values("run", tmp_path, model, shards, optim={"max_steps": None, "epochs": 1})
-    values["data"]["sources"] = [{**values["data"]["sources"][0], "caption_key": "text.en"}]
+    values["data"]["sources"] = [{**values["data"]["sources"][0], "caption_key": "text.en", "validation": 0}]
     done = train(write_config(tmp_path, values))
     assert done.returncode == 3 and "max_bad_fraction" in done.stderr
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
