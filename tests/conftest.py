@@ -40,10 +40,20 @@ def s3_server() -> Iterator[s3.Server]:
 
 @pytest.fixture(scope="session")
 def real_clips() -> Path:
-    """Folder of real clips with captions, where EARWITNESS_CLIPS names one; in CI it must."""
-    folder = os.environ.get("EARWITNESS_CLIPS")
-    if folder is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI must set EARWITNESS_CLIPS to the folder of real clips")
-        pytest.skip("EARWITNESS_CLIPS names no folder of real clips")
-    return Path(folder)
+    """Folder of real clips with captions."""
+    return _named_folder("EARWITNESS_CLIPS", "real clips")
+
+
+@pytest.fixture(scope="session")
+def pretrained() -> Path:
+    """Folder with the real Whispers `tiny.en` and `base`."""
+    return _named_folder("EARWITNESS_MODELS", "the real Whispers tiny.en and base")
+
+
+def _named_folder(variable: str, what: str) -> Path:
+    """The folder that an environment variable names; without it the test is skipped, but in CI it fails."""
+    if folder := os.environ.get(variable):
+        return Path(folder)
+    if os.environ.get("CI"):
+        pytest.fail(f"CI must set {variable} to the folder of {what}")
+    pytest.skip(f"{variable} names no folder of {what}")

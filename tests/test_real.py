@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,6 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from data.decode import decode
 from tests.making import config_values, run_program
 from tests.test_training import train, write_config
-
-
-@pytest.fixture(scope="session")
-def pretrained() -> Path:
-    """Folder with the real Whispers `tiny.en` and `base`, where EARWITNESS_MODELS names one; in CI it must."""
-    folder = os.environ.get("EARWITNESS_MODELS")
-    if folder is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI must set EARWITNESS_MODELS to a folder with tiny.en and base")
-        pytest.skip("EARWITNESS_MODELS names no folder with tiny.en and base")
-    return Path(folder)
 
 
 @pytest.mark.slow
