@@ -110,7 +110,7 @@ def config_values(name: str, folder: Path, model: Path, shards: str, **sections:
     return {key: {**value, **sections.get(key, {})} for key, value in values.items()} | {k: v for k, v in sections.items() if k not in values}
 
 
-def run_program(*arguments: object, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_program(*arguments: object, env: dict[str, str] | None = None, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
     """Run `python -m ...` from the checkout's root."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     return subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
