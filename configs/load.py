@@ -129,11 +129,12 @@ def _fields_at(path: Sequence[Any]) -> list[str]:
     section: type[BaseModel] = RunConfig
     for part in path:
         if isinstance(part, str) and part in section.model_fields:
-            section = _section_in(section.model_fields[part].annotation) or section
+            section = section_in(section.model_fields[part].annotation) or section
     return list(section.model_fields)
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field of this type holds, if any."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for a in typing.get_args(annotation) if (found := _section_in(a))), None)
+    return next((found for a in typing.get_args(annotation) if (found := section_in(a))), None)

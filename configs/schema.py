@@ -22,8 +22,8 @@ class Run(Section):
 
     name: str = Field(min_length=1)
     """Name of the run."""
-    dir: Path
-    """Folder of the run; default `runs/NAME`. Starting again with the same folder resumes."""
+    dir: Path = Path("runs/NAME")
+    """Folder of the run; NAME is `run.name`. Starting again with the same folder resumes."""
     seed: int = Field(0, ge=0)
     """Seed of the sample order and of weights that start at random."""
 

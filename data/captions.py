@@ -49,6 +49,8 @@ class Tokens:
 
     input_ids: list[int]
     labels: list[int]
+    cut: int = 0
+    """Tokens of the caption that did not fit and were cut off."""
 
 
 class CaptionEncoder:
@@ -82,12 +84,10 @@ class CaptionEncoder:
         before = self.prompts[style] + self.prefix
         ids = self._ids(caption)
         room = self.positions - len(before)
-        if len(ids) > room:
-            if self.long_caption == "skip":
-                raise Skipped(f"the caption has {len(ids)} tokens, there is room for {room}")
-            ids = ids[:room]
-        sequence = [*before, *ids, self.tokenizer.eos_token_id]
-        return Tokens(sequence[:-1], [IGNORED] * (len(before) - 1) + sequence[len(before) :])
+        if len(ids) > room and self.long_caption == "skip":
+            raise Skipped(f"the caption has {len(ids)} tokens, there is room for {room}")
+        sequence = [*before, *ids[:room], self.tokenizer.eos_token_id]
+        return Tokens(sequence[:-1], [IGNORED] * (len(before) - 1) + sequence[len(before) :], max(0, len(ids) - room))
 
 
 def prefix_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.errors import DataError
 from configs.schema import RunConfig
-from data.index import Index, Sidecar, index_shard, load_sidecar, merge
+from data.index import Index, Sidecar, index_shard, load_sidecar, merge, sidecar_path
 from data.order import Order, cut_runs
 from data.sources import Shard, expand
 
@@ -44,17 +44,25 @@ def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
     """
     with ThreadPoolExecutor(32) as pool:  # a request per shard
         sidecars = list(pool.map(lambda shard: load_sidecar(shard, config.data.index_dir), shards))
-        remote = [shard.location.url for shard, sidecar in zip(shards, sidecars, strict=True) if sidecar is None and not shard.location.is_local]
-        if remote:
+        missing = [shard for shard, sidecar in zip(shards, sidecars, strict=True) if sidecar is None]
+        changed = [shard for shard in missing if sidecar_path(shard, config.data.index_dir).exists()]
+        if remote := [shard for shard in missing if not shard.location.is_local]:
+            stale = [shard for shard in remote if shard in changed]
+            why = "changed since they were indexed" if stale else f"have no index in {config.data.index_dir}"
             raise DataError(
-                f"{len(remote)} of {len(shards)} shards have no index in {config.data.index_dir}, or changed since, e.g. {remote[0]}. "
-                "Make it once, on a machine without GPUs: python -m tools.index CONFIG"
+                f"{len(stale or remote)} of {len(shards)} shards {why}, e.g. {(stale or remote)[0].location.url}. "
+                "Index them once, on a machine without GPUs: python -m tools.index CONFIG"
             )
+        for shard in changed:
+            print(f"{shard.location.url}: changed since it was indexed; it is indexed anew", flush=True)
         return list(pool.map(lambda shard, sidecar: sidecar or index_shard(shard, config.data.index_dir, full=False), shards, sidecars))
 
 
-def left_out(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Sidecar]) -> list[str]:
-    """A line for each shard of which something cannot be used. Raises DataError if it is more than `data.max_bad_fraction`."""
+def left_out(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Sidecar], longest: float) -> list[str]:
+    """A line for each shard of which something cannot be used. Raises DataError if it is more than `data.max_bad_fraction`.
+
+    Samples longer than `longest` seconds are named, but do not count as bad.
+    """
     lines, bad, total = [], 0, 0
     for shard, sidecar in zip(shards, sidecars, strict=True):
         problems = [problem for problem in sidecar.table.column("problem").to_pylist() if problem]
@@ -63,6 +71,12 @@ def left_out(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Side
             lines.append(f"{shard.location.url}: DAMAGED: {sidecar.damage}; {len(sidecar.table)} samples before that are kept, what came after is lost")
         if problems:
             lines.append(f"{shard.location.url}: {len(problems)} of {len(sidecar.table)} samples are left out, e.g. because of this: {problems[0]}")
+        seconds = sidecar.table.column("seconds").to_numpy()
+        if overlong := int((seconds > longest).sum()):
+            lines.append(
+                f"{shard.location.url}: {overlong} of {len(sidecar.table)} samples are left out, for more than {longest:g} s (up to "
+                f"{np.nanmax(seconds):.1f} s); data.overlong=crop would take a part of each"
+            )
     if bad > config.data.max_bad_fraction * max(total, 1000):
         raise DataError(
             "\n".join([*lines[:20], f"{bad} of {total} samples cannot be used, more than data.max_bad_fraction={config.data.max_bad_fraction:g} allows"])
@@ -77,8 +91,8 @@ def build(config: RunConfig, folder: Path, longest: float) -> list[str]:
     """
     shards = list_shards(config)
     sidecars = index_missing(config, shards)
-    lines = left_out(config, shards, sidecars)
     limit = min(longest, config.data.max_seconds or longest) if config.data.overlong == "skip" else float("inf")
+    lines = left_out(config, shards, sidecars, limit)
     merge(shards, sidecars, folder / "index-training.arrow", validation=False, longest=limit)
     merge(shards, sidecars, folder / "index-validation.arrow", validation=True, longest=limit)
     return lines

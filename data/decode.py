@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,11 @@ SAMPLE_RATE = 16_000  # Hz
 FFMPEG_ONLY = {"m4a", "mp4", "aac", "webm", "wma", "mka"}
 """Endings that libsndfile does not read."""
 READ_FRAMES = 1 << 20
+COMPLETE = 0.9
+"""Share of the length in the header that must be there; some encoders of MP3 state it a little off."""
+WRITTEN_INTO_A_PIPE = 0x7FFF_0000
+"""Sizes from here on in a RIFF header are not meant: the encoder could not go back to put the true one."""
+NO_SAMPLES = "the audio has no samples (0 s)"
 UNKNOWN_FRAMES = 1 << 32  # a day at 48 kHz: more is a header that does not know
 AUDIO_ENDINGS = {"wav", "flac", "ogg", "oga", "mp3", "opus", "aiff", "aif", "au", "w64"} | FFMPEG_ONLY
 """Endings of tar members that are taken for audio."""
@@ -32,42 +38,70 @@ class Skipped(BadSample):
     """A sound sample that the configuration leaves out (too long); it does not count as bad."""
 
 
-def decode(content: bytes, ending: str) -> npt.NDArray[np.int16]:
-    """Decode an audio file to 16 kHz mono.
+@dataclass(frozen=True)
+class AudioInfo:
+    """What an audio file says of itself; rate (Hz) and channels are 0 where FFmpeg has to read it."""
+
+    seconds: float
+    rate: int
+    channels: int
+
+
+Fit = Callable[[float], tuple[float, float] | None]
+"""Length of a clip -> the stretch to decode (start, length), or None for all of it; in seconds. May raise Skipped."""
+
+
+def decode(content: bytes, ending: str, fit: Fit = lambda seconds: None) -> npt.NDArray[np.int16]:
+    """Decode an audio file, or the stretch of it that `fit` chooses, to 16 kHz mono; no more than that is held in memory.
 
     Returns (n,) int16. Raises BadSample for content that is not sound audio of at least one sample.
     """
-    if not content:
-        raise BadSample("the audio is empty (0 bytes)")
-    audio = _ffmpeg(content) if ending.rsplit(".", 1)[-1] in FFMPEG_ONLY else _sndfile(content)
-    if not len(audio):
-        raise BadSample("the audio has no samples (0 s)")
+    if _needs_ffmpeg(content, ending):
+        whole = _ffmpeg(content)
+        first, count = _frames(fit(len(whole) / SAMPLE_RATE), SAMPLE_RATE)
+        return whole[first : first + count]
+    audio = _sndfile(content, fit)
     if not np.isfinite(audio).all():
         raise BadSample("the audio holds values that are not finite")
     return np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
 
 
-def duration(content: bytes, ending: str) -> float:
-    """Length of an audio file in seconds. Raises BadSample."""
+def probe(content: bytes, ending: str) -> AudioInfo:
+    """Length and form of an audio file, from its headers where they say so. Raises BadSample."""
+    if _needs_ffmpeg(content, ending):
+        return AudioInfo(len(_ffmpeg(content)) / SAMPLE_RATE, 0, 0)
+    with _open(content) as file:
+        info = AudioInfo(file.frames / file.samplerate, file.samplerate, file.channels)
+    if not info.seconds:
+        raise BadSample(NO_SAMPLES)
+    return info
+
+
+def _needs_ffmpeg(content: bytes, ending: str) -> bool:
     if not content:
         raise BadSample("the audio is empty (0 bytes)")
-    if ending.rsplit(".", 1)[-1] in FFMPEG_ONLY:
-        return len(_ffmpeg(content)) / SAMPLE_RATE
-    with _open(content) as file:
-        frames, rate = file.frames, file.samplerate
-    if not frames:
-        raise BadSample("the audio has no samples (0 s)")
-    return frames / rate
+    return ending.rsplit(".", 1)[-1] in FFMPEG_ONLY
 
 
-def _sndfile(content: bytes) -> npt.NDArray[np.float32]:
+def _frames(stretch: tuple[float, float] | None, rate: int) -> tuple[int, int]:
+    """First frame and number of frames of a stretch."""
+    return (round(stretch[0] * rate), round(stretch[1] * rate)) if stretch else (0, UNKNOWN_FRAMES)
+
+
+def _sndfile(content: bytes, fit: Fit) -> npt.NDArray[np.float32]:
     with _open(content) as file:
-        rate = file.samplerate
+        rate, stretch = file.samplerate, fit(file.frames / file.samplerate)
+        first, left = _frames(stretch, rate)
+        file.seek(first)
         parts = []  # in parts, because memory for the length that a damaged header claims may not be there
-        while len(part := file.read(READ_FRAMES, dtype="float32", always_2d=True)):
+        while left and len(part := file.read(min(left, READ_FRAMES), dtype="float32", always_2d=True)):
             parts.append(part)
+            left -= len(part)
+        read = sum(map(len, parts))
+        if stretch is None and read < file.frames * COMPLETE:
+            raise BadSample(f"the audio is cut off: {read / rate:.1f} of {file.frames / rate:.1f} s are there")
     if not parts:
-        raise BadSample("the audio has no samples (0 s)")
+        raise BadSample(NO_SAMPLES)
     audio = np.concatenate(parts) if len(parts) > 1 else parts[0]
     if audio.shape[1] == 1:
         mono = audio[:, 0]
@@ -78,7 +112,7 @@ def _sndfile(content: bytes) -> npt.NDArray[np.float32]:
     return soxr.resample(mono, rate, SAMPLE_RATE) if rate != SAMPLE_RATE and len(mono) else mono
 
 
-def _ffmpeg(content: bytes) -> npt.NDArray[np.float32]:
+def _ffmpeg(content: bytes) -> npt.NDArray[np.int16]:
     program = shutil.which("ffmpeg")
     if program is None:
         raise DataError(
@@ -91,11 +125,16 @@ def _ffmpeg(content: bytes) -> npt.NDArray[np.float32]:
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip() or f"FFmpeg ended with {done.returncode}"
         raise BadSample(f"the audio cannot be decoded: {said.splitlines()[-1]}")
-    return (np.frombuffer(done.stdout, np.int16) / 32768).astype(np.float32)  # as floats FFmpeg would not normalise the mix to mono
+    if not done.stdout:
+        raise BadSample(NO_SAMPLES)
+    return np.frombuffer(done.stdout, np.int16)  # as floats FFmpeg would not normalise the mix to mono
 
 
 @contextmanager
 def _open(content: bytes) -> Iterator[soundfile.SoundFile]:
+    stated = int.from_bytes(content[4:8], "little") if content[:4] == b"RIFF" else 0  # libsndfile takes the end of the file for the end of the audio
+    if len(content) < stated * COMPLETE and stated < WRITTEN_INTO_A_PIPE:
+        raise BadSample(f"the audio is cut off: {len(content):,} of {stated + 8:,} bytes are there")
     with _memory_file(content) as descriptor:
         try:
             with soundfile.SoundFile(descriptor, closefd=False) as file:

@@ -25,7 +25,7 @@ from configs.errors import DataError
 from configs.schema import Source
 from data import storage
 from data.captions import find_caption
-from data.decode import AUDIO_ENDINGS, BadSample, duration
+from data.decode import AUDIO_ENDINGS, BadSample, probe
 from data.sources import Shard
 from data.tar import Damage, Member, walk
 
@@ -172,7 +172,7 @@ def _inspect(row: dict[str, Any], read: _Blocks, shard: Shard) -> None:
     try:
         caption = find_caption(content["text"], shard.source.caption_key)
         row["caption_characters"] = len(caption)
-        row["seconds"] = duration(audio, row["ending"])
+        row["seconds"] = probe(audio, row["ending"]).seconds
     except BadSample as error:
         row["problem"] = str(error)
 

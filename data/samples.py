@@ -81,16 +81,18 @@ class Samples:
         try:
             caption = find_caption(text, shard.source.caption_key)
             tokens = self.encoder.encode(caption, shard.source.style)
-            waveform = self._fit(decode(audio, index.text("ending", row)), row, step)
+            waveform = decode(audio, index.text("ending", row), lambda seconds: self._fit(seconds, row, step))[: self.max_length]
         except BadSample as error:
             return Rejected(index.identity(row), str(error), bad=not isinstance(error, Skipped))
         return Sample(waveform, tokens, caption, int(self._columns["source"][row]), index.identity(row))
 
-    def _fit(self, waveform: np.ndarray, row: int, step: int) -> np.ndarray:
-        excess = len(waveform) - self.max_length
-        if excess <= 0:
-            return waveform
+    def _fit(self, seconds: float, row: int, step: int) -> tuple[float, float] | None:
+        """The stretch of a clip that is used (start, length), None for all of it."""
+        longest = self.max_length / SAMPLE_RATE
+        if round(seconds * SAMPLE_RATE) <= self.max_length:
+            return None
         if self.overlong == "skip":
-            raise Skipped(f"the audio has {len(waveform) / SAMPLE_RATE:.1f} s, {self.max_length / SAMPLE_RATE:g} s fit (data.overlong: crop would take a part)")
-        start = int(np.random.default_rng([self.seed, 4, step, row]).integers(excess + 1))
-        return waveform[start : start + self.max_length]
+            raise Skipped(f"the audio has {seconds:.1f} s, {longest:g} s fit (data.overlong: crop would take a part)")
+        # At whole hundredths of a second, which are whole frames of all usual rates.
+        last = int((seconds - longest) * 100)
+        return int(np.random.default_rng([self.seed, 4, step, row]).integers(last + 1)) / 100, longest

@@ -18,6 +18,7 @@ from launch.worker import error_file
 GRACE = 20.0
 """Seconds that the other ranks get to leave by themselves after one has failed."""
 GOOD = (ExitCode.FINISHED, ExitCode.SAVED)
+KILLED = "by hand, or by the system for want of memory (`dmesg` tells); then lower batch.micro_size or data.read_ahead_mb"
 TAIL = 20
 """Lines shown of the output of a rank that died without a word."""
 
@@ -29,7 +30,7 @@ def run_ranks(run: RunDir, procs: int) -> int:
     run.logs.mkdir(parents=True, exist_ok=True)
     for rank in range(procs):
         error_file(run.path, rank).unlink(missing_ok=True)
-    port = _free_port()
+    port = int(os.environ.get("MASTER_PORT") or _free_port())
     ranks = [_start(run, attempt, rank, procs, port) for rank in range(procs)]
     _pass_signals_to(ranks)
     try:
@@ -103,7 +104,7 @@ def _explain(run: RunDir, codes: list[int | None]) -> int:
         rank = (killed or silent)[0]
         code = codes[rank] or 0
         ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        hint = f": {KILLED}" if code == -signal.SIGKILL else ""
         message = "\n".join([*_log(run, rank).read_text(errors="replace").splitlines()[-TAIL:], f"rank {rank} {ended}{hint}"])
     print(f"\nerror on rank {rank} (its log: {_log(run, rank)}):\n{message.strip()}", file=sys.stderr, flush=True)
     code = codes[rank] or 0

@@ -5,6 +5,7 @@ Here the trainer and the signals of a job meet.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -30,7 +31,8 @@ def main(run_path: str, attempt: int) -> int:
         _report(run, rank, type(error).__name__, str(error))
         return error.exit_code
     except Exception as error:
-        _report(run, rank, type(error).__name__, traceback.format_exc())
+        message = _out_of_memory(error, run) or traceback.format_exc()
+        _report(run, rank, type(error).__name__, message)
         return 1
 
 
@@ -59,6 +61,17 @@ def _train(run: RunDir, attempt: int, stop: StopFlag) -> int:
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED
 
 
+def _out_of_memory(error: Exception, run: RunDir) -> str | None:
+    """What to do about it, if the error is that memory ran out: numpy's, torch's on a GPU, or torch's on a CPU."""
+    if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)):
+        return None
+    size = run.read_next_config().batch.micro_size
+    return (
+        f"there is too little memory: {str(error).splitlines()[0]}\nLower batch.micro_size ({size} now; it changes no result), set "
+        "model.gradient_checkpointing=true, lower data.read_ahead_mb if it is the host's memory, or take more memory, and start again."
+    )
+
+
 def _report(run: RunDir, rank: int, kind: str, message: str) -> None:
     """Leave the error where the launcher finds it, and in the ledger."""
     print(message, file=sys.stderr, flush=True)
@@ -79,4 +92,6 @@ if __name__ == "__main__":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     code = main(sys.argv[1], int(sys.argv[2]))
     sys.stdout.flush()
+    if code in (ExitCode.FINISHED, ExitCode.SAVED):
+        atexit._run_exitfuncs()  # libraries that still have to write something, as wandb has
     os._exit(code)  # not sys.exit: threads that still wait for a read would hold the process

@@ -11,21 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizerFast
+
+from tools.sandbox.whisper import make_whisper
 
 ROOT = Path(__file__).parents[1]
-SPECIAL = [
-    "<|endoftext|>",
-    "<|startoftranscript|>",
-    "<|en|>",
-    "<|transcribe|>",
-    "<|translate|>",
-    "<|startoflm|>",
-    "<|startofprev|>",
-    "<|nospeech|>",
-    "<|notimestamps|>",
-]
 KINDS = ("beep", "buzz", "hiss")
 PITCHES = {"low": 200.0, "middle": 700.0, "high": 2000.0}
 WINDOW_SECONDS = 2
@@ -66,33 +55,9 @@ def make_clips(folder: Path, numbers: range, endings: tuple[str, ...] = ("flac",
     return table
 
 
-def make_model(folder: Path, *, mels: int = 80, vocabulary: int | None = None, width: int = 64, seconds: int = WINDOW_SECONDS) -> Path:
-    """A Whisper config with processor and generation config but no weights, so that training starts at random."""
-    captions = [caption_of(number) for number in range(200)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=390, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.add_special_tokens(SPECIAL)  # last, as in Whisper: what follows <|notimestamps|> is taken for time stamps
-    fast = WhisperTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[0], unk_token=SPECIAL[0], pad_token=SPECIAL[0])
-    ids = {token: fast.convert_tokens_to_ids(token) for token in SPECIAL}
-    end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
-    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
-    config = WhisperConfig(
-        vocab_size=vocabulary or len(fast), num_mel_bins=mels, d_model=width, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
-        max_source_positions=50 * seconds, max_target_positions=64, suppress_tokens=None, begin_suppress_tokens=None, **special,
-    )  # fmt: skip
-    banned = sorted({fast.encode(symbol, add_special_tokens=False)[0] for symbol in '":([#'})
-    generation = GenerationConfig(
-        suppress_tokens=banned, begin_suppress_tokens=[end], is_multilingual=True, lang_to_id={"<|en|>": ids["<|en|>"]},
-        task_to_id={"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]}, no_timestamps_token_id=ids["<|notimestamps|>"],
-        prev_sot_token_id=ids["<|startofprev|>"], max_length=64, return_timestamps=False, **special,
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    generation.save_pretrained(folder)
-    WhisperProcessor(WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds), fast).save_pretrained(folder)
-    return folder
+def make_model(folder: Path, **shape: int) -> Path:
+    """A small Whisper for these clips, without weights."""
+    return make_whisper(folder, map(caption_of, range(200)), **shape)
 
 
 def config_values(name: str, folder: Path, model: Path, shards: str, **sections: dict[str, object]) -> dict[str, object]:

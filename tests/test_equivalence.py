@@ -34,10 +34,19 @@ def losses(run: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[tuple[str, int, int], Path]:
     """Runs by (precision, ranks, micro-batch): one epoch, with an uneven split and a short last batch."""
-    folder, found = tmp_path_factory.mktemp("runs"), {}
+    return train_all(tmp_path_factory.mktemp("runs"), model, (1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def runs_of_four(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[tuple[str, int, int], Path]:
+    return train_all(tmp_path_factory.mktemp("runs-of-four"), model, (4,))
+
+
+def train_all(folder: Path, model: Path, ranks: tuple[int, ...]) -> dict[tuple[str, int, int], Path]:
+    found: dict[tuple[str, int, int], Path] = {}
     assert run_program("tools.pack", make_clips(folder / "clips", range(30)), folder / "shards").returncode == 0
     shards = f"{folder}/shards/*.tar"
-    for procs in (1, 2, 3, 4):
+    for procs in ranks:
         cases = [(precision, procs, micro) for precision, micro in itertools.product(TOLERANCE, (1, 2, 4))]
         configs = [
             config_values(
@@ -50,6 +59,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[tuple[st
         ]  # fmt: skip
         found |= dict(zip(cases, train_runs(procs, configs), strict=True))
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_four_ranks_take_the_same_batches_to_the_same_loss(runs, runs_of_four, precision: str) -> None:
+    test_first_loss_is_the_same_for_any_ranks_and_micro_batch({**runs, **runs_of_four}, precision)
+    test_all_runs_took_the_same_batches({**runs, **runs_of_four})
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
@@ -69,11 +85,15 @@ def test_all_runs_took_the_same_batches(runs) -> None:
     assert all(found == reference for found in audits.values())
 
 
-@pytest.mark.parametrize("case", [("fp32", 1, 4), ("fp32", 2, 2), ("fp32", 3, 1), ("fp32", 4, 4), ("bf16", 1, 2), ("bf16", 3, 2), ("bf16", 4, 1)], ids=str)
-def test_gradient_and_update_equal_a_plain_loop(runs, case) -> None:
+CASES = [("fp32", 1, 4), ("fp32", 2, 2), ("fp32", 3, 1), ("bf16", 1, 2), ("bf16", 3, 2)]
+CASES_OF_FOUR = [("fp32", 4, 4), ("bf16", 4, 1)]
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES_OF_FOUR)], ids=str)
+def test_gradient_and_update_equal_a_plain_loop(request: pytest.FixtureRequest, case) -> None:
     """Losses, gradients (from AdamW's first moment) and weights after each of two steps, against fp32 masters in plain PyTorch."""
     precision, _, micro = case
-    run = RunDir(runs[case])
+    run = RunDir(request.getfixturevalue("runs_of_four" if case in CASES_OF_FOUR else "runs")[case])
     plain = plain_loop(run, steps=2, micro=micro, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
     for step, (loss, gradient, weights) in enumerate(plain, 1):
         reader = Reader(run.checkpoints / f"step-{step:08d}")

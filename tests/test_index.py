@@ -129,7 +129,8 @@ PROBLEMS = {
     "number": (sound(), b'{"caption": 3}', "is int, not text"),
     "blank": (sound(), words(" \n"), "the caption is empty"),
     "no bytes": (b"", words(), "the audio is empty (0 bytes)"),
-    "no samples": (sound()[:44], words(), "the audio has no samples (0 s)"),
+    "header only": (sound()[:44], words(), "the audio is cut off: 44 of 16,044 bytes are there"),
+    "no samples": (sound()[:4] + (36).to_bytes(4, "little") + sound()[8:40] + bytes(4), words(), "the audio has no samples (0 s)"),
     "page": (b"<html>404</html>", words(), "the audio cannot be decoded"),
 }
 

@@ -164,8 +164,16 @@ def test_overlong_clips_are_skipped_or_cropped(shards: str, opened: Open) -> Non
     for step in loader(opened(shards, max_seconds=1.0, overlong="crop")):
         for sample in step.samples:
             assert len(sample.waveform) == min(16_000, len(whole[sample.key]))
-            starts.setdefault(sample.key, set()).add(whole[sample.key].tobytes().index(sample.waveform.tobytes()))
+            starts.setdefault(sample.key, set()).add(find(sample.waveform, whole[sample.key]))
     assert any(len(found) > 1 for found in starts.values()), "another epoch takes another stretch"
+
+
+def find(stretch: np.ndarray, whole: np.ndarray) -> int:
+    """Where a stretch lies in a waveform; at its ends it may differ, as the resampler's filter does not see what is beyond."""
+    inner, whole = stretch[400:-400].astype(float), whole.astype(float)
+    at = int(np.correlate(whole, inner).argmax())
+    assert np.corrcoef(whole[at : at + len(inner)], inner)[0, 1] > 0.999
+    return at
 
 
 def test_a_full_index_leaves_out_overlong_clips_beforehand(shards: str, opened: Open) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 import torch
 import typer
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers.utils import logging
 
 from configs.errors import ConfigError, DataError, run_command
 from data.captions import LANGUAGE, TASK
@@ -25,6 +26,8 @@ def caption(
     style: Annotated[Optional[str], typer.Option(help="The style prompt that the wanted source was trained with.")] = None,  # noqa: UP045 (typer)
 ) -> None:
     """Print path and caption of each file. Of files longer than the model's window the beginning is captioned."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     captioner = _Captioner(model, style)
     failed = 0
     for path in _files(paths):

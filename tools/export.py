@@ -13,6 +13,7 @@ import torch
 import typer
 from safetensors import safe_open
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
+from transformers.utils import logging
 
 from configs.errors import CheckpointError, run_command
 from configs.rundir import RunDir
@@ -44,6 +45,7 @@ def export(
     best: Annotated[bool, typer.Option("--best", help="The checkpoint with the best evaluate.best_metric instead of the newest.")] = False,
 ) -> None:
     """Export a checkpoint to safetensors, with processor and generation config; it is loaded and compared before it is there."""
+    logging.disable_progress_bar()
     run, folder = _resolve(source, best)
     reader = checkpoint.Reader(folder)
     with new_folder(out) as temporary:
@@ -83,6 +85,9 @@ class _Weights:
         there = {*reader.manifest.parameters, *self._base.keys()}
         if missing := sorted(set(self.shapes) - there):
             raise CheckpointError(f"{reader.folder}: holds no {', '.join(missing[:3])}; is it of another model than {run.base}?")
+        for name, about in reader.manifest.parameters.items():
+            if about["shape"] != self.shapes.get(name):
+                raise CheckpointError(f"{reader.folder}: {name} has the shape {about['shape']}, in {run.base} it is {self.shapes.get(name)}: of another model")
 
     def tensor(self, name: str) -> torch.Tensor:
         found = self.reader.tensor(name) if name in self.reader.manifest.parameters else self._base.get_tensor(name)

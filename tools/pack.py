@@ -12,7 +12,7 @@ import typer
 from webdataset import ShardWriter
 
 from configs.errors import ConfigError, DataError, run_command
-from data.decode import AUDIO_ENDINGS, BadSample, duration
+from data.decode import AUDIO_ENDINGS, BadSample, probe
 from tools.output import new_folder
 
 REJECTED = "rejected.csv"
@@ -86,7 +86,7 @@ def _sample(row: dict[str, Any], root: Path, caption_key: str, seen: dict[str, s
         return f"its key {key!r} is that of {seen[key]}"
     try:
         audio = (root / file).read_bytes()
-        duration(audio, ending.lower())
+        probe(audio, ending.lower())
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except BadSample as error:

@@ -173,6 +173,18 @@ class Reader:
             raise CheckpointError(f"{self.folder}: holds {filled} of {end - start} elements of {name}")
         return out
 
+    def verify(self) -> list[str]:
+        """Read every byte; what is damaged, a line for each block."""
+        problems = []
+        for file, about in self.manifest.files.items():
+            content = np.memmap(self.folder / file, np.uint8, "r")
+            for start in range(0, about["size"], DIGEST_BLOCK):
+                try:
+                    self._verify(file, content, start, min(start + DIGEST_BLOCK, about["size"]))
+                except CheckpointError as error:
+                    problems.append(str(error))
+        return problems
+
     def tensor(self, name: str) -> torch.Tensor:
         """The fp32 weights of a parameter in its shape."""
         shape = self.manifest.parameters[name]["shape"]

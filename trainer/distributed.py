@@ -44,7 +44,7 @@ class World:
 def start() -> World:
     """Join the job that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
-    Raises ConfigError for a GPU without BF16.
+    Raises ConfigError for a GPU without BF16, EarwitnessError if the ranks cannot meet.
     """
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
@@ -60,7 +60,12 @@ def start() -> World:
             raise ConfigError(f"{name}: this GPU has no BF16 arithmetic, which training uses; take one of the Ampere generation or newer (A100, H100)")
     else:
         device = torch.device("cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, device_id=device if device.type == "cuda" else None)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, device_id=device if device.type == "cuda" else None)
+    except dist.DistNetworkError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        hint = "another program has that port: leave MASTER_PORT unset, or set it to a free one, and start again" if "EADDRINUSE" in str(error) else str(error)
+        raise EarwitnessError(f"rank {rank} cannot meet the others at {place}: {hint}") from None
     return World(rank, size, device)
 
 

@@ -66,7 +66,7 @@ def validation_loss(session: Session, *, interrupted: Callable[[], bool]) -> dic
     sums = list(zip(names, summed[: len(names)], summed[len(names) :], strict=True))
     for wanted, (name, _, count) in zip(by_source, sums, strict=True):
         if wanted and not count:
-            raise DataError(f"source {name}: none of its {len(wanted)} validation samples can be used; see {session.run.quarantine} for the reasons")
+            raise DataError(f"source {name}: none of its {len(wanted)} validation samples can be used. {session.explain_bad()}")
     metrics = {f"validation/loss/{name}": loss / count for name, loss, count in sums if count}
     total = sum(count for *_, count in sums)
     return {"validation/loss": sum(loss for _, loss, _ in sums) / total, **metrics} if total else {}

@@ -124,6 +124,7 @@ def record_samples(session: Session, step: Step) -> None:
         session.caption_tokens[[token for token in sample.tokens.labels if token != IGNORED]] = True
     about = {"step": step.number, "attempt": session.attempt, "rank": session.world.rank}
     session.quarantine(step.rejected, step=step.number)
+    session.note_cut(step.samples)
     if session.config.data.audit:
         line = {**about, "keys": [sample.key for sample in step.samples]}
         rejected = {"rejected": [one.key for one in step.rejected]} if step.rejected else {}
@@ -134,7 +135,7 @@ def check_bad(session: Session, bad: int) -> None:
     """Raises DataError if more samples were bad in this attempt than the configuration allows."""
     fraction = session.config.data.max_bad_fraction
     if bad > fraction * max(1000, session.state.step * session.config.batch.global_size):
-        raise DataError(f"{bad} samples could not be used, more than data.max_bad_fraction={fraction:g} allows; see {session.run.quarantine}")
+        raise DataError(f"{bad} samples could not be used, more than data.max_bad_fraction={fraction:g} allows. {session.explain_bad()}")
 
 
 def check_update(session: Session, update: Update, skips: int, step: Step) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +13,14 @@ from configs.errors import CheckpointError, ConfigError
 from configs.rundir import RunDir, append_line
 from configs.schema import RunConfig
 from data import dataset
+from data.batch import Sample
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
 from data.loader import Loader
 from data.order import Order, rank_lanes
 from data.samples import Rejected, Samples
 from trainer import checkpoint, model
-from trainer.distributed import World
+from trainer.distributed import PeerFailed, World
 from trainer.engines import Engine
 from trainer.engines.zero2 import Zero2Engine
 from trainer.model import Captioner
@@ -55,8 +57,10 @@ class Session:
     state: State
     caption_tokens: torch.Tensor
     """(vocabulary,) bool: the tokens that occurred in captions."""
-    quarantined: set[str] = field(default_factory=set)
-    """Keys of samples that this attempt could not use."""
+    quarantined: dict[str, Rejected] = field(default_factory=dict)
+    """Samples that this rank could not use in this attempt, by key."""
+    cut: set[int] = field(default_factory=set)
+    """Numbers of the sources of which a caption was cut off in this attempt."""
 
     @property
     def lanes(self) -> range:
@@ -103,8 +107,27 @@ class Session:
         """Name samples that could not be used, each once per attempt."""
         for one in rejected:
             if one.key not in self.quarantined:
-                self.quarantined.add(one.key)
+                self.quarantined[one.key] = one
                 append_line(self.run.quarantine, {**about, "attempt": self.attempt, "rank": self.world.rank, "key": one.key, "reason": one.reason})
+
+    def explain_bad(self) -> str:
+        """Why samples could not be used on this rank: the commonest reasons, each with an example. Raises PeerFailed if there were none."""
+        bad = {one.key: one.reason for one in self.quarantined.values() if one.bad}
+        if not bad:
+            raise PeerFailed("another rank found samples that could not be used")
+        reasons = Counter(bad.values()).most_common(3)
+        examples = [f"{count} x {reason}, e.g. {next(key for key in bad if bad[key] == reason)}" for reason, count in reasons]
+        advice = f"All are named in {self.run.quarantine}; a wrong data.sources.NAME.caption_key is a usual cause."
+        return "\n  ".join(["Reasons seen on this rank:", *examples, advice])
+
+    def note_cut(self, samples: Sequence[Sample]) -> None:
+        """Say it once for each source that captions are cut off because they are too long."""
+        for sample in samples:
+            if sample.tokens.cut and sample.source not in self.cut:
+                self.cut.add(sample.source)
+                what = f"{sample.key}: its caption is {sample.tokens.cut} tokens too long; they are cut off (data.long_caption=skip leaves such samples out)"
+                print(f"{what}; further ones of this source are not named", flush=True)
+                self.run.record("cut_caption", attempt=self.attempt, rank=self.world.rank, what=what)
 
     def share_caption_tokens(self) -> None:
         """Let all ranks know which tokens occurred in the captions of any of them."""
@@ -157,7 +180,8 @@ def prepare(config: RunConfig, run: RunDir, attempt: int, world: World) -> Sessi
 def _resume(session: Session, reader: checkpoint.Reader) -> None:
     """Take up the state of a checkpoint. Raises ConfigError if the run would not be the same run."""
     manifest, now = reader.manifest, session.identity()
-    changed = [f"{key}: {manifest.identity.get(key)} -> {now[key]}" for key in now if manifest.identity.get(key) != now[key]]
+    names = {"index": "the samples (a shard was added, removed or changed), by their digest"}
+    changed = [f"{names.get(key, key)}: {manifest.identity.get(key)} -> {now[key]}" for key in now if manifest.identity.get(key) != now[key]]
     if changed:
         raise ConfigError(
             f"{reader.folder}: going on from here would not be the same run, because these changed:\n  "

@@ -1,0 +1,111 @@
+"""`python -m tools.docs`: writes docs/configuration.md and configs/schema.json (for editors) anew from configs/schema.py."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from configs.errors import run_command
+from configs.load import section_in
+from configs.schema import RunConfig
+
+ROOT = Path(__file__).parents[1]
+GUIDE, SCHEMA = ROOT / "docs/configuration.md", ROOT / "configs/schema.json"
+OPENING = """# Configuration
+
+Made from `configs/schema.py` by `python -m tools.docs`; change it there. `python -m launch config CONFIG [key=value ...]` prints all settings of a
+run, resolved.
+
+A config is a YAML file with the sections below. `extends: other.yaml` takes over another file, relative to this one: sections are merged, key by key;
+lists and values are replaced. On the command line `optim.lr=1e-5` overrides a key; an item of a list is named by its `name` or number:
+`data.sources.speech.weight=2`. Unknown keys are refused with the nearest one that there is. Editors that know YAML schemas (VS Code with the YAML
+extension, JetBrains) complete and check keys by the line `# yaml-language-server: $schema=schema.json` that each file in `configs/` has.
+"""
+
+
+def main() -> None:
+    """Write both files."""
+    for path, text in ((GUIDE, guide()), (SCHEMA, editor_schema())):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        print(path.relative_to(ROOT))
+
+
+def guide() -> str:
+    """docs/configuration.md: a table of keys for each section."""
+    return "\n".join([OPENING, *_tables(RunConfig, "")])
+
+
+def _tables(section: type[BaseModel], at: str) -> Iterator[str]:
+    inner = {name: found for name, field in section.model_fields.items() if (found := section_in(field.annotation))}
+    values = {name: field for name, field in section.model_fields.items() if name not in inner or field.description}
+    if at:
+        yield f"## {at}\n\n{section.__doc__}\n"
+        yield "| key | value | default | |\n|---|---|---|---|"
+        for name, field in values.items():
+            yield f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(field.description or '')} |"
+        yield ""
+    for name, found in inner.items():
+        is_list = typing.get_origin(section.model_fields[name].annotation) is list
+        yield from _tables(found, (f"{at}." if at else "") + name + ("[]" if is_list else ""))
+
+
+def _kind(field: FieldInfo) -> str:
+    signs = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
+    limits = [f"{signs[type(m)]} {getattr(m, type(m).__name__.lower()):g}" for m in field.metadata if type(m) in signs]
+    limits += ["not empty" for m in field.metadata if isinstance(m, MinLen)]
+    return _cell(", ".join([_type(field.annotation), *limits]))
+
+
+def _type(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_type(a) for a in arguments if a is not types.NoneType)
+    if origin is list:
+        return f"list of {_type(arguments[0])}"
+    if origin is tuple:
+        return f"{len(arguments)} numbers"
+    if origin is dict or section_in(annotation):
+        return "mapping"
+    return {str: "text", int: "integer", float: "number", bool: "`true` or `false`", Path: "path"}[annotation]
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    if value is PydanticUndefined:
+        return "**required**"
+    if value is None or isinstance(value, BaseModel):
+        return ""
+    return f"`{str(value) if isinstance(value, Path) else json.dumps(value)}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def editor_schema() -> str:
+    """configs/schema.json: a JSON schema of what may stand in a file; what it leaves out may come from the file that it extends."""
+    schema = RunConfig.model_json_schema()
+    for definition in (schema, *schema["$defs"].values()):
+        if definition["title"] != "Source":
+            definition.pop("required", None)
+    schema["properties"]["extends"] = {"type": "string", "description": "Another config, relative to this one, that this one changes."}
+    source = schema["$defs"]["Source"]["properties"]
+    source["shards"] = {"anyOf": [{"type": "string"}, source["shards"]], "description": source["shards"].pop("description")}
+    source["validation"] = {"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, source["validation"]]}
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    run_command(main)
