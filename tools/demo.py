@@ -77,7 +77,7 @@ All this took {time.monotonic() - began:.0f} s. What to type next (after `source
 
 
 def _say(text: str) -> None:
-    Console().print(f"\n[bold]{text}[/bold]")
+    Console(soft_wrap=True).print(f"\n[bold]{text}[/bold]")
 
 
 def _start(*arguments: object) -> subprocess.Popen[str]:
@@ -118,7 +118,7 @@ def _show(rows: list[tuple[str, str, str]]) -> None:
     table = Table("", "held-out clip", "reference", "caption", title="What was never trained on", title_justify="left")
     for file, reference, caption in rows:
         table.add_row("[green]right" if caption == reference else "[red]wrong", Path(file).name, reference, caption)
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":
