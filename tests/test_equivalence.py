@@ -85,15 +85,15 @@ def test_all_runs_took_the_same_batches(runs) -> None:
     assert all(found == reference for found in audits.values())
 
 
-CASES = [("fp32", 1, 4), ("fp32", 2, 2), ("fp32", 3, 1), ("bf16", 1, 2), ("bf16", 3, 2)]
-CASES_OF_FOUR = [("fp32", 4, 4), ("bf16", 4, 1)]
+CASES = [("fp32", 2, 2), ("fp32", 3, 1), ("bf16", 3, 2)]
+MORE_CASES = [("fp32", 1, 4), ("bf16", 1, 2), ("fp32", 4, 4), ("bf16", 4, 1)]
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES_OF_FOUR)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=str)
 def test_gradient_and_update_equal_a_plain_loop(request: pytest.FixtureRequest, case) -> None:
     """Losses, gradients (from AdamW's first moment) and weights after each of two steps, against fp32 masters in plain PyTorch."""
     precision, _, micro = case
-    run = RunDir(request.getfixturevalue("runs_of_four" if case in CASES_OF_FOUR else "runs")[case])
+    run = RunDir(request.getfixturevalue("runs_of_four" if case[1] == 4 else "runs")[case])
     plain = plain_loop(run, steps=2, micro=micro, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
     for step, (loss, gradient, weights) in enumerate(plain, 1):
         reader = Reader(run.checkpoints / f"step-{step:08d}")

@@ -216,6 +216,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_in_the_middle_of_a_save(tmp_path: Path, model: Path, shards: str, small_disk: Path) -> None:
     path = config(
         tmp_path, model, shards, run={"dir": str(small_disk / "run")}, optim={"max_steps": 3}, evaluate={"captions": 0, "max_samples": 1},

@@ -28,7 +28,7 @@ CONFIG = "configs/demo.yaml"
 TRAINING, HELD_OUT = 6000, 200  # clips
 SEED = 1
 SHOWN = 12
-"""Held-out clips in the table at the end."""
+"""Held-out clips in the table at the end, wrong ones first."""
 
 
 def demo() -> None:
@@ -61,17 +61,17 @@ def demo() -> None:
     lines = _run("tools.caption", FOLDER / "captioner", FOLDER / "clips/held-out", "--json", quiet=True)
     found = {str(Path(line["path"]).relative_to(FOLDER / "clips")): line["caption"] for line in map(json.loads, lines.splitlines())}
     held_out = {file: caption for file, caption in captions.items() if file in found}
-    _show([(file, caption, found[file]) for file, caption in held_out.items()][:SHOWN])
-    print(
-        f"""
-All this took {time.monotonic() - began:.0f} s. What to type next (after `source .venv/bin/activate`):
-  tensorboard --logdir runs                                        curves, and clips to listen to with their captions
-  python -m tools.caption {FOLDER / "captioner"} {FOLDER}/clips/held-out/00000.flac      caption a file (sounds like these are all that it knows)
-  python -m tools.inspect {CONFIG}                      what is in the shards; with {config.run.dir}: in its checkpoints
-  python -m launch train configs/finetune-clips.yaml               your own clips: README.md, "Your own data"
-  python -m launch doctor configs/turbo.yaml                       is this machine fit for a real one? (Slurm: see README.md, "Limits")
-"""
-    )
+    _show(sorted(((file, caption, found[file]) for file, caption in held_out.items()), key=lambda row: row[1] == row[2])[:SHOWN])
+    print(f"\nAll this took {time.monotonic() - began:.0f} s. What to type next (after `source .venv/bin/activate`):")
+    for command, meaning in (
+        ("tensorboard --logdir runs", "curves, and clips to listen to with their captions"),
+        (f"python -m tools.caption {FOLDER}/captioner {FOLDER}/clips/held-out/00000.flac", "caption a file; this model knows no other sounds"),
+        (f"python -m tools.inspect {CONFIG}", f"what is in the shards; with {config.run.dir}, in its checkpoints"),
+        ("python -m launch train configs/finetune-clips.yaml", 'on your own clips: first README.md, "Your own data"'),
+        ("python -m launch doctor configs/turbo.yaml", 'is this machine fit for a large model? Slurm: README.md, "Limits"'),
+    ):
+        print(f"  {command:<78}{meaning}")
+    print()
     right = sum(found[file] == caption for file, caption in held_out.items())
     print(f"held-out captions right: {100 * right / len(held_out):.1f} %")
 
@@ -115,7 +115,7 @@ def _check(process: subprocess.Popen[str], wanted: int) -> None:
 
 
 def _show(rows: list[tuple[str, str, str]]) -> None:
-    table = Table("", "held-out clip", "reference", "caption", title="What was never trained on", title_justify="left")
+    table = Table("", "held-out clip", "reference", "caption", title="Captions that were never trained on; wrong ones first", title_justify="left")
     for file, reference, caption in rows:
         table.add_row("[green]right" if caption == reference else "[red]wrong", Path(file).name, reference, caption)
     Console(width=110).print(table)
