@@ -183,6 +183,7 @@ def test_the_export_is_the_trained_model(finished, tmp_path: Path) -> None:
     assert captioner({"raw": audio, "sampling_rate": 16_000})["text"].strip() == json.loads(by_tool.stdout)["caption"] != ""
 
 
+@pytest.mark.slow
 def test_bf16_export_repeats_the_captions_of_the_last_evaluation(finished, tmp_path: Path, clips: Path) -> None:
     run, _ = finished
     last = [line for line in RunDir(run).ledger() if line["event"] == "evaluation"][-1]
