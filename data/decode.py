@@ -22,6 +22,8 @@ FFMPEG_ONLY = {"m4a", "mp4", "aac", "webm", "wma", "mka"}
 READ_FRAMES = 1 << 20
 COMPLETE = 0.9
 """Share of the length in the header that must be there; some encoders of MP3 state it a little off."""
+MP3_FRAME = 200
+"""Bytes at the beginning of an MP3 that say, by Xing or Info, that it states its length."""
 WRITTEN_INTO_A_PIPE = 0x7FFF_0000
 """Sizes from here on in a RIFF header are not meant: the encoder could not go back to put the true one."""
 NO_SAMPLES = "the audio has no samples (0 s)"
@@ -52,14 +54,15 @@ Fit = Callable[[float], tuple[float, float] | None]
 
 
 def decode(content: bytes, ending: str, fit: Fit = lambda seconds: None) -> npt.NDArray[np.int16]:
-    """Decode an audio file, or the stretch of it that `fit` chooses, to 16 kHz mono; no more than that is held in memory.
+    """Decode an audio file, or the stretch of it that `fit` chooses, to 16 kHz mono.
 
-    Returns (n,) int16. Raises BadSample for content that is not sound audio of at least one sample.
+    No more than that is decoded, but of FFmpeg's formats, which are decoded whole first. Returns (n,) int16. Raises BadSample for
+    content that is not sound audio of at least one sample.
     """
     if _needs_ffmpeg(content, ending):
         whole = _ffmpeg(content)
         first, count = _frames(fit(len(whole) / SAMPLE_RATE), SAMPLE_RATE)
-        return whole[first : first + count]
+        return whole[first : first + count].copy()  # writable, and the rest is let go
     audio = _sndfile(content, fit)
     if not np.isfinite(audio).all():
         raise BadSample("the audio holds values that are not finite")
@@ -70,7 +73,7 @@ def probe(content: bytes, ending: str) -> AudioInfo:
     """Length and form of an audio file, from its headers where they say so. Raises BadSample."""
     if _needs_ffmpeg(content, ending):
         return AudioInfo(len(_ffmpeg(content)) / SAMPLE_RATE, 0, 0)
-    with _open(content) as file:
+    with _open(_without_id3(content)) as file:
         info = AudioInfo(file.frames / file.samplerate, file.samplerate, file.channels)
     if not info.seconds:
         raise BadSample(NO_SAMPLES)
@@ -89,18 +92,23 @@ def _frames(stretch: tuple[float, float] | None, rate: int) -> tuple[int, int]:
 
 
 def _sndfile(content: bytes, fit: Fit) -> npt.NDArray[np.float32]:
+    content = _without_id3(content)
     with _open(content) as file:
-        rate, stretch = file.samplerate, fit(file.frames / file.samplerate)
-        first, left = _frames(stretch, rate)
-        file.seek(first)
-        parts = []  # in parts, because memory for the length that a damaged header claims may not be there
+        rate = file.samplerate
+        first, count = _frames(fit(file.frames / rate), rate)
+        if first and file.seekable():
+            file.seek(first)
+        elif first:  # GSM 6.10 and G.721 are read from the beginning only
+            for skipped in range(0, first, READ_FRAMES):
+                file.read(min(READ_FRAMES, first - skipped), dtype="float32")
+        parts, left = [], count  # in parts, because memory for the length that a damaged header claims may not be there
         while left and len(part := file.read(min(left, READ_FRAMES), dtype="float32", always_2d=True)):
             parts.append(part)
             left -= len(part)
-        read = sum(map(len, parts))
-        length_is_known = file.format != "MP3" or b"Xing" in content[:4096] or b"Info" in content[:4096]  # else it is an estimate
-        if stretch is None and length_is_known and read < file.frames * COMPLETE:
-            raise BadSample(f"the audio is cut off: {read / rate:.1f} of {file.frames / rate:.1f} s are there")
+        wanted, read = min(count, file.frames - first), count - left
+        length_is_known = file.format != "MP3" or any(mark in content[:MP3_FRAME] for mark in (b"Xing", b"Info"))  # else it is an estimate
+        if wanted and length_is_known and read < wanted * COMPLETE:
+            raise BadSample(f"the audio is cut off: {read / rate:.1f} of {wanted / rate:.1f} s are there, counted from second {first / rate:.1f}")
     if not parts:
         raise BadSample(NO_SAMPLES)
     audio = np.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -111,6 +119,14 @@ def _sndfile(content: bytes, fit: Fit) -> npt.NDArray[np.float32]:
     else:
         mono = audio.mean(axis=1, dtype=np.float32)
     return soxr.resample(mono, rate, SAMPLE_RATE) if rate != SAMPLE_RATE and len(mono) else mono
+
+
+def _without_id3(content: bytes) -> bytes:
+    """The file without its leading ID3 tag: its cover art would count as audio where the length of an MP3 is estimated from its bytes."""
+    if content[:3] != b"ID3" or len(content) < 10:
+        return content
+    size = sum((byte & 0x7F) << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0), strict=True))
+    return content[10 + size :] or content
 
 
 def _ffmpeg(content: bytes) -> npt.NDArray[np.int16]:

@@ -93,6 +93,6 @@ class Samples:
             return None
         if self.overlong == "skip":
             raise Skipped(f"the audio has {seconds:.1f} s, {longest:g} s fit (data.overlong: crop would take a part)")
-        # At whole hundredths of a second, which are whole frames of all usual rates.
+        # At whole hundredths of a second, which are whole frames of most rates.
         last = int((seconds - longest) * 100)
         return int(np.random.default_rng([self.seed, 4, step, row]).integers(last + 1)) / 100, longest

@@ -31,7 +31,7 @@ def main(run_path: str, attempt: int) -> int:
         _report(run, rank, type(error).__name__, str(error))
         return error.exit_code
     except Exception as error:
-        message = _out_of_memory(error, run) or traceback.format_exc()
+        message = out_of_memory(error, run) or traceback.format_exc()
         _report(run, rank, type(error).__name__, message)
         return 1
 
@@ -61,13 +61,14 @@ def _train(run: RunDir, attempt: int, stop: StopFlag) -> int:
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED
 
 
-def _out_of_memory(error: Exception, run: RunDir) -> str | None:
+def out_of_memory(error: Exception, run: RunDir) -> str | None:
     """What to do about it, if the error is that memory ran out: numpy's, torch's on a GPU, or torch's on a CPU."""
     if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)):
         return None
     size = run.read_next_config().batch.micro_size
+    said = next(iter(str(error).splitlines()), type(error).__name__)
     return (
-        f"there is too little memory: {str(error).splitlines()[0]}\nLower batch.micro_size ({size} now; it changes no result), set "
+        f"there is too little memory: {said}\nLower batch.micro_size ({size} now; it changes no result), set "
         "model.gradient_checkpointing=true, lower data.read_ahead_mb if it is the host's memory, or take more memory, and start again."
     )
 

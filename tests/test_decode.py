@@ -182,3 +182,40 @@ def test_without_ffmpeg_the_way_to_install_it_is_told(monkeypatch: pytest.Monkey
     for action in (decode, duration):
         with pytest.raises(DataError, match="apt-get install ffmpeg"):
             action(b"\0\0\0 ftypM4A ", ending)
+
+
+def seek_less(seconds: float = 10.0) -> bytes:
+    """A WAV in GSM 6.10, as telephone prompts are: libsndfile reads it from the beginning only."""
+    return encode(sine(8_000, seconds), 8_000, subtype="GSM610")
+
+
+def test_a_wav_that_cannot_be_seeked_in_is_read_and_cropped() -> None:
+    assert len(decode(seek_less(), "wav")) == pytest.approx(10 * SAMPLE_RATE, abs=640)
+    whole, part = decode(seek_less(), "wav"), decode(seek_less(), "wav", lambda seconds: (3.0, 2.0))
+    assert len(part) == 2 * SAMPLE_RATE
+    assert np.corrcoef(part[400:-400], whole[3 * SAMPLE_RATE + 400 : 5 * SAMPLE_RATE - 400])[0, 1] > 0.999
+
+
+def mp3(seconds: float, *, tag: bytes = b"", stated: bool = True) -> bytes:
+    """An MP3 of constant bit rate, behind an ID3 tag; without its first frame it does not state its length."""
+    file = io.BytesIO()
+    soundfile.write(file, sine(44_100, seconds), 44_100, format="MP3", bitrate_mode="CONSTANT", compression_level=0.5)
+    content = file.getvalue()
+    content = content if stated else content[content.index(content[:2], 10) :]
+    size = bytes(len(tag) >> shift & 0x7F for shift in (21, 14, 7, 0))
+    return b"ID3\x03\x00\x00" + size + tag + content if tag else content
+
+
+@pytest.mark.parametrize("tag", [b"\0" * 500_000, b"COMM more Info at example.org, Xing" + bytes(100)], ids=["cover art", "words"])
+@pytest.mark.parametrize("stated", [True, False])
+def test_an_id3_tag_is_not_taken_for_audio_or_for_a_stated_length(tag: bytes, stated: bool) -> None:
+    lengths: list[float] = []
+    decoded = decode(mp3(20, tag=tag, stated=stated), "mp3", lambda seconds: lengths.append(seconds))  # type: ignore[func-returns-value]
+    assert len(decoded) == pytest.approx(20 * SAMPLE_RATE, rel=0.02) and lengths == [pytest.approx(20, rel=0.02)]
+
+
+@pytest.mark.parametrize("start", [0.0, 4.0, 7.0])
+def test_a_crop_that_is_not_all_there_is_a_bad_sample(start: float) -> None:
+    whole = mp3(10)
+    with pytest.raises(BadSample, match="cut off"):
+        decode(whole[: len(whole) // 2], "mp3", lambda seconds: (start, 3.0 if start else 9.0))
