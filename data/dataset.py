@@ -47,7 +47,7 @@ def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
         missing = [shard for shard, sidecar in zip(shards, sidecars, strict=True) if sidecar is None]
         changed = [shard for shard in missing if sidecar_path(shard, config.data.index_dir).exists()]
         if remote := [shard for shard in missing if not shard.location.is_local]:
-            stale = [shard for shard in remote if shard in changed]
+            stale = [shard for shard in changed if not shard.location.is_local]
             why = "changed since they were indexed" if stale else f"have no index in {config.data.index_dir}"
             raise DataError(
                 f"{len(stale or remote)} of {len(shards)} shards {why}, e.g. {(stale or remote)[0].location.url}. "
@@ -61,7 +61,7 @@ def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
 def left_out(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Sidecar], longest: float) -> list[str]:
     """A line for each shard of which something cannot be used. Raises DataError if it is more than `data.max_bad_fraction`.
 
-    Samples longer than `longest` seconds are named, but do not count as bad.
+    Samples longer than `longest` seconds do not count as bad; a line for each source says how many they are.
     """
     lines, bad, total = [], 0, 0
     for shard, sidecar in zip(shards, sidecars, strict=True):
@@ -71,16 +71,18 @@ def left_out(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Side
             lines.append(f"{shard.location.url}: DAMAGED: {sidecar.damage}; {len(sidecar.table)} samples before that are kept, what came after is lost")
         if problems:
             lines.append(f"{shard.location.url}: {len(problems)} of {len(sidecar.table)} samples are left out, e.g. because of this: {problems[0]}")
-        seconds = sidecar.table.column("seconds").to_numpy()
-        if overlong := int((seconds > longest).sum()):
-            lines.append(
-                f"{shard.location.url}: {overlong} of {len(sidecar.table)} samples are left out, for more than {longest:g} s (up to "
-                f"{np.nanmax(seconds):.1f} s); data.overlong=crop would take a part of each"
-            )
     if bad > config.data.max_bad_fraction * max(total, 1000):
         raise DataError(
             "\n".join([*lines[:20], f"{bad} of {total} samples cannot be used, more than data.max_bad_fraction={config.data.max_bad_fraction:g} allows"])
         )
+    for source in config.data.sources:
+        of_source = [sidecar.table.column("seconds").to_numpy() for shard, sidecar in zip(shards, sidecars, strict=True) if shard.source is source]
+        seconds = np.concatenate(of_source)
+        if overlong := int((seconds > longest).sum()):
+            lines.append(
+                f"source {source.name}: {overlong:,} of {len(seconds):,} samples are left out, for more than {longest:g} s (up to "
+                f"{np.nanmax(seconds):.1f} s); data.overlong=crop would take a part of each"
+            )
     return lines
 
 

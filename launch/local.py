@@ -30,7 +30,7 @@ def run_ranks(run: RunDir, procs: int) -> int:
     run.logs.mkdir(parents=True, exist_ok=True)
     for rank in range(procs):
         error_file(run.path, rank).unlink(missing_ok=True)
-    port = int(os.environ.get("MASTER_PORT") or _free_port())
+    port = _free_port()
     ranks = [_start(run, attempt, rank, procs, port) for rank in range(procs)]
     _pass_signals_to(ranks)
     try:

@@ -86,7 +86,7 @@ def test_a_missing_caption_key_names_source_sample_and_the_keys_that_are_there(t
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
     message = refused(ExitCode.DATA, "launch", "train", tmp_path / "mine.yaml")
     assert "no caption under 'text.en' (keys there: licence, caption), e.g. sounds/shard-000000.tar/clip" in message
-    assert "a wrong data.sources.NAME.caption_key is a usual cause" in message
+    assert "is data.sources.NAME.caption_key right?" in message
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
     assert reasons and all("no caption under 'text.en' (keys there: licence, caption)" in reason for reason in reasons)
 
@@ -139,7 +139,9 @@ def test_bad_audio_and_captions_are_named_and_the_others_are_trained_on(tmp_path
     indexed = run_program("tools.index", path)
     assert "hours" not in indexed.stdout and "mute: the caption is empty" in indexed.stdout
     lines = dataset.build(validate(values, "test"), tmp_path, 2.0)
-    assert any("1 of 31 samples are left out, for more than 2 s (up to 10800.0 s); data.overlong=crop would take a part" in line for line in lines)
+    assert any(
+        "source sounds: 1 of 31 samples are left out, for more than 2 s (up to 10800.0 s); data.overlong=crop would take a part" in line for line in lines
+    )
 
 
 def test_three_hours_take_no_more_memory_than_what_is_used_of_them(mixed: Path) -> None:
@@ -230,12 +232,28 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(tmp_path: Path, model: Path
 
 
 def test_a_port_in_use(tmp_path: Path, model: Path, shards: str) -> None:
+    run = RunDir.create(validate(config_values("run", tmp_path, model, shards), "test"))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        message = refused(1, "launch", "train", config(tmp_path, model, shards), MASTER_PORT=port)
-    assert f"rank 0 cannot meet the others at 127.0.0.1:{port}: another program has that port: leave MASTER_PORT unset" in message
+        message = refused(1, "launch.worker", run.path, 0, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert f"rank 0 cannot meet the others at 127.0.0.1:{port}: another program has taken that port; start again" in message
+
+
+def test_a_validation_part_of_which_nothing_fits_is_told(tmp_path: Path, model: Path, shards: str) -> None:
+    """Clips that are too long are not bad, but a loss of nothing is no loss; every rank has only some of the reasons."""
+    (tmp_path / "long").mkdir()
+    for number in range(3):
+        soundfile.write(tmp_path / f"long/{number}.flac", np.zeros(48_000), 16_000)
+    (tmp_path / "long/clips.csv").write_text("file,caption\n" + "".join(f"{number}.flac,Silence.\n" for number in range(3)))
+    assert run_program("tools.pack", tmp_path / "long/clips.csv", tmp_path / "held-out").returncode == 0
+    values = config_values("run", tmp_path, model, shards)
+    values["data"]["sources"] = [{"name": "sounds", "shards": [shards], "validation": {"shards": [f"{tmp_path}/held-out/*.tar"]}}]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    message = refused(ExitCode.DATA, "launch", "train", tmp_path / "mine.yaml", "--procs", 2)
+    assert "source sounds: none of its 3 validation samples can be used. Reasons:" in message
+    assert "3 x the audio has 3.0 s, 2 s fit" in message and "caption_key" not in message
 
 
 @pytest.mark.slow

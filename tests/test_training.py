@@ -97,8 +97,9 @@ def test_tensorboard_shows_curves_and_a_panel_with_audio(finished) -> None:
     assert len(texts) == 3 and all("**said**" in text and "**reference**" in text for text in texts)
 
 
-def test_stopped_and_resumed_is_the_same_run_bit_for_bit(finished, tmp_path: Path, model: Path, shards: str) -> None:
-    """Ctrl-C saves and exits with 85; the same command goes on, and ends with the weights of a run that was never stopped."""
+@pytest.mark.parametrize("procs", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_stopped_and_resumed_is_the_same_run(finished, tmp_path: Path, model: Path, shards: str, procs: int) -> None:
+    """Ctrl-C saves and exits with 85; the same command goes on with the same samples, and on as many processes bit for bit."""
     config = write_config(tmp_path, config_values("run", tmp_path, model, shards, optim={"max_steps": 40}, evaluate={"every_steps": 20}))
     process = start_training(config, 2)
     wait_for(process, r"^step 4/40")
@@ -107,11 +108,13 @@ def test_stopped_and_resumed_is_the_same_run_bit_for_bit(finished, tmp_path: Pat
     assert process.returncode == 85
     stopped = Reader(find(RunDir(tmp_path / "run").checkpoints)[0]).manifest.step
     assert 4 <= stopped < 40
-    again = train(config, "--procs", 2)
+    again = train(config, "--procs", procs)
     assert again.returncode == 0, again.stderr
     assert f"resumes at step {stopped}" in again.stdout
     expected, found = weights(finished[0]), weights(tmp_path / "run")
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert expected.keys() == found.keys()
+    if procs == 2:
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert audit(tmp_path / "run") == audit(finished[0])
 
 

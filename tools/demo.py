@@ -121,5 +121,13 @@ def _show(rows: list[tuple[str, str, str]]) -> None:
     Console(width=110).print(table)
 
 
+def main() -> None:
+    """The demo, which Ctrl-C may end at any time."""
+    try:
+        demo()
+    except KeyboardInterrupt:  # the commands that it runs have it from the terminal, too
+        raise EarwitnessError("stopped; `make demo` begins anew") from None
+
+
 if __name__ == "__main__":
-    run_command(demo)
+    run_command(main)

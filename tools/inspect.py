@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ from data.sources import Shard, expand
 from trainer import checkpoint
 
 EXAMPLES = 3
+DECODED = 60.0
+"""Seconds of each sample that are decoded; of clips of hours that bounds the memory."""
 UNREAD = AudioInfo(0.0, 0, 0)
 
 
@@ -78,7 +81,8 @@ class _Look:
 def _show_source(source: Source, index_dir: Path, wanted: int, measure: Callable[[str], int], unit: str) -> None:
     shards = expand(source)
     with ThreadPoolExecutor(8) as pool:
-        sidecars = list(pool.map(lambda shard: load_sidecar(shard, index_dir) or index_shard(shard, index_dir, full=False), shards))
+        with tempfile.TemporaryDirectory() as passing:  # looking leaves no index behind, which a run would then use
+            sidecars = list(pool.map(lambda shard: load_sidecar(shard, index_dir) or index_shard(shard, Path(passing), full=False), shards))
         known = [look for shard, sidecar in zip(shards, sidecars, strict=True) for look in _problems(shard, sidecar)]
         sound = [(number, row) for number, sidecar in enumerate(sidecars) for row in _sound_rows(sidecar)]
         chosen = sound if not wanted or not sound else [sound[i] for i in np.linspace(0, len(sound) - 1, min(wanted, len(sound))).astype(int)]
@@ -120,13 +124,13 @@ def _sound_rows(sidecar: Sidecar) -> list[int]:
 
 
 def _look(shard: Shard, sidecar: Sidecar, number: int) -> _Look:
-    """Open one sample and decode all of it."""
+    """Open one sample and decode it."""
     (row,) = sidecar.table.slice(number, 1).to_pylist()
     key = f"{shard.location.name}/{row['key']}"
     audio, text = (storage.read(shard.location, row[f"{part}_offset"], row[f"{part}_offset"] + row[f"{part}_size"]) for part in ("audio", "text"))
     try:
         caption, info = find_caption(text, shard.source.caption_key), probe(audio, row["ending"])
-        decode(audio, row["ending"])
+        decode(audio, row["ending"], lambda seconds: None if seconds <= DECODED else (0.0, DECODED))
     except BadSample as error:
         return _Look(key, str(error))
     return _Look(key, "", row["ending"], info, caption)

@@ -62,9 +62,9 @@ def start() -> World:
         device = torch.device("cpu")
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, device_id=device if device.type == "cuda" else None)
-    except dist.DistNetworkError as error:
+    except dist.DistError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        hint = "another program has that port: leave MASTER_PORT unset, or set it to a free one, and start again" if "EADDRINUSE" in str(error) else str(error)
+        hint = "another program has taken that port; start again" if "EADDRINUSE" in str(error) else str(error)
         raise EarwitnessError(f"rank {rank} cannot meet the others at {place}: {hint}") from None
     return World(rank, size, device)
 

@@ -48,6 +48,7 @@ def validation_loss(session: Session, *, interrupted: Callable[[], bool]) -> dic
     samples, module = session.samples(validation=True), session.engine.evaluation_module()
     losses = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     tokens = torch.zeros_like(losses)
+    rejected: list[Rejected] = []
     module.eval()
     with ThreadPoolExecutor(session.config.data.threads) as pool:
         for first in range(0, len(rows), size * world.size):  # as many rounds on every rank
@@ -57,7 +58,9 @@ def validation_loss(session: Session, *, interrupted: Callable[[], bool]) -> dic
             mine = rows[first + world.rank * size : min(first + (world.rank + 1) * size, len(rows))]
             results = list(pool.map(samples.load, mine))
             loaded = [sample for sample in results if isinstance(sample, Sample)]
-            session.quarantine([one for one in results if isinstance(one, Rejected)], validation=True)
+            unusable = [one for one in results if isinstance(one, Rejected)]
+            session.quarantine(unusable, validation=True)
+            rejected += unusable
             batch = collate(loaded, session.order.frames, session.pad_id).to(world.device)
             losses.index_add_(0, batch.source, token_losses(module, batch, mels, session.engine.dtype).double())
             tokens.index_add_(0, batch.source, count_tokens(batch).double())
@@ -66,7 +69,8 @@ def validation_loss(session: Session, *, interrupted: Callable[[], bool]) -> dic
     sums = list(zip(names, summed[: len(names)], summed[len(names) :], strict=True))
     for wanted, (name, _, count) in zip(by_source, sums, strict=True):
         if wanted and not count:
-            raise DataError(f"source {name}: none of its {len(wanted)} validation samples can be used. {session.explain_bad()}")
+            reasons = session.explain([one for one in rejected if one.key.startswith(f"{name}/")])
+            raise DataError(f"source {name}: none of its {len(wanted)} validation samples can be used. {reasons}")
     metrics = {f"validation/loss/{name}": loss / count for name, loss, count in sums if count}
     total = sum(count for *_, count in sums)
     return {"validation/loss": sum(loss for _, loss, _ in sums) / total, **metrics} if total else {}

@@ -135,7 +135,8 @@ def check_bad(session: Session, bad: int) -> None:
     """Raises DataError if more samples were bad in this attempt than the configuration allows."""
     fraction = session.config.data.max_bad_fraction
     if bad > fraction * max(1000, session.state.step * session.config.batch.global_size):
-        raise DataError(f"{bad} samples could not be used, more than data.max_bad_fraction={fraction:g} allows. {session.explain_bad()}")
+        reasons = session.explain([one for one in session.quarantined.values() if one.bad])
+        raise DataError(f"{bad} samples could not be used, more than data.max_bad_fraction={fraction:g} allows. {reasons}")
 
 
 def check_update(session: Session, update: Update, skips: int, step: Step) -> None:

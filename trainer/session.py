@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,18 +109,21 @@ class Session:
                 self.quarantined[one.key] = one
                 append_line(self.run.quarantine, {**about, "attempt": self.attempt, "rank": self.world.rank, "key": one.key, "reason": one.reason})
 
-    def explain_bad(self) -> str:
-        """Why samples could not be used on this rank: the commonest reasons, each with an example. Raises PeerFailed if there were none."""
-        bad = {one.key: one.reason for one in self.quarantined.values() if one.bad}
-        if not bad:
-            raise PeerFailed("another rank found samples that could not be used")
-        reasons = Counter(bad.values()).most_common(3)
-        examples = [f"{count} x {reason}, e.g. {next(key for key in bad if bad[key] == reason)}" for reason, count in reasons]
-        advice = f"All are named in {self.run.quarantine}; a wrong data.sources.NAME.caption_key is a usual cause."
-        return "\n  ".join(["Reasons seen on this rank:", *examples, advice])
+    def explain(self, rejected: Sequence[Rejected]) -> str:
+        """The commonest reasons over all ranks, each with an example. All ranks call it; rank 0 gets the text, on the others it raises PeerFailed."""
+        gathered: Any = self.world.gather([(one.reason, one.key) for one in rejected])
+        if gathered is None:
+            raise PeerFailed("samples could not be used; rank 0 says why")
+        keys: dict[str, list[str]] = {}
+        for reason, key in (pair for pairs in gathered for pair in pairs):
+            keys.setdefault(reason, []).append(key)
+        commonest = sorted(keys.items(), key=lambda item: -len(item[1]))[:3]
+        lines = [f"{len(found)} x {reason}, e.g. {found[0]}" for reason, found in commonest]
+        advice = "; is data.sources.NAME.caption_key right?" if any("no caption under" in reason for reason in keys) else ""
+        return "\n  ".join(["Reasons:", *lines, f"All are named in {self.run.quarantine}{advice}"])
 
     def note_cut(self, samples: Sequence[Sample]) -> None:
-        """Say it once for each source that captions are cut off because they are too long."""
+        """Say it once for each source that captions are cut off because they are too long: in this rank's output, and in the ledger."""
         for sample in samples:
             if sample.tokens.cut and sample.source not in self.cut:
                 self.cut.add(sample.source)
