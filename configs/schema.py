@@ -147,7 +147,7 @@ class Batch(Section):
     global_size: int = Field(64, ge=1)
     """Samples per optimizer step, over all ranks. It stays the same on any number of ranks."""
     micro_size: int = Field(8, ge=1)
-    """Samples per forward pass of one rank; lower it when memory runs out. It changes no result."""
+    """Samples per forward pass of one rank; lower it when memory runs out. It changes nothing but rounding."""
 
 
 class Optim(Section):

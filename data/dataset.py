@@ -68,7 +68,7 @@ def left_out(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Side
         problems = [problem for problem in sidecar.table.column("problem").to_pylist() if problem]
         bad, total = bad + len(problems), total + len(sidecar.table)
         if sidecar.damage:
-            lines.append(f"{shard.location.url}: DAMAGED: {sidecar.damage}; {len(sidecar.table)} samples before that are kept, what came after is lost")
+            lines.append(f"{shard.location.url}: {sidecar.loss()}")
         if problems:
             lines.append(f"{shard.location.url}: {len(problems)} of {len(sidecar.table)} samples are left out, e.g. because of this: {problems[0]}")
     if bad > config.data.max_bad_fraction * max(total, 1000):

@@ -73,7 +73,7 @@ def probe(content: bytes, ending: str) -> AudioInfo:
     """Length and form of an audio file, from its headers where they say so. Raises BadSample."""
     if _needs_ffmpeg(content, ending):
         return AudioInfo(len(_ffmpeg(content)) / SAMPLE_RATE, 0, 0)
-    with _open(_without_id3(content)) as file:
+    with _open(content) as file:
         info = AudioInfo(file.frames / file.samplerate, file.samplerate, file.channels)
     if not info.seconds:
         raise BadSample(NO_SAMPLES)
@@ -92,7 +92,6 @@ def _frames(stretch: tuple[float, float] | None, rate: int) -> tuple[int, int]:
 
 
 def _sndfile(content: bytes, fit: Fit) -> npt.NDArray[np.float32]:
-    content = _without_id3(content)
     with _open(content) as file:
         rate = file.samplerate
         first, count = _frames(fit(file.frames / rate), rate)
@@ -106,7 +105,7 @@ def _sndfile(content: bytes, fit: Fit) -> npt.NDArray[np.float32]:
             parts.append(part)
             left -= len(part)
         wanted, read = min(count, file.frames - first), count - left
-        length_is_known = file.format != "MP3" or any(mark in content[:MP3_FRAME] for mark in (b"Xing", b"Info"))  # else it is an estimate
+        length_is_known = file.format != "MP3" or any(mark in _without_id3(content)[:MP3_FRAME] for mark in (b"Xing", b"Info"))  # else an estimate
         if wanted and length_is_known and read < wanted * COMPLETE:
             raise BadSample(f"the audio is cut off: {read / rate:.1f} of {wanted / rate:.1f} s are there, counted from second {first / rate:.1f}")
     if not parts:
@@ -152,7 +151,7 @@ def _open(content: bytes) -> Iterator[soundfile.SoundFile]:
     stated = int.from_bytes(content[4:8], "little") if content[:4] == b"RIFF" else 0  # libsndfile takes the end of the file for the end of the audio
     if len(content) < stated * COMPLETE and stated < WRITTEN_INTO_A_PIPE:
         raise BadSample(f"the audio is cut off: {len(content):,} of {stated + 8:,} bytes are there")
-    with _memory_file(content) as descriptor:
+    with _memory_file(_without_id3(content)) as descriptor:
         try:
             with soundfile.SoundFile(descriptor, closefd=False) as file:
                 if file.frames >= UNKNOWN_FRAMES:

@@ -58,6 +58,10 @@ class Sidecar:
     damage: str
     """Why the shard could not be read to its end, or ""."""
 
+    def loss(self) -> str:
+        """What is kept and what is lost of a damaged shard, in words."""
+        return f"DAMAGED: {self.damage}; {len(self.table)} samples before that are kept, what came after is lost"
+
 
 def sidecar_path(shard: Shard, index_dir: Path) -> Path:
     """Where the index of a shard is kept: by URL and by what was taken from the samples."""

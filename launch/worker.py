@@ -68,7 +68,7 @@ def out_of_memory(error: Exception, run: RunDir) -> str | None:
     size = run.read_next_config().batch.micro_size
     said = next(iter(str(error).splitlines()), type(error).__name__)
     return (
-        f"there is too little memory: {said}\nLower batch.micro_size ({size} now; it changes no result), set "
+        f"there is too little memory: {said}\nLower batch.micro_size ({size} now; it changes nothing but rounding), set "
         "model.gradient_checkpointing=true, lower data.read_ahead_mb if it is the host's memory, or take more memory, and start again."
     )
 

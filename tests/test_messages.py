@@ -264,7 +264,7 @@ def test_too_little_memory(tmp_path: Path, shards: str) -> None:
     done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stderr)
     assert done.returncode == 1
-    assert "there is too little memory: " in done.stderr and "Lower batch.micro_size (50 now; it changes no result)" in done.stderr
+    assert "there is too little memory: " in done.stderr and "Lower batch.micro_size (50 now; it changes nothing but rounding)" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -42,11 +42,11 @@ def demo() -> None:
 
     _say(f"Making {TRAINING:,} clips to train on, {HELD_OUT} with other captions to be held out, and a Whisper without weights")
     table = write_clips(FOLDER / "clips", TRAINING, HELD_OUT, SEED)
-    captions = {row["file"]: row["caption"] for row in csv.DictReader(table.open())}
-    make_whisper(FOLDER / "model", captions.values(), width=128, seconds=4)
+    captions = {split: {row["file"]: row["caption"] for row in csv.DictReader(table.open()) if row["split"] == split} for split in ("train", "held-out")}
+    make_whisper(FOLDER / "model", captions["train"].values(), width=128, seconds=4)
 
     _say("Packing them into shards, and looking at every sample once")
-    for split in ("train", "held-out"):
+    for split in captions:
         _run("tools.pack", table, FOLDER / "shards" / split, "--where", f"split={split}")
     _run("tools.index", CONFIG)
 
@@ -60,8 +60,8 @@ def demo() -> None:
     _run("tools.export", config.run.dir, FOLDER / "captioner")
     lines = _run("tools.caption", FOLDER / "captioner", FOLDER / "clips/held-out", "--json", quiet=True)
     found = {str(Path(line["path"]).relative_to(FOLDER / "clips")): line["caption"] for line in map(json.loads, lines.splitlines())}
-    held_out = {file: caption for file, caption in captions.items() if file in found}
-    _show(sorted(((file, caption, found[file]) for file, caption in held_out.items()), key=lambda row: row[1] == row[2])[:SHOWN])
+    rows = [(file, caption, found[file]) for file, caption in captions["held-out"].items()]
+    _show(sorted(rows, key=lambda row: row[1] == row[2])[:SHOWN])
     print(f"\nAll this took {time.monotonic() - began:.0f} s. What to type next (after `source .venv/bin/activate`):")
     for command, meaning in (
         ("tensorboard --logdir runs", "curves, and clips to listen to with their captions"),
@@ -72,8 +72,8 @@ def demo() -> None:
     ):
         print(f"  {command:<78}{meaning}")
     print()
-    right = sum(found[file] == caption for file, caption in held_out.items())
-    print(f"held-out captions right: {100 * right / len(held_out):.1f} %")
+    right = sum(reference == caption for _, reference, caption in rows)
+    print(f"held-out captions right: {100 * right / len(rows):.1f} %")
 
 
 def _say(text: str) -> None:

@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from configs.errors import run_command
-from configs.load import load
-from configs.schema import Data, Source
+from configs.schema import Data
 from data.index import Sidecar, index_shard, load_sidecar
 from data.sources import Shard, expand
+from tools.arguments import named_sources
 
 
 def index(
@@ -24,11 +24,8 @@ def index(
     threads: Annotated[int, typer.Option(min=1, help="Shards at a time.")] = 8,
 ) -> None:
     """Index shards, and name every problem. What is there already and current is not done again."""
-    if len(shards) == 1 and shards[0].endswith((".yaml", ".yml")):
-        config = load(shards[0])
-        index_dir, sources = config.data.index_dir, config.data.sources
-    else:
-        sources = [Source(name="shards", shards=shards, caption_key=caption_key)]
+    sources, config = named_sources(shards, caption_key)
+    index_dir = config.data.index_dir if config else index_dir
     todo = [shard for source in sources for shard in expand(source)]
     totals: Counter[str] = Counter()
     with ThreadPoolExecutor(threads) as pool:
@@ -49,7 +46,7 @@ def _report(shard: Shard, sidecar: Sidecar) -> Counter[str]:
         if row["problem"]:
             print(f"{shard.location.url}: {row['key']}: {row['problem']}")
     if sidecar.damage:
-        print(f"{shard.location.url}: DAMAGED: {sidecar.damage}; {len(rows)} samples before that are kept, what came after is lost")
+        print(f"{shard.location.url}: {sidecar.loss()}")
     sound = [row for row in rows if not row["problem"]]
     seconds = sum(row["seconds"] for row in sound) if sidecar.full else 0
     return Counter(samples=len(sound), seconds=seconds, problems=len(rows) - len(sound), damaged=bool(sidecar.damage))

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import typer
 
 from configs.errors import CheckpointError, ConfigError, run_command
-from configs.load import load
 from configs.rundir import RunDir
 from configs.schema import Data, Source
 from data import storage
@@ -23,6 +22,7 @@ from data.captions import find_caption
 from data.decode import AudioInfo, BadSample, decode, probe
 from data.index import Sidecar, index_shard, load_sidecar
 from data.sources import Shard, expand
+from tools.arguments import named_sources
 from trainer import checkpoint
 
 EXAMPLES = 3
@@ -44,11 +44,9 @@ def inspect(
     place = Path(what[0])
     if len(what) == 1 and place.is_dir():
         return _show_checkpoints(place)
-    if len(what) == 1 and place.suffix in (".yaml", ".yml"):
-        config = load(place)
-        index_dir, sources, tokenizer = config.data.index_dir, config.data.sources, tokenizer or config.model.name_or_path
-    else:
-        sources = [Source(name="shards", shards=what, caption_key=caption_key)]
+    sources, config = named_sources(what, caption_key)
+    if config:
+        index_dir, tokenizer = config.data.index_dir, tokenizer or config.model.name_or_path
     measure, unit = _length_of_captions(tokenizer)
     for source in sources:
         _show_source(source, index_dir, samples, measure, unit)
@@ -93,7 +91,7 @@ def _show_source(source: Source, index_dir: Path, wanted: int, measure: Callable
     print(f"source {source.name}: {len(shards)} shards{held_out}, {len(sound) + len(known):,} samples, {megabytes:,.1f} MB")
     for shard, sidecar in zip(shards, sidecars, strict=True):
         if sidecar.damage:
-            _line("DAMAGED", f"{shard.location.url}: {sidecar.damage}; {len(sidecar.table)} samples before that are kept, what came after is lost")
+            _line("", f"{shard.location.url}: {sidecar.loss()}")
     _line("opened", f"{len(looks):,} of {len(sound):,} samples" + ("" if len(looks) == len(sound) else ", spread evenly (--samples 0 opens all)"))
     good = [look for look in looks if not look.problem]
     if good:

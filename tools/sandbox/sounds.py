@@ -1,7 +1,7 @@
 """Sounds that are made here, with captions that say what is in them: kind, number, length, pitch and order.
 
 A caption describes one or two groups of equal sounds, as "Two short high beeps then one long low buzz." A tenth of all
-captions is held out, by SHA-256 of the text: none of these occurs in training, so a model that gets one right has put it together.
+captions is held out, by SHA-256 of the text: none of these occurs in training (nor may a tokenizer see it), so a model that gets one right has put it together.
 """
 
 from __future__ import annotations

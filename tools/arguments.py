@@ -1,0 +1,16 @@
+"""What the command lines of several tools take alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from configs.load import load
+from configs.schema import RunConfig, Source
+
+
+def named_sources(what: Sequence[str], caption_key: str) -> tuple[list[Source], RunConfig | None]:
+    """The sources that SHARDS...|CONFIG names, and the config if it is one; `caption_key` is that of shards named one by one."""
+    if len(what) == 1 and what[0].endswith((".yaml", ".yml")):
+        config = load(what[0])
+        return config.data.sources, config
+    return [Source(name="shards", shards=list(what), caption_key=caption_key)], None
