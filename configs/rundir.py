@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,25 @@ class RunDir:
         self.quarantine = self.path / "quarantine.jsonl"
         self.audit = self.path / "audit"
         self.logs = self.path / "logs"
+        self.leases = self.path / "leases"
+        """Who is at work on the run (configs/lease.py)."""
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDir:
-        """Make the folder of a run, or take it up again, and leave the config that is asked for."""
+        """Make the folder of a run, or take it up again. Raises ConfigError if it cannot be written."""
         run = cls(config.run.dir)
         try:
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomic(run.next_config, dump(config))
+            for folder in (run.checkpoints, run.leases):
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
         except OSError as error:
             raise ConfigError(f"{run.path}: cannot write the run's folder: {error.strerror}; set run.dir to a place that you may write") from None
         return run
+
+    def ask(self, config: RunConfig) -> None:
+        """Leave the config that the next start asks for."""
+        write_atomic(self.next_config, dump(config))
 
     def read_config(self) -> RunConfig:
         """The resolved config of this run. Raises ConfigError if this folder is none."""
@@ -72,9 +81,11 @@ class RunDir:
 def append_line(path: Path, value: dict[str, Any]) -> None:
     """Append a JSON line in one write, so that ranks may share the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(descriptor, (json.dumps(value, ensure_ascii=False) + "\n").encode())
+        size = os.fstat(descriptor).st_size
+        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # a full disk has cut the last line off
+        os.write(descriptor, ("\n" * bool(torn) + json.dumps(value, ensure_ascii=False) + "\n").encode())
     finally:
         os.close(descriptor)
 
@@ -84,7 +95,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     values = []
-    for line in path.read_text().split("\n"):
+    for line in path.read_text(errors="replace").split("\n"):
         try:
             values.append(json.loads(line))
         except json.JSONDecodeError:

@@ -26,6 +26,8 @@ class Run(Section):
     """Folder of the run; NAME is `run.name`. Starting again with the same folder resumes."""
     seed: int = Field(0, ge=0)
     """Seed of the sample order and of weights that start at random."""
+    allow_change: list[str] = []
+    """Settings in which this run may differ from its checkpoint, e.g. `[optim.lr]`; the refusal names them. New data or a new order begin with a new epoch."""
 
     @model_validator(mode="before")
     @classmethod
@@ -40,6 +42,8 @@ class Model(Section):
 
     name_or_path: str
     """A name on the model hub, a folder that `from_pretrained` loads, or a folder with a config.json but no weights (random start)."""
+    init_from: str | None = None
+    """A run, a checkpoint or an export whose weights a new phase starts from, with a fresh optimizer and schedule; of the model of `name_or_path`."""
     freeze: list[str] = []
     """Prefixes of parameter names that are not trained, e.g. `model.encoder.conv`. The encoder's fixed positions never are."""
     gradient_checkpointing: bool = False
@@ -184,10 +188,12 @@ class Optim(Section):
 class EngineSettings(Section):
     """How training is spread over the ranks."""
 
-    backend: Literal["zero2"] = "zero2"
-    """DeepSpeed ZeRO-2: optimizer state and gradients are divided among the ranks."""
+    backend: Literal["zero2", "fsdp2"] = "zero2"
+    """DeepSpeed ZeRO-2 or PyTorch's FSDP2: both divide optimizer state and gradients among the ranks; a run may go on with the other one."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Of the weights that compute. Master weights, gradients and optimizer state are fp32 in any case."""
     zero2: dict[str, Any] = {}
-    """Entries that override those of DeepSpeed's config, e.g. `{bf16: {enabled: false}}` to train in fp32."""
+    """Entries that override those of DeepSpeed's config, e.g. `{zero_optimization: {overlap_comm: true}}`."""
 
 
 class Checkpoint(Section):
@@ -201,6 +207,8 @@ class Checkpoint(Section):
     """Checkpoints kept, newest first; the best by `evaluate.best_metric` is kept besides."""
     keep_every: int | None = Field(None, ge=1)
     """Keep each checkpoint whose step is a multiple of this."""
+    mirror: str | None = None
+    """URL, e.g. `s3://bucket/mirror`, below which complete checkpoints are copied to MIRROR/NAME; a run whose own folder is gone goes on from there."""
 
 
 class Evaluate(Section):
@@ -223,6 +231,8 @@ class Monitor(Section):
     """Optimizer steps between points of the curves."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak BF16 TFLOP/s of one device, for MFU; default from a table of known cards, without one MFU stays blank."""
+    spike_sigma: float = Field(6.0, gt=0)
+    """A step's loss this many standard deviations above the mean of the last 100 is told, and its samples are named in the ledger."""
 
 
 class RunConfig(Section):

@@ -23,13 +23,13 @@ class Dataset:
     training: Index
     validation: Index
 
-    def order(self, config: RunConfig, frames: int) -> Order:
-        """The order of the training samples; `frames`: the model's audio window."""
+    def order(self, config: RunConfig, frames: int, base: tuple[int, int] = (0, 0)) -> Order:
+        """The order of the training samples. frames: the model's audio window; base: global step at which it begins, and its first epoch."""
         shard = self.training.column("shard")
         runs = cut_runs(shard, self.training.column("audio_size") + self.training.column("text_size"), config.batch.global_size)
         weights = [source.weight for source in config.data.sources]
         source = self.training.column("source")[runs[:-1]].astype(np.int64)
-        return Order(runs, source, weights, config.run.seed, config.batch.global_size, config.data.shuffle_window, frames)
+        return Order(runs, source, weights, config.run.seed, config.batch.global_size, config.data.shuffle_window, frames, *base)
 
 
 def list_shards(config: RunConfig) -> list[Shard]:

@@ -56,6 +56,10 @@ class Order:
     shuffle_window: int
     frames: int
     """Mel frames of the model's audio window: 2 * max_source_positions."""
+    base_step: int = 0
+    """Global step at which this order begins; later than 0 for a run whose data were changed on purpose."""
+    base_epoch: int = 0
+    """The epoch that begins there."""
 
     def window(self, step: int) -> int:
         """Mel frames of the audio window of the whole global batch of a step."""
@@ -70,14 +74,15 @@ class Order:
         return -(-self.samples_in(epoch) // self.global_batch)
 
     def steps_of(self, epochs: float) -> int:
-        """Steps of the first `epochs` passes; a part of an epoch is rounded up."""
+        """Global step at which the first `epochs` passes are done; a part of an epoch is rounded up."""
         whole = int(epochs)
-        part = epochs - whole
-        return sum(self.steps_in(epoch) for epoch in range(whole)) + (int(np.ceil(part * self.steps_in(whole))) if part else 0)
+        part = epochs - whole if whole >= self.base_epoch else 0.0
+        steps = sum(self.steps_in(epoch) for epoch in range(self.base_epoch, whole))
+        return self.base_step + steps + (int(np.ceil(part * self.steps_in(whole))) if part else 0)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step in that epoch) of a global step."""
-        epoch = 0
+        """(epoch, step in that epoch) of a global step from `base_step` on."""
+        step, epoch = step - self.base_step, self.base_epoch
         while step >= (steps := self.steps_in(epoch)):
             step -= steps
             epoch += 1

@@ -33,7 +33,7 @@ def train(
     if procs > settings.batch.global_size:
         raise ConfigError(f"--procs {procs}: more processes than samples in a step (batch.global_size is {settings.batch.global_size})")
     index_missing(settings, list_shards(settings))  # before any rank waits for it
-    raise typer.Exit(run_ranks(RunDir.create(settings), procs))
+    raise typer.Exit(run_ranks(RunDir.create(settings), settings, procs))
 
 
 @app.command()

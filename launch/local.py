@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 from configs.errors import ExitCode
+from configs.lease import claim
 from configs.rundir import RunDir
+from configs.schema import RunConfig
 from launch.worker import error_file
 
 GRACE = 20.0
@@ -23,13 +25,22 @@ TAIL = 20
 """Lines shown of the output of a rank that died without a word."""
 
 
-def run_ranks(run: RunDir, procs: int) -> int:
-    """Train on `procs` processes; returns the exit code of the run. The error of the rank that failed is printed last."""
-    attempt = run.next_attempt()
+def run_ranks(run: RunDir, config: RunConfig, procs: int) -> int:
+    """Train on `procs` processes; returns the exit code of the run. The error of the rank that failed is printed last.
+
+    Raises ConfigError if another attempt is at work on the run.
+    """
+    lease = claim(run)
+    try:
+        run.ask(config)
+        return _attempt(run, lease.attempt, procs)
+    finally:
+        run.next_config.unlink(missing_ok=True)  # if it was refused: the next attempt must not read it
+        lease.release()
+
+
+def _attempt(run: RunDir, attempt: int, procs: int) -> int:
     run.record("attempt", attempt=attempt, host=socket.gethostname(), ranks=procs)
-    run.logs.mkdir(parents=True, exist_ok=True)
-    for rank in range(procs):
-        error_file(run.path, rank).unlink(missing_ok=True)
     port = _free_port()
     ranks = [_start(run, attempt, rank, procs, port) for rank in range(procs)]
     _pass_signals_to(ranks)
@@ -42,23 +53,23 @@ def run_ranks(run: RunDir, procs: int) -> int:
             process.wait()
     if all(code in GOOD for code in codes):
         return max(process.returncode for process in ranks)
-    return _explain(run, codes)
+    return _explain(run, attempt, codes)
 
 
 def _start(run: RunDir, attempt: int, rank: int, procs: int, port: int) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "EARWITNESS_DIE_WITH_PARENT": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
+        "EARWITNESS_DIE_WITH": str(os.getpid()), "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
     command = [sys.executable, "-m", "launch.worker", str(run.path), str(attempt)]
     # In a session of its own, so that Ctrl-C reaches the launcher alone, which asks all ranks to save.
-    with _log(run, rank).open("wb") as log:
+    with log_file(run, attempt, rank).open("wb") as log:
         return subprocess.Popen(command, env=environment, start_new_session=True, stdout=None if rank == 0 else log, stderr=log)
 
 
-def _log(run: RunDir, rank: int) -> Path:
+def log_file(run: RunDir, attempt: int, rank: int) -> Path:
     """What a rank wrote, but for what rank 0 shows on the terminal."""
-    return run.logs / f"rank-{rank:05d}.log"
+    return error_file(run, attempt, rank).with_suffix(".log")
 
 
 def _pass_signals_to(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -92,21 +103,25 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
     return [process.poll() for process in ranks]
 
 
-def _explain(run: RunDir, codes: list[int | None]) -> int:
-    """Print the error that ended the run, and return its exit code. A rank that was killed is the cause, the others only lost it."""
-    reports = {rank: path for rank in range(len(codes)) if (path := error_file(run.path, rank)).exists()}
+def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> int:
+    """Print the error that ended the run, and return its exit code. A rank that was killed is the cause, the others only lost it.
+
+    One that has aborted is not: NCCL does so to those that wait for another one.
+    """
+    reports = {rank: path for rank in range(len(codes)) if (path := error_file(run, attempt, rank)).exists()}
     silent = [rank for rank, code in enumerate(codes) if code not in (None, *GOOD) and rank not in reports]
-    killed = [rank for rank in silent if (codes[rank] or 0) < 0]
+    killed = [rank for rank in silent if (codes[rank] or 0) < 0 and codes[rank] != -signal.SIGABRT]
     if reports and not killed:
         rank = min(reports, key=lambda rank: reports[rank].stat().st_mtime_ns)
-        message = reports[rank].read_text()
+        aborted = [other for other in silent if codes[other] == -signal.SIGABRT]
+        message = reports[rank].read_text() + "".join(f"\nrank {other} was aborted (its log: {log_file(run, attempt, other)})" for other in aborted)
     else:
         rank = (killed or silent)[0]
         code = codes[rank] or 0
         ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = f": {KILLED}" if code == -signal.SIGKILL else ""
-        message = "\n".join([*_log(run, rank).read_text(errors="replace").splitlines()[-TAIL:], f"rank {rank} {ended}{hint}"])
-    print(f"\nerror on rank {rank} (its log: {_log(run, rank)}):\n{message.strip()}", file=sys.stderr, flush=True)
+        message = "\n".join([*log_file(run, attempt, rank).read_text(errors="replace").splitlines()[-TAIL:], f"rank {rank} {ended}{hint}"])
+    print(f"\nerror on rank {rank} (its log: {log_file(run, attempt, rank)}):\n{message.strip()}", file=sys.stderr, flush=True)
     code = codes[rank] or 0
     return code if code > 0 else 1
 

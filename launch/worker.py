@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from configs.errors import EarwitnessError, ExitCode
+from configs.lease import Lease
 from configs.rundir import RunDir, write_atomic
 from slurm.signals import StopFlag
 
@@ -22,43 +24,53 @@ PR_SET_PDEATHSIG = 1
 
 def main(run_path: str, attempt: int) -> int:
     """Train, and return this rank's exit code."""
+    faulthandler.enable()  # so that a crash in native code leaves a trace in the log
     stop = StopFlag().install()
     run = RunDir(run_path)
     rank = int(os.environ["RANK"])
+    lease = Lease(run, attempt)
     try:
-        return _train(run, attempt, stop)
+        if rank == 0:
+            lease.check()
+            lease.keep()
+        return _train(run, lease, stop)
     except EarwitnessError as error:
-        _report(run, rank, type(error).__name__, str(error))
+        _report(run, lease, rank, type(error).__name__, str(error))
         return error.exit_code
     except Exception as error:
         message = out_of_memory(error, run) or traceback.format_exc()
-        _report(run, rank, type(error).__name__, message)
+        _report(run, lease, rank, type(error).__name__, message)
         return 1
 
 
-def _train(run: RunDir, attempt: int, stop: StopFlag) -> int:
+def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
     # Imported here, so that a signal during these seconds is already heeded.
     import torch
 
     from trainer import distributed
     from trainer.loop import Outcome, train
-    from trainer.session import prepare
+    from trainer.start import prepare
 
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
     world = distributed.start()
-    session = prepare(run.read_next_config(), run, attempt, world)
+    session = prepare(run.read_next_config(), run, lease, world)
     if world.rank == 0:
+        lease.check()
         run.accept_config()
-        run.record("start", attempt=attempt, step=session.state.step, of=session.total_steps, ranks=world.size, device=str(world.device))
+        run.record("start", attempt=lease.attempt, step=session.state.step, of=session.total_steps, ranks=world.size, device=str(world.device))
         resumed = f"resumes at step {session.state.step}" if session.state.step else "starts"
-        print(f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt {attempt}", flush=True)
+        print(f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt {lease.attempt}", flush=True)
     outcome = train(session, stop)
     if world.rank == 0:
-        run.record("stop", attempt=attempt, step=session.state.step, outcome=outcome.value)
+        run.record("stop", attempt=lease.attempt, step=session.state.step, outcome=outcome.value)
     world.barrier()
     distributed.end()
-    return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED
+    if outcome is Outcome.SAVED:
+        return ExitCode.SAVED
+    if session.mirror:
+        session.mirror.finish()  # now that nobody waits for this rank
+    return ExitCode.FINISHED
 
 
 def out_of_memory(error: Exception, run: RunDir) -> str | None:
@@ -73,24 +85,26 @@ def out_of_memory(error: Exception, run: RunDir) -> str | None:
     )
 
 
-def _report(run: RunDir, rank: int, kind: str, message: str) -> None:
+def _report(run: RunDir, lease: Lease, rank: int, kind: str, message: str) -> None:
     """Leave the error where the launcher finds it, and in the ledger."""
     print(message, file=sys.stderr, flush=True)
     if kind != "PeerFailed":
-        run.record("error", rank=rank, kind=kind, message=message)
-        write_atomic(error_file(run.path, rank), message)
+        run.record("error", attempt=lease.attempt, rank=rank, kind=kind, message=message)
+        write_atomic(error_file(run, lease.attempt, rank), message)
 
 
-def error_file(run_path: Path, rank: int) -> Path:
-    """Where a rank of the present attempt leaves its error."""
-    folder = run_path / "logs"
+def error_file(run: RunDir, attempt: int, rank: int) -> Path:
+    """Where a rank leaves its error; what it prints is beside it, in `.log`."""
+    folder = run.logs / f"attempt-{attempt:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"rank-{rank:05d}.error"
 
 
 if __name__ == "__main__":
-    if os.environ.get("EARWITNESS_DIE_WITH_PARENT"):  # a launcher that is killed takes its ranks along
+    if launcher := os.environ.get("EARWITNESS_DIE_WITH"):  # a launcher that is killed takes its ranks along
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(launcher):
+            os._exit(1)
     code = main(sys.argv[1], int(sys.argv[2]))
     sys.stdout.flush()
     if code in (ExitCode.FINISHED, ExitCode.SAVED):

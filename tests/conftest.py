@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forks
 from tests.making import make_clips, make_model, run_program
 from tools.sandbox import s3
 
@@ -29,6 +30,13 @@ def shards(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     done = run_program("tools.pack", clips, out, "--shard-mb", 1)
     assert done.returncode == 0, done.stdout + done.stderr
     return f"{out}/*.tar"
+
+
+@pytest.fixture(scope="session")
+def launch() -> Iterator[forks.Launcher]:
+    """Runs attempts without seconds of imports."""
+    with forks.serve() as launcher:
+        yield launcher
 
 
 @pytest.fixture(scope="session")

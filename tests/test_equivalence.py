@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,17 +14,25 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.rundir import RunDir
 from data.batch import collate
+from tests.forks import Launcher
 from tests.making import audit, config_values, make_clips, run_program
-from tests.ranks import train_runs
 from trainer import checkpoint, model
 from trainer.checkpoint import Reader
 from trainer.loss import count_tokens, token_losses
 from trainer.optim import learning_rate
 
-FP32 = {"bf16": {"enabled": False}}
+Case = tuple[str, str, int, int]
+"""Backend, precision, ranks, micro-batch."""
+CASES = [
+    *[("zero2", "fp32", procs, micro) for procs, micro in ((1, 4), (2, 2), (3, 1), (3, 4))], ("fsdp2", "fp32", 3, 2),
+    *[("zero2", "bf16", procs, micro) for procs, micro in ((1, 4), (3, 2))], ("fsdp2", "bf16", 2, 2),
+]  # fmt: skip
+KINDS = [("zero2", 1), ("zero2", 2), ("zero2", 4), ("fsdp2", 2)]
+ALL_CASES = [(backend, precision, procs, micro) for precision in ("fp32", "bf16") for procs in (1, 2, 3, 4) for backend, micro in KINDS]
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-4}
 # 7 samples per step do not divide by 2, 3 or 4; of 30 clips 26 are for training, which leaves a short last batch of 5.
 STEPS, GLOBAL, SHORT = 4, 7, 5
+fast_or_all = pytest.mark.parametrize("cases", [CASES, pytest.param(ALL_CASES, marks=pytest.mark.slow)], ids=["some", "all"])
 
 
 def losses(run: Path) -> list[float]:
@@ -32,68 +42,52 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[tuple[str, int, int], Path]:
-    """Runs by (precision, ranks, micro-batch): one epoch, with an uneven split and a short last batch."""
-    return train_all(tmp_path_factory.mktemp("runs"), model, (1, 2, 3))
-
-
-@pytest.fixture(scope="module")
-def runs_of_four(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[tuple[str, int, int], Path]:
-    return train_all(tmp_path_factory.mktemp("runs-of-four"), model, (4,))
-
-
-def train_all(folder: Path, model: Path, ranks: tuple[int, ...]) -> dict[tuple[str, int, int], Path]:
-    found: dict[tuple[str, int, int], Path] = {}
+def trained(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launcher) -> Callable[[Case], Path]:
+    """The run of a case, which is trained when it is asked for first: one epoch, with an uneven split and a short last batch."""
+    folder = tmp_path_factory.mktemp("runs")
     assert run_program("tools.pack", make_clips(folder / "clips", range(30)), folder / "shards").returncode == 0
-    shards = f"{folder}/shards/*.tar"
-    for procs in ranks:
-        cases = [(precision, procs, micro) for precision, micro in itertools.product(TOLERANCE, (1, 2, 4))]
-        configs = [
-            config_values(
-                f"{precision}-{procs}-{micro}", folder, model, shards,
-                batch={"global_size": GLOBAL, "micro_size": micro}, optim={"epochs": 1, "lr": 1e-4, "max_steps": None, "clip_grad_norm": 1.0},
-                checkpoint={"every_steps": 1, "keep_last": 100}, evaluate={"every_steps": 1000, "captions": 0, "max_samples": 1},
-                engine={"zero2": FP32 if precision == "fp32" else {}},
-            )
-            for precision, _, micro in cases
-        ]  # fmt: skip
-        found |= dict(zip(cases, train_runs(procs, configs), strict=True))
-    return found
+
+    @functools.cache
+    def train(case: Case) -> Path:
+        backend, precision, procs, micro = case
+        config = config_values(
+            "-".join(map(str, case)), folder, model, f"{folder}/shards/*.tar",
+            batch={"global_size": GLOBAL, "micro_size": micro}, optim={"epochs": 1, "lr": 1e-4, "max_steps": None, "clip_grad_norm": 1.0},
+            checkpoint={"every_steps": 1, "keep_last": 100}, evaluate={"every_steps": 1000, "captions": 0, "max_samples": 1},
+            engine={"backend": backend, "dtype": precision},
+        )  # fmt: skip
+        assert launch(config, procs=procs).returncode == 0
+        return Path(config["run"]["dir"])
+
+    return train
 
 
-@pytest.mark.slow
+@fast_or_all
 @pytest.mark.parametrize("precision", TOLERANCE)
-def test_four_ranks_take_the_same_batches_to_the_same_loss(runs, runs_of_four, precision: str) -> None:
-    test_first_loss_is_the_same_for_any_ranks_and_micro_batch({**runs, **runs_of_four}, precision)
-    test_all_runs_took_the_same_batches({**runs, **runs_of_four})
-
-
-@pytest.mark.parametrize("precision", TOLERANCE)
-def test_first_loss_is_the_same_for_any_ranks_and_micro_batch(runs, precision: str) -> None:
-    first = {case[1:]: losses(run)[0] for case, run in runs.items() if case[0] == precision}
-    reference = first[1, 4]
+def test_first_loss_is_the_same_for_any_ranks_and_micro_batch(trained, cases: list[Case], precision: str) -> None:
+    first = {case: losses(trained(case))[0] for case in cases if case[1] == precision}
+    reference = first["zero2", precision, 1, 4]
     largest = max(abs(loss - reference) / reference for loss in first.values())
     print(f"{precision}: first losses differ by {largest:.1e} at most")
     assert largest <= TOLERANCE[precision], first
 
 
-def test_all_runs_took_the_same_batches(runs) -> None:
-    audits = {case: audit(run) for case, run in runs.items()}
-    reference = audits["fp32", 1, 4]
+@fast_or_all
+def test_all_runs_took_the_same_batches(trained, cases: list[Case]) -> None:
+    reference = audit(trained(("zero2", "fp32", 1, 4)))
     assert len(reference) == STEPS
     assert sorted(len(keys) for keys in reference.values()) == [SHORT] + [GLOBAL] * (STEPS - 1)
-    assert all(found == reference for found in audits.values())
+    assert all(audit(trained(case)) == reference for case in cases)
 
 
-CASES = [("fp32", 2, 2), ("fp32", 3, 1), ("bf16", 3, 2)]
-MORE_CASES = [("fp32", 1, 4), ("bf16", 1, 2), ("fp32", 4, 4), ("bf16", 4, 1)]
+MORE_CASES = [("zero2", "bf16", 1, 2), ("zero2", "fp32", 4, 4), ("zero2", "bf16", 4, 1), ("fsdp2", "fp32", 4, 2), ("fsdp2", "bf16", 1, 2)]
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=str)
-def test_gradient_and_update_equal_a_plain_loop(request: pytest.FixtureRequest, case) -> None:
+def test_gradient_and_update_equal_a_plain_loop(trained, case: Case) -> None:
     """Losses, gradients (from AdamW's first moment) and weights after each of two steps, against fp32 masters in plain PyTorch."""
-    precision, _, micro = case
-    run = RunDir(request.getfixturevalue("runs_of_four" if case[1] == 4 else "runs")[case])
+    _, precision, _, micro = case
+    run = RunDir(trained(case))
     plain = plain_loop(run, steps=2, micro=micro, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
     for step, (loss, gradient, weights) in enumerate(plain, 1):
         reader = Reader(run.checkpoints / f"step-{step:08d}")
@@ -108,8 +102,8 @@ def test_gradient_and_update_equal_a_plain_loop(request: pytest.FixtureRequest, 
         assert norm(error) / norm(moved) < (2e-3 if precision == "fp32" else 0.15)
 
 
-def test_short_last_batch_counts_its_own_tokens(runs) -> None:
-    last = {case: losses(run)[-1] for case, run in runs.items() if case[0] == "fp32"}
+def test_short_last_batch_counts_its_own_tokens(trained) -> None:
+    last = {case: losses(trained(case))[-1] for case in CASES if case[1] == "fp32"}
     assert max(last.values()) - min(last.values()) < 1e-4, last
 
 
@@ -164,9 +158,9 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return norm({name: found[name] - expected[name] for name in expected}) / norm(expected)
 
 
-def test_checkpoints_say_where_every_element_is(runs) -> None:
-    for case in [("fp32", 1, 1), ("fp32", 3, 2)]:
-        newest = checkpoint.find(RunDir(runs[case]).checkpoints)[0]
+def test_checkpoints_say_where_every_element_is(trained) -> None:
+    for case in CASES:
+        newest = checkpoint.find(RunDir(trained(case)).checkpoints)[0]
         for name, about in Reader(newest).manifest.parameters.items():
             ends = sorted((start, end) for start, end, _ in about["fragments"])
             assert ends[0][0] == 0 and ends[-1][1] == math.prod(about["shape"]), name

@@ -43,11 +43,11 @@ def test_a_shard_that_is_cut_off_or_whose_captions_are_elsewhere_is_told(shards:
 
 def test_every_byte_of_a_checkpoint_is_verified(tmp_path: Path) -> None:
     for step in (1, 2):
-        save(tmp_path / "run/checkpoints", step, **{"validation/loss": 0.5 / step})
+        save(tmp_path / "run/checkpoints", step, metrics={"validation/loss": 0.5 / step})
     sound = run_program("tools.inspect", tmp_path / "run")
     assert sound.returncode == 0, sound.stderr
-    assert sound.stdout.count("every byte verified (SHA-256)") == 2 and "step 2, 2 updates, 1 files, 72.0 MB" in sound.stdout
-    assert "6,000,005 numbers in 2 parameters" in sound.stdout and "validation/loss 0.2500" in sound.stdout
+    assert sound.stdout.count("every byte verified (XXH3)") == 2 and "step 2, 2 updates, 1 files, 72.0 MB" in sound.stdout
+    assert "6,000,026 numbers in 3 parameters" in sound.stdout and "validation/loss 0.2500" in sound.stdout
 
     file = tmp_path / "run/checkpoints/step-00000002/rank-00000-of-00001.safetensors"
     content = bytearray(file.read_bytes())
@@ -55,7 +55,7 @@ def test_every_byte_of_a_checkpoint_is_verified(tmp_path: Path) -> None:
     file.write_bytes(content)
     damaged = run_program("tools.inspect", file.parent)
     assert damaged.returncode == 1 and "1 blocks DAMAGED" in damaged.stdout
-    assert f"{file}: damaged between bytes 67108864 and" in damaged.stderr and "delete that folder to go on from the checkpoint before" in damaged.stderr
+    assert f"{file}: damaged between bytes 67108864 and" in damaged.stderr and "goes on from the newest sound one" in damaged.stderr
 
 
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import soundfile
 import yaml
 
 from configs.errors import ExitCode
+from configs.lease import claim
 from configs.load import validate
 from configs.rundir import RunDir
 from data import dataset
@@ -80,13 +81,13 @@ def test_shards_that_are_not_there_or_are_none(tmp_path: Path, model: Path, shar
     assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
-def test_a_missing_caption_key_names_source_sample_and_the_keys_that_are_there(tmp_path: Path, model: Path, shards: str) -> None:
+def test_a_missing_caption_key_names_source_sample_and_the_keys_that_are_there(tmp_path: Path, model: Path, shards: str, launch) -> None:
     values = config_values("run", tmp_path, model, shards)
     values["data"]["sources"] = [{**values["data"]["sources"][0], "caption_key": "text.en"}]
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
-    message = refused(ExitCode.DATA, "launch", "train", tmp_path / "mine.yaml")
-    assert "no caption under 'text.en' (keys there: licence, caption), e.g. sounds/shard-000000.tar/clip" in message
-    assert "is data.sources.NAME.caption_key right?" in message
+    done = launch(values)
+    assert done.returncode == ExitCode.DATA
+    assert "no caption under 'text.en' (keys there: licence, caption), e.g. sounds/shard-000000.tar/clip" in done.stderr
+    assert "is data.sources.NAME.caption_key right?" in done.stderr
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
     assert reasons and all("no caption under 'text.en' (keys there: licence, caption)" in reason for reason in reasons)
 
@@ -117,12 +118,12 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards/shard-000000.tar"
 
 
-def test_bad_audio_and_captions_are_named_and_the_others_are_trained_on(tmp_path: Path, model: Path, mixed: Path) -> None:
+def test_bad_audio_and_captions_are_named_and_the_others_are_trained_on(tmp_path: Path, model: Path, mixed: Path, launch) -> None:
     path = config(tmp_path, model, mixed, optim={"max_steps": None, "epochs": 1}, evaluate={"captions": 0}, data={"audit": True, "threads": 1})
     values = yaml.safe_load(path.read_text())
     values["data"] |= {"sources": [{"name": "sounds", "shards": [str(mixed)]}], "index_dir": str(tmp_path / "index")}
     path.write_text(yaml.safe_dump(values))
-    done = run_program("launch", "train", path)
+    done = launch(path)
     assert done.returncode == 0, done.stderr
     quarantined = {line["key"].rsplit("/", 1)[1]: line["reason"] for line in map(json.loads, (tmp_path / "run/quarantine.jsonl").read_text().splitlines())}
     assert quarantined.keys() == {"nothing", "cut", "page", "hours", "mute"}
@@ -194,11 +195,12 @@ def test_a_shard_that_changed_is_indexed_anew_and_a_run_on_it_is_not_taken_up(tm
     assert f"{shard}: changed since it was indexed; it is indexed anew" in done.stdout
     assert "going on from here would not be the same run, because these changed:" in done.stderr
     assert f"model.name_or_path: {model} -> {other}" in done.stderr
-    assert "the samples (a shard was added, removed or changed), by their digest: " in done.stderr and "start a new run with another run.name" in done.stderr
+    assert "index (the samples, by digest: a shard was added, removed, changed, or indexed in full after a quick look): " in done.stderr
+    assert "start a new run with another run.name" in done.stderr
 
     shutil.copy(pack(tmp_path / "again"), shard)
-    frozen = refused(1, "launch", "train", path, "model.freeze=[model.encoder]")
-    assert "step-00000001: is of another model, or of one with other parameters frozen; start a new run with another run.name" in frozen
+    frozen = refused(ExitCode.USAGE, "launch", "train", path, "model.freeze=[model.encoder]")
+    assert 'model.freeze: [] -> ["model.encoder"]' in frozen
 
     shutil.copy(other / "config.json", tmp_path / "run/base/config.json")
     message = refused(1, "tools.export", tmp_path / "run", tmp_path / "out")
@@ -232,16 +234,20 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(tmp_path: Path, model: Path
 
 
 def test_a_port_in_use(tmp_path: Path, model: Path, shards: str) -> None:
-    run = RunDir.create(validate(config_values("run", tmp_path, model, shards), "test"))
+    config = validate(config_values("run", tmp_path, model, shards), "test")
+    run = RunDir.create(config)
+    run.ask(config)
+    lease = claim(run)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        message = refused(1, "launch.worker", run.path, 0, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        message = refused(1, "launch.worker", run.path, lease.attempt, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     assert f"rank 0 cannot meet the others at 127.0.0.1:{port}: another program has taken that port; start again" in message
 
 
-def test_a_validation_part_of_which_nothing_fits_is_told(tmp_path: Path, model: Path, shards: str) -> None:
+@pytest.mark.slow
+def test_a_validation_part_of_which_nothing_fits_is_told(tmp_path: Path, model: Path, shards: str, launch) -> None:
     """Clips that are too long are not bad, but a loss of nothing is no loss; every rank has only some of the reasons."""
     (tmp_path / "long").mkdir()
     for number in range(3):
@@ -250,10 +256,9 @@ def test_a_validation_part_of_which_nothing_fits_is_told(tmp_path: Path, model: 
     assert run_program("tools.pack", tmp_path / "long/clips.csv", tmp_path / "held-out").returncode == 0
     values = config_values("run", tmp_path, model, shards)
     values["data"]["sources"] = [{"name": "sounds", "shards": [shards], "validation": {"shards": [f"{tmp_path}/held-out/*.tar"]}}]
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
-    message = refused(ExitCode.DATA, "launch", "train", tmp_path / "mine.yaml", "--procs", 2)
-    assert "source sounds: none of its 3 validation samples can be used. Reasons:" in message
-    assert "3 x the audio has 3.0 s, 2 s fit" in message and "caption_key" not in message
+    done = launch(values, procs=2)
+    assert done.returncode == ExitCode.DATA and "source sounds: none of its 3 validation samples can be used. Reasons:" in done.stderr
+    assert "3 x the audio has 3.0 s, 2 s fit" in done.stderr and "caption_key" not in done.stderr
 
 
 @pytest.mark.slow

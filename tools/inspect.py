@@ -157,12 +157,12 @@ def _line(name: str, text: str) -> None:
 
 def _show_checkpoints(folder: Path) -> None:
     """Verify a checkpoint, or all of a run. Raises CheckpointError if one is damaged."""
-    found = [folder] if (folder / "manifest.json").is_file() else checkpoint.find(RunDir(folder).checkpoints)
+    found = [folder] if (folder / checkpoint.MANIFEST).is_file() else checkpoint.find(RunDir(folder).checkpoints)
     if not found:
         raise ConfigError(f"{folder}: neither a checkpoint (no manifest.json) nor a run that has one; for shards, name the .tar files")
     damaged = [problem for one in found for problem in _show_checkpoint(one)]
     if damaged:
-        raise CheckpointError("\n".join(damaged))
+        raise CheckpointError("\n".join([*damaged, "A resume sets damaged checkpoints aside, and goes on from the newest sound one."]))
 
 
 def _show_checkpoint(folder: Path) -> list[str]:
@@ -181,7 +181,7 @@ def _show_checkpoint(folder: Path) -> list[str]:
     if about.metrics:
         _line("metrics", ", ".join(f"{name} {value:.4f}" for name, value in about.metrics.items()))
     problems = reader.verify()
-    _line("digests", f"{len(problems)} blocks DAMAGED" if problems else "every byte verified (SHA-256)")
+    _line("digests", f"{len(problems)} blocks DAMAGED" if problems else "every byte verified (XXH3)")
     return problems
 
 

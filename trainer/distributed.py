@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from configs.errors import ConfigError, EarwitnessError
+
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)
+"""How long ranks wait for one another: at a start, rank 0 may merge indexes or bring a checkpoint back from its mirror."""
 
 
 class PeerFailed(EarwitnessError):
@@ -29,6 +36,22 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def sums(self, **values: float) -> SimpleNamespace:
+        """Sums over all ranks, by name."""
+        return SimpleNamespace(**dict(zip(values, self.sum(list(values.values())), strict=True)))
+
+    def any(self, flags: torch.Tensor) -> torch.Tensor:
+        """(n,) bool: true where it is true on any rank."""
+        found = flags.to(self.device, torch.uint8)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.cpu().bool()
+
+    def share(self, value: T) -> T:
+        """The value of rank 0, on all ranks."""
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
 
     def gather(self, value: object) -> list[object] | None:
         """Values of all ranks on rank 0, None elsewhere."""
@@ -61,7 +84,9 @@ def start() -> World:
     else:
         device = torch.device("cpu")
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, device_id=device if device.type == "cuda" else None, timeout=PATIENCE
+        )
     except dist.DistError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         hint = "another program has taken that port; start again" if "EADDRINUSE" in str(error) else str(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +17,9 @@ from data.features import log_mel
 from data.samples import Rejected
 from trainer.loss import count_tokens, token_losses
 from trainer.session import Session
+
+Interrupted = Callable[[Exception | None], bool]
+"""Tells all ranks of one's error, if there is one, and raises on all if any has one; returns whether to leave off. All ranks call it at the same point."""
 
 
 @dataclass(frozen=True)
@@ -35,28 +38,28 @@ def validation_rows(session: Session, per_source: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def validation_loss(session: Session, *, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+def validation_loss(session: Session, module: torch.nn.Module, interrupted: Interrupted) -> dict[str, float] | None:
     """Mean loss of a caption token over all validation samples (`validation/loss`) and by source (`validation/loss/SOURCE`).
 
-    Empty without validation samples; None where `interrupted` (which ranks agree on) says to leave off. Raises DataError if none
-    of a source's validation samples can be used.
+    Empty without validation samples; None where `interrupted` says to leave off. Raises DataError if none of a source's validation
+    samples can be used.
     """
     world, names = session.world, [source.name for source in session.config.data.sources]
     by_source = validation_rows(session, session.config.evaluate.max_samples)
     rows = [row for of_source in by_source for row in of_source]
     size, mels = session.config.batch.micro_size, session.captioner.config.num_mel_bins
-    samples, module = session.samples(validation=True), session.engine.evaluation_module()
+    samples = session.samples(validation=True)
     losses = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     tokens = torch.zeros_like(losses)
     rejected: list[Rejected] = []
     module.eval()
     with ThreadPoolExecutor(session.config.data.threads) as pool:
         for first in range(0, len(rows), size * world.size):  # as many rounds on every rank
-            if interrupted():
+            mine = rows[first + world.rank * size : min(first + (world.rank + 1) * size, len(rows))]
+            results, error = _loaded(pool.map(samples.load, mine))
+            if interrupted(error):
                 module.train()
                 return None
-            mine = rows[first + world.rank * size : min(first + (world.rank + 1) * size, len(rows))]
-            results = list(pool.map(samples.load, mine))
             loaded = [sample for sample in results if isinstance(sample, Sample)]
             unusable = [one for one in results if isinstance(one, Rejected)]
             session.quarantine(unusable, validation=True)
@@ -77,22 +80,27 @@ def validation_loss(session: Session, *, interrupted: Callable[[], bool]) -> dic
 
 
 @torch.no_grad()
-def caption_panel(session: Session) -> list[PanelClip]:
-    """Caption the panel: as many validation clips of each source. All ranks take part, rank 0 gets the clips."""
+def caption_panel(session: Session, module: torch.nn.Module, interrupted: Interrupted) -> list[PanelClip] | None:
+    """Caption the panel: as many validation clips of each source. All ranks take part, rank 0 gets the clips. None where `interrupted` says to leave off."""
     world, wanted = session.world, session.config.evaluate.captions
     by_source = validation_rows(session, -(-wanted // len(session.config.data.sources)))
     turns = [rows[turn] for turn in range(wanted) for rows in by_source if turn < len(rows)][:wanted]
     samples = session.samples(validation=True)
-    clips = [sample for sample in map(samples.load, turns[world.rank :: world.size]) if isinstance(sample, Sample)]
     session.share_caption_tokens()
-    gathered = world.gather([PanelClip(clip, generate(session, clip)) for clip in clips])
+    clips = []
+    for first in range(0, len(turns), world.size):  # as many rounds on every rank
+        loaded, error = _loaded(map(samples.load, turns[first + world.rank : first + world.rank + 1]))
+        if interrupted(error):
+            return None
+        clips += [PanelClip(clip, generate(session, module, clip)) for clip in loaded if isinstance(clip, Sample)]
+    gathered = world.gather(clips)
     panels: list[list[PanelClip]] = gathered or []  # type: ignore[assignment]
     return [panel[turn] for turn in range(wanted) for panel in panels if turn < len(panel)]
 
 
-def generate(session: Session, sample: Sample) -> str:
+def generate(session: Session, model: torch.nn.Module, sample: Sample) -> str:
     """The caption that the model gives a clip, greedily."""
-    model, captioner = session.engine.evaluation_module(), session.captioner
+    captioner = session.captioner
     config = captioner.model.generation_config
     kept = [token for token in config.suppress_tokens or [] if not session.caption_tokens[token]]
     waveform = torch.from_numpy(sample.waveform)[None].to(session.world.device)
@@ -110,3 +118,11 @@ def generate(session: Session, sample: Sample) -> str:
     )
     model.train()
     return str(captioner.processor.batch_decode(tokens, skip_special_tokens=True)[0]).strip()
+
+
+def _loaded(results: Iterable[Sample | Rejected]) -> tuple[list[Sample | Rejected], Exception | None]:
+    """All results; or none, and the error, so that all ranks can learn of it before they leave."""
+    try:
+        return list(results), None
+    except Exception as error:
+        return [], error

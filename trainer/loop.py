@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NoReturn, Protocol
+
+import torch
 
 from configs.errors import DataError, EarwitnessError
 from configs.rundir import append_line
@@ -16,9 +19,12 @@ from trainer.distributed import PeerFailed
 from trainer.engines import Update
 from trainer.evaluate import caption_panel, validation_loss
 from trainer.loss import count_tokens, token_losses
-from trainer.monitor import Monitor
+from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
 from trainer.session import Session
+
+LAST_CHANCE = 5.0
+"""Seconds that a checkpoint under way gets when this rank has failed."""
 
 
 class Outcome(Enum):
@@ -36,60 +42,106 @@ class StopFlag(Protocol):
         """Whether to save and leave."""
 
 
+@dataclass
+class Taken:
+    """A step that was taken: its samples on this rank, the sum of their token losses, and the tokens of the global batch."""
+
+    step: Step
+    losses: torch.Tensor
+    tokens: float
+
+
 def train(session: Session, stop: StopFlag) -> Outcome:
     """Take the steps that are left. Returns SAVED if `stop` was requested on any rank: the state is then on disk."""
     config, state, world = session.config, session.state, session.world
-    loader, monitor = session.loader(), Monitor(session)
-    bad, skips, due, saved_at = 0, 0, 0.0, time.monotonic()
+    loader, monitor, spikes = session.loader(), Monitor(session), SpikeWindow(config.monitor.spike_sigma)
+    bad, skips, first, due, saved_at = 0, 0, state.step, 0.0, time.monotonic()
+    taken: Taken | None = None
     try:
         while True:
             last, is_best = state.step == session.total_steps, False
             metrics: dict[str, float] = {}
             if not state.evaluated and (last or state.step % config.evaluate.every_steps == 0):
                 if (evaluation := evaluate(session, monitor, stop)) is None:
-                    session.save("stop", {})
-                    return Outcome.SAVED
+                    return save_and_leave(session)
                 metrics, is_best = evaluation
             if is_best or due or last or state.step % config.checkpoint.every_steps == 0:
                 session.save("best" if is_best else "finished" if last else "interval", metrics)
                 due, saved_at = 0.0, time.monotonic()
             if last:
+                session.writer.finish()
                 return Outcome.FINISHED
 
             step, error = fetch(loader, state.step)
             batches = micro_batches(step.samples, config.batch.micro_size, session.micro_batches, session.order.window(state.step), session.pad_id)
-            tokens = sum(int(count_tokens(batch).sum()) for batch in batches)
-            rejected = sum(one.bad for one in step.rejected)
             minutes = (time.monotonic() - saved_at) / 60
-            overdue = config.checkpoint.every_minutes is not None and minutes > config.checkpoint.every_minutes
             # The one agreement of a step: all ranks take it, or leave together.
-            tokens_all, stopping, failed, rejected_all, due = world.sum([tokens, stop.requested, error is not None, rejected, overdue])
-            if error is not None:
-                raise error
-            if failed:
-                raise PeerFailed("another rank failed")
-            if stopping:
-                session.save("stop", {})
-                return Outcome.SAVED
+            agreed = world.sums(
+                tokens=sum(int(count_tokens(batch).sum()) for batch in batches),
+                stopping=stop.requested,
+                failed=error is not None,
+                superseded=session.lease.lost,
+                unsaved=session.writer.failed,
+                bad=sum(one.bad for one in step.rejected),
+                overdue=config.checkpoint.every_minutes is not None and minutes > config.checkpoint.every_minutes,
+                losses_before=float(taken.losses) if taken else 0.0,
+            )
+            if agreed.failed:
+                leave_together(session, error)
+            if agreed.superseded or agreed.unsaved:
+                give_way(session)
+            if taken:
+                check_loss(session, spikes, taken, agreed.losses_before)
+            if agreed.stopping:
+                return save_and_leave(session)
+            due = agreed.overdue
             record_samples(session, step)
-            bad += int(rejected_all)
-            check_bad(session, bad)
+            bad += int(agreed.bad)
+            check_bad(session, bad, first)
 
+            taken = Taken(step, torch.zeros((), dtype=torch.float64, device=world.device), agreed.tokens)
             for number, batch in enumerate(batches):
                 batch = batch.to(world.device)
                 losses = token_losses(session.engine, batch, session.captioner.config.num_mel_bins, session.engine.dtype)
-                session.engine.backward(losses.sum() / max(1.0, tokens_all), last=number == len(batches) - 1)
+                session.engine.backward(losses.sum() / max(1.0, agreed.tokens), last=number == len(batches) - 1)
+                taken.losses += losses.detach().sum()
                 monitor.add(batch, losses)
             lr = learning_rate(config.optim, state.step, session.total_steps)
+            session.writer.hold()
             update = session.engine.step(lr)
             state.step += 1
             state.evaluated = False
             skips = 0 if update.applied else skips + 1
             check_update(session, update, skips, step)
             monitor.step(step, update, lr)
+    except Exception:
+        session.writer.drain(LAST_CHANCE)
+        raise
     finally:
         loader.close()
         monitor.close()
+
+
+def save_and_leave(session: Session) -> Outcome:
+    """Save, sooner than anything else, and wait until it is durable."""
+    if session.world.sum([session.lease.lost])[0]:
+        give_way(session)
+    session.save("stop", {}, urgent=True)
+    session.writer.finish()
+    return Outcome.SAVED
+
+
+def leave_together(session: Session, error: Exception | None) -> NoReturn:
+    """Raise this rank's error, or that of a peer, once the checkpoint under way is durable."""
+    session.writer.finish()
+    raise error or PeerFailed("another rank failed")
+
+
+def give_way(session: Session) -> None:
+    """Raise why this attempt must end: a checkpoint that could not be written, or a later attempt."""
+    session.writer.finish()
+    session.lease.check()
+    raise PeerFailed("a later attempt has taken over")
 
 
 def fetch(loader: Loader, number: int) -> tuple[Step, Exception | None]:
@@ -102,11 +154,18 @@ def fetch(loader: Loader, number: int) -> tuple[Step, Exception | None]:
 
 def evaluate(session: Session, monitor: Monitor, stop: StopFlag) -> tuple[dict[str, float], bool] | None:
     """Validation loss and the panel of captions. Returns the metrics and whether they are the best yet; None if a stop was requested."""
-    state = session.state
-    metrics = validation_loss(session, interrupted=lambda: session.world.sum([stop.requested])[0] > 0)
-    if metrics is None:
+    state, module = session.state, session.engine.evaluation_module()
+
+    def interrupted(error: Exception | None) -> bool:
+        agreed = session.world.sums(failed=error is not None, leaving=stop.requested or session.lease.lost)
+        if agreed.failed:
+            leave_together(session, error)
+        return bool(agreed.leaving)
+
+    metrics = validation_loss(session, module, interrupted)
+    panel = None if metrics is None else caption_panel(session, module, interrupted)
+    if metrics is None or panel is None:
         return None
-    panel = caption_panel(session)
     monitor.evaluation(metrics, panel)
     value = metrics.get(session.config.evaluate.best_metric, math.inf)
     is_best = state.step > 0 and value < state.best
@@ -131,21 +190,37 @@ def record_samples(session: Session, step: Step) -> None:
         append_line(session.run.audit / f"rank-{session.world.rank:05d}.jsonl", line | rejected)
 
 
-def check_bad(session: Session, bad: int) -> None:
-    """Raises DataError if more samples were bad in this attempt than the configuration allows."""
+def check_bad(session: Session, bad: int, first: int) -> None:
+    """Raises DataError if more samples were bad in this attempt, whose first step was `first`, than the configuration allows."""
     fraction = session.config.data.max_bad_fraction
-    if bad > fraction * max(1000, session.state.step * session.config.batch.global_size):
+    if bad > fraction * max(1000, (session.state.step - first) * session.config.batch.global_size):
+        session.writer.finish()
         reasons = session.explain([one for one in session.quarantined.values() if one.bad])
         raise DataError(f"{bad} samples could not be used, more than data.max_bad_fraction={fraction:g} allows. {reasons}")
+
+
+def check_loss(session: Session, spikes: SpikeWindow, taken: Taken, losses: float) -> None:
+    """Mark a step whose loss stands out, and name its samples. losses: sum over the tokens of the global batch."""
+    loss = losses / max(1.0, taken.tokens)
+    if spikes.stands_out(loss):
+        record_keys(session, "spike", taken.step, loss=loss)
 
 
 def check_update(session: Session, update: Update, skips: int, step: Step) -> None:
     """Note a skipped update (the gradient was not finite). Raises EarwitnessError if there were too many in a row."""
     if update.applied:
         return
-    session.run.record("skip", step=step.number, rank=session.world.rank, keys=[sample.key for sample in step.samples])
+    record_keys(session, "skip", step)
     if skips > session.config.optim.max_skips:
+        session.writer.finish()
         raise EarwitnessError(
             f"the gradient was not finite {skips} times in a row, up to step {step.number}; stopped, as optim.max_skips says. "
             f"The last checkpoint is from before; {session.run.events} names the samples. A lower optim.lr or a longer warm-up often helps."
         )
+
+
+def record_keys(session: Session, event: str, step: Step, **about: float) -> None:
+    """Name all samples of a step in the ledger, in the order of lanes."""
+    keys = session.world.gather([sample.key for sample in step.samples])
+    if keys is not None:
+        session.run.record(event, step=step.number, **about, keys=[key for of_rank in keys for key in of_rank])  # type: ignore[attr-defined]

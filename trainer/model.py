@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
-from configs.errors import ConfigError
+from configs.errors import CheckpointError, ConfigError
 from configs.rundir import RunDir
 from configs.schema import Model
 from data.captions import prefix_tokens
+from trainer.weights import UNTRAINED, take_weights
 
-UNTRAINED = "untrained.safetensors"
 RANDOM_PARTS = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "apply_spec_augment")
 
 
@@ -43,8 +43,11 @@ class Captioner:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def load(settings: Model, seed: int) -> Captioner:
-    """The model to start from, in float32. Raises ConfigError if it cannot be had or cannot be trained exactly."""
+def load(settings: Model, seed: int, init_from: Path | None = None) -> Captioner:
+    """The model to start from, in float32, with the weights of a run, checkpoint or export `init_from` instead of its own.
+
+    Raises ConfigError if it cannot be had or cannot be trained exactly.
+    """
     name = settings.name_or_path
     try:
         processor = WhisperProcessor.from_pretrained(name)
@@ -57,15 +60,20 @@ def load(settings: Model, seed: int) -> Captioner:
             model = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name_or_path: {name}: cannot load a Whisper from there: {error}") from error
+    if init_from:
+        take_weights(model, init_from)
     return _prepare(model, processor, settings)
 
 
 def load_base(run: RunDir, settings: Model) -> Captioner:
-    """The model of a run that has started: its shape and its untrained tensors; the trained ones come from a checkpoint."""
-    processor = WhisperProcessor.from_pretrained(run.base)
-    model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(run.base))
-    model.generation_config = GenerationConfig.from_pretrained(run.base)
-    model.load_state_dict(load_file(run.base / UNTRAINED), strict=False)
+    """The model of a run that has started: its shape and its untrained tensors; the trained ones come from a checkpoint. Raises CheckpointError."""
+    try:
+        processor = WhisperProcessor.from_pretrained(run.base)
+        model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(run.base))
+        model.generation_config = GenerationConfig.from_pretrained(run.base)
+        model.load_state_dict(load_file(run.base / UNTRAINED), strict=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{run.base}: the run's base is missing or incomplete ({error}); it is needed beside the checkpoints") from error
     return _prepare(model, processor, settings)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,6 +23,25 @@ from trainer.evaluate import PanelClip
 from trainer.flops import peak_flops, step_flops
 from trainer.loss import count_tokens
 from trainer.session import Session
+
+SPIKE_WINDOW = 100
+"""Steps that a loss is compared with; the first SPIKE_WINDOW / 5 of an attempt are only collected."""
+
+
+class SpikeWindow:
+    """Tells losses that stand out from those of the steps before."""
+
+    def __init__(self, sigma: float) -> None:
+        self.sigma = sigma
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+
+    def stands_out(self, loss: float) -> bool:
+        """Whether a step's loss is more than `sigma` standard deviations above the mean, or not finite; it joins the window otherwise."""
+        known = np.array(self._losses)
+        if not math.isfinite(loss) or (len(known) >= SPIKE_WINDOW // 5 and loss > known.mean() + self.sigma * known.std()):
+            return True
+        self._losses.append(loss)
+        return False
 
 
 class Monitor:

@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step: model, data, engine, and the state it goes on from."""
+"""A run on this rank: model, data, engine, and where it is."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import Any
 
 import torch
 
-from configs.errors import CheckpointError, ConfigError
+from configs.lease import Lease
 from configs.rundir import RunDir, append_line
 from configs.schema import RunConfig
-from data import dataset
 from data.batch import Sample
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
 from data.loader import Loader
 from data.order import Order, rank_lanes
 from data.samples import Rejected, Samples
-from trainer import checkpoint, model
+from trainer import checkpoint
+from trainer.checkpoint import Manifest
 from trainer.distributed import PeerFailed, World
 from trainer.engines import Engine
-from trainer.engines.zero2 import Zero2Engine
+from trainer.identity import identity
+from trainer.mirror import Mirror
 from trainer.model import Captioner
+from trainer.writer import Writer
 
 
 @dataclass
@@ -32,7 +34,7 @@ class State:
     step: int = 0
     """Optimizer steps taken."""
     saved: int = 0
-    """The step of the newest checkpoint."""
+    """The step of the newest checkpoint, on disk or under way."""
     evaluated: bool = False
     """Whether this step has been evaluated."""
     best: float = float("inf")
@@ -45,7 +47,7 @@ class Session:
 
     config: RunConfig
     run: RunDir
-    attempt: int
+    lease: Lease
     world: World
     captioner: Captioner
     engine: Engine
@@ -54,12 +56,20 @@ class Session:
     order: Order
     total_steps: int
     state: State
+    writer: Writer
+    mirror: Mirror | None
+    """Of the checkpoints; on rank 0, if there is one."""
     caption_tokens: torch.Tensor
     """(vocabulary,) bool: the tokens that occurred in captions."""
     quarantined: dict[str, Rejected] = field(default_factory=dict)
     """Samples that this rank could not use in this attempt, by key."""
     cut: set[int] = field(default_factory=set)
     """Numbers of the sources of which a caption was cut off in this attempt."""
+
+    @property
+    def attempt(self) -> int:
+        """Number of this start of the run."""
+        return self.lease.attempt
 
     @property
     def lanes(self) -> range:
@@ -89,18 +99,6 @@ class Session:
         data = self.config.data
         samples, steps = self.samples(validation=False), range(self.state.step, self.total_steps)
         return Loader(samples, self.order, self.lanes, steps, threads=data.threads, read_ahead_mb=data.read_ahead_mb)
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that goes on from it, so that the order of the samples is the same."""
-        data = self.config.data
-        return {
-            "model.name_or_path": self.config.model.name_or_path,
-            "run.seed": self.config.run.seed,
-            "batch.global_size": self.config.batch.global_size,
-            "data.shuffle_window": data.shuffle_window,
-            "data.sources": [[source.name, source.weight] for source in data.sources],
-            "index": self.dataset.training.digest,
-        }
 
     def quarantine(self, rejected: Sequence[Rejected], **about: Any) -> None:
         """Name samples that could not be used, each once per attempt."""
@@ -133,68 +131,26 @@ class Session:
 
     def share_caption_tokens(self) -> None:
         """Let all ranks know which tokens occurred in the captions of any of them."""
-        self.caption_tokens = torch.tensor(self.world.sum(self.caption_tokens.tolist())) > 0
+        self.caption_tokens = self.world.any(self.caption_tokens)
 
-    def save(self, reason: str, metrics: dict[str, float]) -> None:
-        """Write a checkpoint of the present step, unless there is one that says as much, and delete what need not be kept."""
-        settings = self.config.checkpoint
-        if self.state.step == 0 or (self.state.saved == self.state.step and not metrics):
+    def save(self, reason: str, metrics: dict[str, float], *, urgent: bool = False) -> None:
+        """Begin to write a checkpoint of the present step, in the background; if there is one, only note the metrics in it."""
+        if self.state.step == 0:
             return
-        self.share_caption_tokens()
-        learnt = [token for token in self.captioner.model.generation_config.suppress_tokens or [] if self.caption_tokens[token]]
-        manifest = checkpoint.Manifest(self.state.step, self.engine.updates(), self.identity(), metrics, caption_tokens=learnt)
-        shapes = {name: list(p.shape) for name, p in self.captioner.trained.items()}
-        folder = checkpoint.save(self.run.checkpoints, self.engine, self.world, manifest, shapes, self.attempt)
-        self.state.saved = self.state.step
-        if self.world.rank == 0:
-            checkpoint.retain(self.run.checkpoints, settings.keep_last, settings.keep_every, self.config.evaluate.best_metric)
-            self.run.record("checkpoint", step=self.state.step, reason=reason, folder=folder.name, **metrics)
-
-
-def prepare(config: RunConfig, run: RunDir, attempt: int, world: World) -> Session:
-    """Build a session, from the newest checkpoint if there is one."""
-    newest = next(iter(checkpoint.find(run.checkpoints)), None)
-    captioner = model.load_base(run, config.model) if newest else model.load(config.model, config.run.seed)
-    if (config.data.max_seconds or 0) > captioner.frames / 100:
-        raise ConfigError(f"data.max_seconds: {config.data.max_seconds:g} s, but the model's window is {captioner.frames / 100:g} s")
-    if world.rank == 0:
-        for line in dataset.build(config, run.path, captioner.frames / 100):
-            print(line, flush=True)
-            run.record("left_out", attempt=attempt, what=line)
-        if not newest:
-            model.save_base(run, captioner)
-    world.barrier()
-    found = dataset.open_dataset(config, run.path)
-    order = found.order(config, captioner.frames)
-    total = config.optim.max_steps or order.steps_of(config.optim.epochs or 0)
-    encoder = CaptionEncoder(
-        captioner.processor.tokenizer, captioner.prefix, positions=captioner.config.max_target_positions,
-        long_caption=config.data.long_caption, styles=[source.style for source in config.data.sources],
-    )  # fmt: skip
-    vocabulary = torch.zeros(captioner.config.vocab_size, dtype=torch.bool)
-    engine = Zero2Engine(captioner.model, config, world)
-    session = Session(config, run, attempt, world, captioner, engine, found, encoder, order, total, State(), vocabulary)
-    if newest:
-        _resume(session, checkpoint.Reader(newest))
-    return session
-
-
-def _resume(session: Session, reader: checkpoint.Reader) -> None:
-    """Take up the state of a checkpoint. Raises ConfigError if the run would not be the same run."""
-    manifest, now = reader.manifest, session.identity()
-    names = {"index": "the samples (a shard was added, removed or changed), by their digest"}
-    changed = [f"{names.get(key, key)}: {manifest.identity.get(key)} -> {now[key]}" for key in now if manifest.identity.get(key) != now[key]]
-    if changed:
-        raise ConfigError(
-            f"{reader.folder}: going on from here would not be the same run, because these changed:\n  "
-            + "\n  ".join(changed)
-            + "\nUndo that, or start a new run with another run.name."
-        )
-    shapes = {name: list(p.shape) for name, p in session.captioner.trained.items()}
-    if shapes != {name: entry["shape"] for name, entry in manifest.parameters.items()}:
-        raise CheckpointError(f"{reader.folder}: is of another model, or of one with other parameters frozen; start a new run with another run.name")
-    session.engine.load(reader, manifest.updates)
-    session.caption_tokens[manifest.caption_tokens] = True
-    session.state.step = session.state.saved = manifest.step
-    session.state.evaluated = bool(manifest.metrics)
-    session.state.best, _ = checkpoint.best_of(session.run.checkpoints, session.config.evaluate.best_metric)
+        if self.state.saved < self.state.step:
+            self.share_caption_tokens()
+            learnt = [token for token in self.captioner.model.generation_config.suppress_tokens or [] if self.caption_tokens[token]]
+            about = identity(self.config, self.dataset.training.digest)
+            manifest = Manifest(
+                self.state.step, self.engine.updates(), about, (self.order.base_step, self.order.base_epoch), self.order.locate(self.state.step),
+                reason, metrics, learnt,
+            )  # fmt: skip
+            self.writer.save(manifest, urgent=urgent)
+            self.state.saved = self.state.step
+        elif metrics:
+            self.writer.finish()
+            if self.world.rank == 0:
+                folder = self.run.checkpoints / checkpoint.name_of(self.state.step)
+                checkpoint.set_metrics(folder, metrics)
+                if self.mirror:
+                    self.mirror.upload(folder)

@@ -75,7 +75,7 @@ def serve() -> Iterator[Server]:
         "master.telemetry": "false",
         "master.volumeSizeLimitMB": 1024,
         "master.electionTimeout": "1s",
-        "volume.max": 20,
+        "volume.max": 200,  # a bucket takes seven
         "volume.preStopSeconds": 0,
     }
     command = [_program(), "-logtostderr=true", "server", "-s3", *(f"-{name}={value}" for name, value in flags.items())]

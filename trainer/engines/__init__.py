@@ -50,13 +50,16 @@ class Engine(Protocol):
         """Clip, update the weights and forget the gradient."""
 
     def fragments(self) -> list[Fragment]:
-        """This rank's share of the state: views, not copies."""
+        """This rank's share of the state: views, not copies. The same stretches every time."""
 
     def updates(self) -> int:
         """AdamW's own counter of updates."""
 
     def load(self, read: Read, updates: int | None) -> None:
-        """Set this rank's share of the state. `updates` None sets the weights only and leaves the optimizer fresh."""
+        """Set this rank's share of the state; `publish` then lets all ranks compute with it. `updates` None: the weights, with a fresh optimizer."""
+
+    def publish(self) -> None:
+        """Make the weights that compute from what every rank has loaded. Every rank must call it at the same point."""
 
     def evaluation_module(self) -> torch.nn.Module:
-        """The model, for evaluation and generation."""
+        """The whole model as it is now, for evaluation and generation. Every rank must call it at the same point."""

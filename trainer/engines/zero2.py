@@ -32,7 +32,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "train_batch_size": config.batch.micro_size * world_size,
         "gradient_clipping": config.optim.clip_grad_norm,
         "steps_per_print": 10**9,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": config.engine.dtype == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
@@ -66,6 +66,7 @@ class Zero2Engine:
             raise ConfigError(f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)} any more; install the range that requirements.txt names")
         self.dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
         self.load(lambda name, kind, start, end: exact[name][start:end], None)
+        self.publish()
 
     def __call__(self, **inputs: Any) -> Any:
         """Forward pass of the model."""
@@ -88,27 +89,30 @@ class Zero2Engine:
         found = []
         for name, start, flat, at, count in self._pieces():
             state = self._zero.optimizer.state[flat]
-            tensors = {"master": flat.detach()} | {kind: state[kind] if kind in state else torch.zeros_like(flat) for kind in KINDS[1:]}
+            tensors = {"master": flat.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
             found.append(Fragment(name, start, start + count, {kind: tensor[at : at + count] for kind, tensor in tensors.items()}))
         return found
 
     def updates(self) -> int:
         """AdamW's own counter of updates."""
-        state = self._zero.optimizer.state[self._zero.single_partition_of_fp32_groups[0]]
-        return int(state["step"]) if "step" in state else 0
+        return int(self._zero.optimizer.state[self._zero.single_partition_of_fp32_groups[0]]["step"])
 
     @torch.no_grad()
     def load(self, read: Read, updates: int | None) -> None:
-        """Set this rank's share of the state; `updates` None sets the weights only and leaves the optimizer fresh."""
-        if updates is not None:
-            for flat in self._zero.single_partition_of_fp32_groups:
-                state = self._zero.optimizer.state[flat]
-                state["step"] = torch.tensor(float(updates), device=flat.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        """Set this rank's share of the state. `updates` None: the weights, with a fresh optimizer."""
+        for flat in self._zero.single_partition_of_fp32_groups:
+            state = self._zero.optimizer.state[flat]
+            state["step"] = torch.tensor(float(updates or 0), device=flat.device)
+            for kind in KINDS[1:]:
+                if updates is None or kind not in state:
+                    state[kind] = torch.zeros_like(flat)
         for name, start, flat, at, count in self._pieces():
             flat[at : at + count].copy_(read(name, "master", start, start + count))
             for kind in KINDS[1:] if updates is not None else ():
                 self._zero.optimizer.state[flat][kind][at : at + count].copy_(read(name, kind, start, start + count))
+
+    def publish(self) -> None:
+        """Make the weights that compute from what every rank has loaded."""
         self._zero.update_lp_params()
 
     def evaluation_module(self) -> torch.nn.Module:

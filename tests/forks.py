@@ -1,0 +1,187 @@
+"""The real launcher and the real ranks without seconds of imports: their processes are forked from one that has imported everything.
+
+`python -m tests.forks` reads one JSON request per line, and answers with the exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from configs.errors import run_command
+from configs.rundir import RunDir
+from launch import local, worker
+from launch.__main__ import app
+from tests.making import ROOT
+
+FORK = multiprocessing.get_context("fork")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL at call number `nth` of a function (`module:attribute`; after it has returned, with `after`), or some time after it.
+
+    rank: the victim; None: the whole node, the launcher included.
+    """
+
+    function: str
+    nth: int = 1
+    after: bool = False
+    rank: int | None = None
+    delay: float | None = None
+
+    def arm(self, rank: int) -> None:
+        """Set the trap in this process."""
+        if self.rank not in (None, rank):
+            return
+        module, _, path = self.function.partition(":")
+        owner: Any = importlib.import_module(module)
+        *parents, name = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def trapped(*arguments: Any, **keywords: Any) -> Any:
+            due = next(calls) == self.nth
+            if due and self.delay is not None:
+                threading.Timer(self.delay, self._strike).start()
+            elif due and not self.after:
+                self._strike()
+            result = original(*arguments, **keywords)
+            if due and self.after:
+                self._strike()
+            return result
+
+        setattr(owner, name, trapped)
+
+    def _strike(self) -> None:
+        os.killpg(0, signal.SIGKILL) if self.rank is None else os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Rank(FORK.Process):
+    """A forked rank, as launch.local sees one."""
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired("rank", timeout or 0)
+        return self.exitcode
+
+    def send_signal(self, signum: int) -> None:
+        os.kill(self.pid or 0, signum)
+
+
+def start_rank(kill: Kill | None, run: RunDir, attempt: int, rank: int, procs: int, port: int) -> Rank:
+    """What `launch.local._start` does, with a fork for the new process."""
+
+    def body() -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with local.log_file(run, attempt, rank).open("wb") as log:
+            for descriptor in (2,) if rank == 0 else (1, 2):
+                os.dup2(log.fileno(), descriptor)
+        if kill:
+            kill.arm(rank)
+        code = worker.main(str(run.path), attempt)
+        sys.stdout.flush()
+        os._exit(code)
+
+    process = Rank(target=body)
+    process.start()
+    return process
+
+
+def command(request: dict[str, Any]) -> None:
+    """One `python -m launch`, in a process group of its own."""
+    os.setsid()
+    os.environ |= request["env"]
+    for descriptor, path in enumerate(request["outputs"], 1):
+        os.dup2(os.open(path, os.O_WRONLY), descriptor)
+    kill = Kill(**request["kill"]) if request["kill"] else None
+    local._start = functools.partial(start_rank, kill)
+    sys.argv = ["launch", *request["arguments"]]
+    run_command(app)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print
+    for name in (
+        "deepspeed",
+        "trainer.start",
+        "trainer.loop",
+        "trainer.engines.zero2",
+        "trainer.engines.fsdp2",
+        "transformers.models.whisper.modeling_whisper",
+    ):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        process = FORK.Process(target=command, args=(json.loads(line),))
+        process.start()
+        process.join()
+        print(process.exitcode, file=answers, flush=True)
+
+
+class Done(NamedTuple):
+    """How a command ended (-9: it was killed), and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Launcher:
+    """`python -m launch`, one command after another."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def __call__(self, config: dict[str, Any] | Path, *overrides: str, procs: int = 1, kill: Kill | None = None, env: dict[str, str] | None = None) -> Done:
+        """Train; `config`: a file, or the values for one, which is left beside the run's folder."""
+        assert self._process.stdin and self._process.stdout
+        if isinstance(config, dict):
+            path = Path(f"{config['run']['dir']}.yaml")
+            path.write_text(yaml.safe_dump(config))
+            config = path
+        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+            arguments = ["train", str(config), *overrides, "--procs", str(procs)]
+            request = {"arguments": arguments, "outputs": [out.name, err.name], "kill": asdict(kill) if kill else None, "env": env or {}}
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return Done(int(self._process.stdout.readline()), out.read(), err.read())
+
+
+@contextlib.contextmanager
+def serve() -> Iterator[Launcher]:
+    """Start the process that forks."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.forks"], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield Launcher(process)
+        assert process.stdin
+        process.stdin.close()
+
+
+if __name__ == "__main__":
+    main()

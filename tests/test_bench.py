@@ -1,0 +1,43 @@
+"""The benchmarks run, and say in JSON what they promise; what they find on a model this small means nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.making import run_program
+
+SAVE = {"blocking_seconds", "total_seconds", "gigabytes"}
+TRAINING, WAITING = SAVE | {"hidden_seconds", "step_seconds"}, SAVE | {"cpu_seconds_per_gigabyte"}
+
+
+def bench(folder: Path, what: str) -> dict:
+    done = run_program("tools.bench", what, "--model", "sandbox", "--rounds", 1, "--dir", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.iterdir())
+    return json.loads(done.stdout)
+
+
+def positive(figures: dict[str, float]) -> bool:
+    return all(value > 0 for name, value in figures.items() if name != "hidden_seconds")
+
+
+@pytest.mark.slow
+def test_saving_and_loading_are_measured(tmp_path: Path) -> None:
+    found = bench(tmp_path, "checkpoint")
+    fields = {"earwitness": TRAINING, "dcp": TRAINING, "deepspeed": WAITING, "earwitness sync": WAITING, "dcp sync": WAITING}
+    assert {method: set(about["median"]) for method, about in found["save"].items()} == fields
+    assert set(found["load"]) == {"earwitness 2 -> 2", "deepspeed 2 -> 2", "earwitness 2 -> 3"}
+    assert all(positive(about["median"]) and positive(about["first"]) for about in found["save"].values())
+    assert all(positive(about["median"]) for about in found["load"].values())
+    assert set(found["aims"]) == {"blocking", "load"}
+
+
+@pytest.mark.slow
+def test_exports_are_measured(tmp_path: Path) -> None:
+    found = bench(tmp_path, "export")
+    for about in found["export"].values():
+        assert set(about["median"]) == {"total_seconds", "import_seconds", "work_seconds", "peak_gigabytes"} and positive(about["median"])
+    assert set(found["aims"]) == {"export time", "export work", "export memory"}

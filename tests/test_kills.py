@@ -1,0 +1,181 @@
+"""A run that is killed anywhere, and resumed on another number of ranks and under the other engine, is the run that nobody killed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.rundir import RunDir, read_lines
+from tests.forks import Kill, Launcher
+from tests.making import config_values, make_clips, run_program
+from trainer import checkpoint
+from trainer.checkpoint import Reader
+
+STEPS, GLOBAL, EVERY = 24, 7, 2
+"""7 samples do not divide by 2, 3 or 4 ranks, and an epoch ends with a short batch."""
+WORLDS = (1, 2, 3, 4)
+BACKENDS = ("zero2", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run under test: how it is started with some backend and micro-batch."""
+
+    folder: Path
+    model: Path
+
+    def config(self, name: str, backend: str = "zero2", micro: int = 4) -> dict[str, Any]:
+        values = config_values(
+            name, self.folder, self.model, "",
+            optim={"max_steps": STEPS, "lr": 3e-4}, batch={"global_size": GLOBAL, "micro_size": micro}, engine={"backend": backend},
+            checkpoint={"every_steps": EVERY, "keep_last": 2}, evaluate={"every_steps": 6, "captions": 1, "max_samples": 4},
+        )  # fmt: skip
+        shards = {name: [f"{self.folder}/{name}/*.tar"] for name in ("rare", "often")}
+        sources = [
+            {"name": "rare", "shards": shards["rare"], "weight": 0.5, "validation": 0.15},
+            {"name": "often", "shards": shards["often"], "weight": 2, "validation": 0.15},
+        ]
+        return values | {"data": {**values["data"], "sources": sources}}
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launcher) -> Course:
+    """With the uninterrupted run `whole`, on one rank. One of the clips that come twice an epoch is cut off."""
+    folder = tmp_path_factory.mktemp("kills")
+    for name, numbers in {"rare": range(20), "often": range(20, 40)}.items():
+        table = make_clips(folder / f"clips-{name}", numbers, ("flac",))
+        if name == "often":
+            os.truncate(table.parent / "clip0031.flac", 20_000)
+        assert run_program("tools.pack", table, folder / name).returncode == 0
+    course = Course(folder, model)
+    assert launch(course.config("whole")).returncode == 0
+    return course
+
+
+def anywhere(seed: int) -> Callable[[int], Kill]:
+    """Some time within a second and a half of the first step."""
+    return lambda turn: Kill("trainer.loop:learning_rate", delay=random.Random(f"{seed} {turn}").uniform(0, 1.5))
+
+
+def at(function: str, *nth: int, after: bool = False) -> Callable[[int], Kill]:
+    """At a call of a function, in turn at the numbers `nth`; else at the first."""
+    return lambda turn: Kill(function, nth[turn % len(nth)] if nth else 1, after)
+
+
+POINTS = {
+    "while starting": at("trainer.start:_open_dataset"),
+    "while loading": at("trainer.checkpoint:Reader._read", 3, 40),
+    "as the config is accepted": at("configs.rundir:RunDir.accept_config", after=True),
+    "between gradient and update": at("trainer.loop:learning_rate", 4, 3, 5),
+    "after an update": at("trainer.loop:check_update", 3, 4),
+    "after a snapshot": at("trainer.writer:Snapshot.take", 2, 1, after=True),
+    "as the writing begins": at("trainer.writer:_Job._write", 2, 1),
+    "before a file is synced": at("os:fsync", 1, 4),
+    "before a done-file or manifest": at("trainer.writer:write_synced", 2, 4, 3),
+    "before the rename": at("pathlib:Path.rename", 2, 1),
+    "between rename and cleaning": at("pathlib:Path.rename", 2, 1, after=True),
+    "while deleting": at("shutil:rmtree"),
+    "in the evaluation": at("trainer.evaluate:token_losses", 1, 2),
+    "while captions are made": at("trainer.loop:caption_panel"),
+    "at any moment": anywhere(1),
+    "at any other moment": anywhere(2),
+}
+ON_RANK_0 = {"as the config is accepted", "before the rename", "between rename and cleaning", "while deleting"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_on_every_number_of_ranks_and_resumed_on_another(course: Course, launch: Launcher, point: str) -> None:
+    """Four kills: one rank or the whole node, in turn. Then it is finished."""
+    number = list(POINTS).index(point)
+    run = RunDir(course.folder / f"killed-{number}")
+    sizes = WORLDS[number % 4 :] + WORLDS[: number % 4]
+    for turn, procs in enumerate(sizes):
+        kill = POINTS[point](turn)
+        if point == "while loading" and turn == 0:  # there is nothing to load yet
+            kill = Kill("trainer.loop:learning_rate", 4)
+        victim = None if (number + turn) % 2 else 0 if point in ON_RANK_0 else procs - 1
+        kill = replace(kill, rank=victim)
+        done = launch(course.config(run.path.name, BACKENDS[(number + turn) % 2], micro=1 + turn), procs=procs, kill=kill)
+        assert done.returncode == -9 if victim is None else f"rank {victim} was killed by SIGKILL" in done.stderr, (kill, done)
+    assert launch(course.config(run.path.name, BACKENDS[number % 2]), procs=sizes[0] % 4 + 1).returncode == 0
+
+    same_samples(run, RunDir(course.folder / "whole"))
+    nothing_lost(run)
+    expected, found = last_loss(RunDir(course.folder / "whole")), last_loss(run)
+    print(f"{point}: last validation loss {found:.6f}, uninterrupted {expected:.6f}")
+    assert found == pytest.approx(expected, abs=1e-3)
+    tidy(run)
+
+
+def same_samples(run: RunDir, whole: RunDir) -> None:
+    """Every step that all ranks have taken in an attempt has the uninterrupted run's samples, in its order; what a kill cut short has a part of them."""
+    expected = {step: taken for (_, step), taken in audit(whole).items()}
+    assert sorted(expected) == list(range(STEPS))
+    assert any(taken.rejected for taken in expected.values()) and len({len(taken.keys) for taken in expected.values()}) > 1
+    complete = set()
+    ranks = {line["attempt"]: line["ranks"] for line in run.ledger() if line["event"] == "attempt"}
+    for (attempt, step), taken in audit(run).items():
+        if taken.ranks == ranks[attempt]:
+            assert (taken.keys, taken.rejected) == (expected[step].keys, expected[step].rejected), (attempt, step)
+            complete.add(step)
+        else:
+            assert set(taken.keys) <= set(expected[step].keys), (attempt, step)
+    assert complete == set(expected)
+
+
+@dataclass
+class Taken:
+    """What the audit says of a step in an attempt: keys in the order of lanes, samples that could not be used, ranks that have reported."""
+
+    keys: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+    ranks: int = 0
+
+
+def audit(run: RunDir) -> dict[tuple[int, int], Taken]:
+    """By attempt and step."""
+    found: dict[tuple[int, int], Taken] = defaultdict(Taken)
+    for file in sorted(run.audit.iterdir()):
+        for line in read_lines(file):
+            taken = found[line["attempt"], line["step"]]
+            taken.keys += line["keys"]
+            taken.rejected += line.get("rejected", [])
+            taken.ranks += 1
+    return found
+
+
+def nothing_lost(run: RunDir) -> None:
+    """Every attempt begins at the newest checkpoint that was complete before it."""
+    saved = 0
+    for line in run.ledger():
+        if line["event"] == "checkpoint":
+            saved = line["step"]
+        elif line["event"] == "start":
+            assert line["step"] in (saved, saved + EVERY), line  # one more: killed between rename and ledger
+            saved = line["step"]
+
+
+def last_loss(run: RunDir) -> float:
+    last = [line for line in run.ledger() if line["event"] == "evaluation"][-1]
+    assert last["step"] == STEPS
+    return float(last["validation/loss"])
+
+
+def tidy(run: RunDir) -> None:
+    """What is left is what the retention keeps, whole, and nothing else."""
+    kept = checkpoint.find(run.checkpoints)
+    assert {folder.name for folder in run.checkpoints.iterdir()} == {folder.name for folder in kept}
+    assert 2 <= len(kept) <= 3 and not list(itertools.chain.from_iterable(Reader(folder).verify() for folder in kept))
+    assert not list(run.leases.iterdir())
+    assert not [path for path in run.path.rglob("*") if "tmp" in path.name]
+    json.loads((kept[0] / "manifest.json").read_text())

@@ -1,0 +1,1 @@
+"""A benchmark of checkpoints and exports: `python -m tools.bench`."""

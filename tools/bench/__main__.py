@@ -1,0 +1,222 @@
+"""`python -m tools.bench checkpoint|export`: what checkpoints cost on this machine, in turn with DeepSpeed's and PyTorch's own.
+
+`checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2 and save the same state, the fp32 weights and AdamW's two moments,
+in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds the BF16 weights) and PyTorch's DCP async_save (each rank's fragments
+as tensors, with a stager that keeps its memory and a process group of its own). Then fresh processes load a checkpoint whose files are in the
+page cache: as many ranks as saved it, and one more, which DeepSpeed refuses.
+
+    blocking   until training may go on, on the slowest rank
+    hidden     by how much longer the steps take while it is written, all together, than undisturbed ones just before
+    total      until it is durable. Writer and DCP fsync their files, DeepSpeed does not: here that is done after it and counted
+    cpu        user and system time of all ranks, from beginning to durable, where no step is taken in between ("sync", and DeepSpeed)
+    first      a process's first save, left out of the medians
+
+`export`: tools.export and DeepSpeed's zero_to_fp32, each in a fresh process, with the checkpoint's files in the page cache. total is the whole
+process, work what is left without start, imports and exit; peak is VmHWM, mapped files included. Ours also checks digests, fsyncs, loads what it has written
+and compares it. zero_to_fp32 writes pytorch_model.bin: its --safe_serialization fails on Whisper's tied weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from configs.errors import EarwitnessError, run_command
+from tools.bench.ranks import SECONDS
+from tools.sandbox.whisper import make_whisper
+
+ROOT = Path(__file__).parents[2]
+SAVERS = ("earwitness", "deepspeed", "dcp", "earwitness sync", "dcp sync")
+AIMS = {"blocking": 0.05, "load": 1.0, "export time": 0.5, "export work": 0.5, "export memory": 0.5}
+"""Largest share of what DeepSpeed takes."""
+EXPORT = """
+import json, time
+from pathlib import Path
+began = time.perf_counter()
+{imports}
+imported = time.perf_counter()
+{work}
+ended, status = time.perf_counter(), Path("/proc/self/status").read_text()
+peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+print(json.dumps({{"import_seconds": imported - began, "work_seconds": ended - imported, "peak_gigabytes": peak / 1e9}}))
+"""
+EXPORTS = {
+    "earwitness": ("from tools.export import export", "export(Path({source!r}), Path({out!r}))"),
+    "deepspeed": ("from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert", "convert({source!r}, {out!r})"),
+}
+Figures = dict[str, float]
+
+
+class Shape(StrEnum):
+    """Sizes of Whisper; `sandbox` is that of the tests."""
+
+    sandbox = "sandbox"
+    base = "base"
+    small = "small"
+    medium = "medium"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As `make_whisper` takes them."""
+        width, layers = {"sandbox": (64, 2), "base": (512, 6), "small": (768, 12), "medium": (1024, 24)}[self.value]
+        return {"width": width, "layers": layers, "vocabulary": 400 if self.value == "sandbox" else 51_865}
+
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Measure checkpoints and exports on this machine.")
+Procs = Annotated[int, typer.Option(min=1, help="Ranks that save.")]
+Model = Annotated[Shape, typer.Option(help="Shape of the Whisper.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each, in turn.")]
+Dir = Annotated[Path, typer.Option(help="Where a temporary folder is made: on the disk that is to be measured.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command("checkpoint")
+def bench_checkpoint(procs: Procs = 2, model: Model = Shape.small, rounds: Rounds = 3, dir: Dir = Path(), as_json: Json = False) -> None:
+    """Saving and loading."""
+    with _workspace(dir, model) as work:
+        saved = _ranks(work, procs, "save", str(1 + rounds), *SAVERS)
+        loads: dict[str, list[Figures]] = {}
+        for _ in range(rounds):
+            for method, ranks in (("earwitness", procs), ("deepspeed", procs), ("earwitness", procs + 1)):
+                _warm(work / method)
+                loads.setdefault(f"{method} {procs} -> {ranks}", []).append({"seconds": _ranks(work, ranks, "load", method)["load"]})
+    saves = {method: _summary(rows[1:]) | {"first": rows[0]} for method, rows in saved["save"].items()}
+    loading = {name: _summary(rows) for name, rows in loads.items()}
+    native = loading[f"deepspeed {procs} -> {procs}"]["median"]["seconds"]
+    ratios = {
+        "blocking": saves["earwitness"]["median"]["blocking_seconds"] / saves["deepspeed"]["median"]["blocking_seconds"],
+        "load": max(loading[f"earwitness {procs} -> {ranks}"]["median"]["seconds"] for ranks in (procs, procs + 1)) / native,
+    }
+    _report({"model": model.value, "parameters": saved["parameters"], "procs": procs}, {"save": saves, "load": loading}, ratios, as_json)
+
+
+@app.command("export")
+def bench_export(procs: Procs = 2, model: Model = Shape.small, rounds: Rounds = 3, dir: Dir = Path(), as_json: Json = False) -> None:
+    """From a checkpoint to fp32 weights."""
+    with _workspace(dir, model) as work:
+        saved = _ranks(work, procs, "save", "1", "earwitness sync", "deepspeed")
+        sources = {"earwitness": next((work / "earwitness/checkpoints").iterdir()), "deepspeed": work / "deepspeed"}
+        rows: dict[str, list[Figures]] = {name: [] for name in sources}
+        for _ in range(rounds):
+            for name, source in sources.items():
+                _warm(source)
+                rows[name].append(_export(name, source, work / "out"))
+    exports = {name: _summary(found) for name, found in rows.items()}
+    ours, theirs = (exports[name]["median"] for name in ("earwitness", "deepspeed"))
+    measures = {"time": "total_seconds", "work": "work_seconds", "memory": "peak_gigabytes"}
+    ratios = {f"export {name}": ours[measure] / theirs[measure] for name, measure in measures.items()}
+    _report({"model": model.value, "parameters": saved["parameters"], "procs": procs}, {"export": exports}, ratios, as_json)
+
+
+@contextmanager
+def _workspace(folder: Path, shape: Shape) -> Iterator[Path]:
+    """A temporary folder with a Whisper without weights in it."""
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=folder) as name:
+        work = Path(name).resolve()
+        make_whisper(work / "model", ["A bell rings twice."], seconds=SECONDS, **shape.sizes)
+        yield work
+
+
+def _ranks(work: Path, procs: int, *arguments: str) -> dict[str, Any]:
+    """What rank 0 of `procs` fresh processes finds (tools/bench/ranks.py). Raises EarwitnessError if one of them fails."""
+    _say(f"{procs} ranks: {' '.join(arguments)}")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        job = {"WORLD_SIZE": procs, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
+    command, started = [sys.executable, "-m", "tools.bench.ranks", str(work), *arguments], []
+    for rank in range(procs):
+        environment = _environment() | {name: str(value) for name, value in (job | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        with (work / f"rank-{rank}.log").open("w") as log:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    try:
+        while None in (codes := [process.poll() for process in started]) and not any(codes):
+            time.sleep(0.1)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    if any(codes):
+        rank = next(rank for rank, code in enumerate(codes) if code)
+        raise EarwitnessError(f"rank {rank} of the benchmark failed:\n{(work / f'rank-{rank}.log').read_text()[-3000:]}")
+    return dict(json.loads((work / "found.json").read_text()))
+
+
+def _export(name: str, source: Path, out: Path) -> Figures:
+    """Export in a fresh process. Raises EarwitnessError if it fails."""
+    _say(f"export: {name}")
+    imports, work = EXPORTS[name]
+    program = EXPORT.format(imports=imports, work=work.format(source=str(source), out=str(out)))
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise EarwitnessError(f"the export by {name} failed:\n{done.stderr[-3000:]}")
+    shutil.rmtree(out)
+    return {"total_seconds": seconds, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def _environment() -> dict[str, str]:
+    # Large pages: page faults cost a step of `small` 2.5-4 s of system time per rank without them here, 0.9-2.7 s with them.
+    return os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def _warm(folder: Path) -> None:
+    """Have all files in the page cache."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as content:
+                while content.read(1 << 24):
+                    pass
+
+
+def _summary(rows: Sequence[Figures]) -> dict[str, Any]:
+    return {"median": {name: statistics.median(row[name] for row in rows) for name in rows[0]}, "rounds": rows}
+
+
+def _report(about: dict[str, Any], tables: dict[str, dict[str, Any]], ratios: Figures, as_json: bool) -> None:
+    """Print what was found, and how it compares to what Earwitness aims at."""
+    versions = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+    about = {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "python": platform.python_version()} | versions | about
+    aims = {name: {"ratio": ratio, "at_most": AIMS[name], "met": ratio <= AIMS[name]} for name, ratio in ratios.items()}
+    if as_json:
+        print(json.dumps(about | tables | {"aims": aims}))
+        return
+    print(", ".join(f"{name} {value:,}" if name == "parameters" else f"{name} {value}" for name, value in about.items()))
+    for title, methods in tables.items():
+        columns = list(dict.fromkeys(name for found in methods.values() for name in found["median"]))
+        table = Table(*(name.replace("_", "\n") for name in (title, *columns)), title=f"{title}: median (lowest - highest)", title_justify="left")
+        for method, found in methods.items():
+            values = {name: [row[name] for row in found["rounds"]] for name in found["median"]}
+            cells = {name: f"{found['median'][name]:.3f} ({min(each):.3f} - {max(each):.3f})" for name, each in values.items()}
+            table.add_row(method, *(cells.get(name, "") for name in columns))
+            if first := found.get("first"):
+                table.add_row("  first", *(f"{first[name]:.3f}" if name in first else "" for name in columns))
+        Console(width=160).print(table)
+    for name, aim in aims.items():
+        print(f"{name}: {aim['ratio']:.3f} of DeepSpeed's; aim: at most {aim['at_most']:g}, {'met' if aim['met'] else 'NOT met'}")
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(app)

@@ -1,0 +1,201 @@
+"""Copies of complete checkpoints outside the run's folder, at any URL that fsspec opens. Rank 0 makes them in the background.
+
+URL/NAME/ looks like the run's folder: base/, config.yaml, checkpoints/step-N/ with manifest.json written last and deleted first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from aiohttp import ClientError
+from botocore.exceptions import BotoCoreError
+from botocore.exceptions import ClientError as BotoClientError
+from fsspec.core import split_protocol
+
+from configs.errors import CheckpointError, ConfigError
+from configs.lease import Superseded
+from configs.rundir import RunDir
+from configs.schema import RunConfig
+from data.storage import Location, open_filesystem
+from trainer import checkpoint
+from trainer.checkpoint import MANIFEST, NAME, Manifest, Reader
+
+FAULTS = (OSError, BotoCoreError, BotoClientError, ClientError)
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+"""They have no folders: to make one would at most make a bucket that nobody asked for."""
+
+
+class Mirror:
+    """The copies of one run's checkpoints."""
+
+    def __init__(self, run: RunDir, config: RunConfig, fence: Callable[[], None]) -> None:
+        """fence: raises if this attempt may not write any more."""
+        self.url = f"{(config.checkpoint.mirror or '').rstrip('/')}/{config.run.name}"
+        self._run, self._settings, self._metric = run, config.checkpoint, config.evaluate.best_metric
+        self._filesystem, self._root = open_filesystem(Location(self.url))
+        self._has_folders = split_protocol(self.url)[0] not in OBJECT_STORES
+        self._fence = fence
+        self._begun_at: int | None = None
+        self._damaged: set[str] = set()
+        """Copies that must be made anew."""
+        self.copying: Path | None = None
+        """What must not be deleted now."""
+        self._waiting: queue.LifoQueue[Path] = queue.LifoQueue()  # the newest first: while it is copied, others may become superfluous
+        threading.Thread(target=self._work, name="mirror", daemon=True).start()
+
+    def begin(self, step: int) -> None:
+        """This attempt goes on from a step: copies of later ones, of a course that was given up, are deleted before the first new one."""
+        self._begun_at = step
+
+    def upload(self, folder: Path) -> None:
+        """Copy a checkpoint in the background."""
+        self._waiting.put(folder)
+
+    def finish(self) -> None:
+        """Wait until all that was asked for is copied, or has failed."""
+        self._waiting.join()
+
+    def restore(self) -> None:
+        """Bring the newest sound checkpoint, the best one and base/ into a run's folder that has none; nothing if the mirror has none either.
+
+        Raises CheckpointError if the mirror cannot be read, or all that it holds is damaged: the run must not start from nothing then.
+        """
+        try:
+            names = self._names()
+            newest = next((name for name in names if self._bring_back(name)), None)
+            _, best = checkpoint.best(self._manifests(names), self._metric)
+            if newest and best and best < newest:
+                self._bring_back(best)
+        except FAULTS as error:
+            raise CheckpointError(
+                f"{self.url}: {self._run.path} has no checkpoint, and this mirror of it cannot be read: {error}. "
+                "Mend the access, or leave checkpoint.mirror out (checkpoint.mirror=null) to start from the beginning."
+            ) from error
+        if names and not newest:
+            raise CheckpointError(
+                f"{self.url}: {self._run.path} has no checkpoint, and every copy there is damaged ({', '.join(names)}). "
+                "Put back a sound one, or leave checkpoint.mirror out (checkpoint.mirror=null) to start from the beginning."
+            )
+
+    def _bring_back(self, name: str) -> bool:
+        """Whether a copy is sound; it is then in the run's folder."""
+        folder = self._run.checkpoints / name
+        temporary = folder.with_suffix(".mirror.tmp")
+        self._get(f"checkpoints/{name}", temporary)
+        if problem := _damage(temporary):
+            print(f"{self.url}/checkpoints/{name}: {problem}; trying the one before", flush=True)
+            self._run.record("damaged", folder=f"{self.url}/checkpoints/{name}", message=problem)
+            shutil.rmtree(temporary)
+            self._damaged.add(name)
+            return False
+        if not (self._run.base / "config.json").is_file():
+            self._get("base", self._run.base)
+        temporary.rename(folder)
+        print(f"{self._run.path}: had no checkpoint; {name} was brought back from {self.url}", flush=True)
+        self._run.record("restored", folder=name, mirror=self.url)
+        return True
+
+    def _work(self) -> None:
+        while True:
+            folder = self.copying = self._waiting.get()
+            try:
+                if folder.is_dir():
+                    self._copy(folder)
+            except Superseded:
+                pass  # the loop says so
+            except Exception as error:  # whatever it is, training goes on
+                if folder.is_dir():  # else newer ones have made it superfluous in the meantime
+                    said = str(error) or type(error).__name__
+                    print(f"{self.url}: {folder.name} could not be copied: {said}. Training goes on; the next checkpoint is tried again.", flush=True)
+                    with contextlib.suppress(OSError):
+                        self._run.record("mirror_failed", folder=folder.name, mirror=self.url, message=said)
+            finally:
+                self.copying = None
+                self._waiting.task_done()
+
+    def _copy(self, folder: Path) -> None:
+        began = time.perf_counter()
+        self._fence()
+        if self._begun_at is not None:
+            self._replace_base(self._begun_at)
+            self._begun_at = None
+        names, manifest = self._names(), folder / MANIFEST
+        if folder.name in names and folder.name not in self._damaged:
+            there, here = self._manifests([folder.name]).get(folder.name), Reader(folder).manifest
+            if there == here:
+                return
+            if there and replace(there, metrics={}) == replace(here, metrics={}):
+                self._put(manifest, f"checkpoints/{folder.name}/{MANIFEST}")  # it was evaluated since
+                return
+        self._remove(folder.name)  # what a broken copy has left, perhaps of another number of ranks
+        files = sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST)
+        size = sum(file.stat().st_size for file in files)
+        for file in files:
+            self._put(file, f"checkpoints/{folder.name}/{file.name}")
+        self._damaged.discard(folder.name)
+        self._run.record("mirrored", folder=folder.name, mirror=self.url, seconds=round(time.perf_counter() - began, 3), bytes=size)
+        self._retain({*names, folder.name})
+
+    def _replace_base(self, step: int) -> None:
+        """Copy what the checkpoints need besides, and delete those after a step."""
+        for name in self._names():
+            if name > checkpoint.name_of(step):
+                self._remove(name)
+        for file in sorted(self._run.base.iterdir(), key=lambda file: file.name == "config.json"):
+            self._put(file, f"base/{file.name}")
+        self._put(self._run.config, "config.yaml")
+
+    def _retain(self, names: set[str]) -> None:
+        """Of the complete copies keep those that the run's own folder would, and delete what broken ones have left."""
+        self._fence()
+        manifests = self._manifests(names)
+        kept = names - set(checkpoint.superfluous(manifests, self._settings, self._metric))
+        for path in self._filesystem.ls(f"{self._root}/checkpoints", detail=False):
+            if (name := path.rstrip("/").rsplit("/", 1)[-1]) not in kept:
+                self._remove(name)
+
+    def _manifests(self, names: Iterable[str]) -> dict[str, Manifest]:
+        """Of those copies whose manifest can be read: others are damaged, or of another version."""
+        found = {}
+        for name in names:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                found[name] = Manifest.of(json.loads(self._filesystem.cat_file(f"{self._root}/checkpoints/{name}/{MANIFEST}")))
+        return found
+
+    def _remove(self, name: str) -> None:
+        folder = f"{self._root}/checkpoints/{name}"
+        for path in (f"{folder}/{MANIFEST}", folder):
+            if self._filesystem.exists(path):
+                self._filesystem.rm(path, recursive=True)
+
+    def _names(self) -> list[str]:
+        """Complete checkpoints there, newest first."""
+        self._filesystem.invalidate_cache()
+        found = [path.split("/")[-2:] for path in self._filesystem.glob(f"{self._root}/checkpoints/step-*/{MANIFEST}")]
+        return sorted((name for name, _ in found if NAME.fullmatch(name)), reverse=True)
+
+    def _put(self, file: Path, name: str) -> None:
+        if self._has_folders:
+            self._filesystem.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
+        self._filesystem.put_file(str(file), f"{self._root}/{name}")
+
+    def _get(self, name: str, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._filesystem.ls(f"{self._root}/{name}", detail=False), key=lambda path: path.endswith("/config.json")):
+            self._filesystem.get_file(path, str(folder / path.rsplit("/", 1)[-1]))
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint; empty if it is sound."""
+    try:
+        return next(iter(Reader(folder).verify()), "")
+    except (CheckpointError, ConfigError) as error:
+        return str(error)

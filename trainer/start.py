@@ -1,0 +1,189 @@
+"""Start a run, or take it up again from its newest sound checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from configs.errors import CheckpointError, ConfigError
+from configs.lease import Lease
+from configs.rundir import RunDir
+from configs.schema import RunConfig
+from data import dataset
+from data.captions import CaptionEncoder
+from data.dataset import Dataset
+from trainer import checkpoint, model
+from trainer.checkpoint import Damaged, Manifest, Reader
+from trainer.distributed import PeerFailed, World
+from trainer.engines import Engine
+from trainer.identity import ORDER, changes, differences, identity
+from trainer.mirror import Mirror
+from trainer.model import Captioner
+from trainer.session import Session, State
+from trainer.weights import resolve
+from trainer.writer import Commit, Writer
+
+
+def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World) -> Session:
+    """Build a session. All ranks call it.
+
+    Raises ConfigError if going on would not be the same run, CheckpointError if no checkpoint of the run is sound.
+    """
+    mirror = Mirror(run, config, lease.check) if world.rank == 0 and config.checkpoint.mirror else None
+    found = _find_checkpoints(run, lease, mirror, world)
+    captioner = model.load_base(run, config.model) if found else model.load(config.model, config.run.seed, _init_from(config, run, world))
+    samples = _open_dataset(config, run, lease, world, captioner)
+    if world.rank == 0 and not found:
+        model.save_base(run, captioner)
+    engine = _engine(config, captioner, world)
+    shapes = {name: list(p.shape) for name, p in captioner.trained.items()}
+    about = identity(config, samples.training.digest)
+    manifest = _resume(found, run, lease, engine, world, lambda reader: _compare(reader, about, shapes, config)) if found else None
+
+    base = _epoch_base(manifest, about, run, world) if manifest else (0, 0)
+    order = samples.order(config, captioner.frames, base)
+    total = config.optim.max_steps or order.steps_of(config.optim.epochs or 0)
+    state, vocabulary = State(), torch.zeros(captioner.config.vocab_size, dtype=torch.bool)
+    if manifest:
+        if total < manifest.step:
+            raise ConfigError(f"{run.path}: has taken {manifest.step} steps, more than the {total} that optim.max_steps or optim.epochs ask for")
+        if total == manifest.step and base != manifest.epoch_base:
+            raise ConfigError(f"{run.path}: what was changed begins epoch {base[1] + 1}, but optim.epochs={config.optim.epochs:g} ends before it; raise it")
+        best, _ = checkpoint.best_of(run.checkpoints, config.evaluate.best_metric)
+        state = State(manifest.step, manifest.step, bool(manifest.metrics), best)
+        vocabulary[manifest.caption_tokens] = True
+    encoder = CaptionEncoder(
+        captioner.processor.tokenizer, captioner.prefix, positions=captioner.config.max_target_positions,
+        long_caption=config.data.long_caption, styles=[source.style for source in config.data.sources],
+    )  # fmt: skip
+
+    def committed(commit: Commit) -> None:
+        seconds = {"blocking_seconds": round(commit.blocking_seconds, 4), "total_seconds": round(commit.total_seconds, 3)}
+        made = commit.manifest
+        run.record("checkpoint", step=made.step, reason=made.reason, folder=commit.folder.name, **seconds, bytes=commit.bytes, **made.metrics)
+        checkpoint.retain(run.checkpoints, config.checkpoint, config.evaluate.best_metric, spare=mirror.copying if mirror else None)
+        if mirror:
+            mirror.upload(commit.folder)
+
+    writer = Writer(run.checkpoints, lease.attempt, engine, world, shapes, fence=lease.check, committed=committed)
+    if mirror:
+        mirror.begin(state.step)
+        for folder in reversed(checkpoint.find(run.checkpoints)):  # the last attempt may not have got to them
+            mirror.upload(folder)
+    return Session(
+        config=config, run=run, lease=lease, world=world, captioner=captioner, engine=engine, dataset=samples, encoder=encoder, order=order,
+        total_steps=total, state=state, writer=writer, mirror=mirror, caption_tokens=vocabulary,
+    )  # fmt: skip
+
+
+def _find_checkpoints(run: RunDir, lease: Lease, mirror: Mirror | None, world: World) -> list[Path]:
+    """The run's checkpoints, newest first, the same on all ranks; from its mirror, if its folder has none."""
+    if world.rank == 0:
+        lease.check()  # the imports may have taken long
+        checkpoint.clean(run.checkpoints, lease.attempt)
+        if mirror and not checkpoint.find(run.checkpoints):
+            mirror.restore()
+        if not checkpoint.find(run.checkpoints):
+            _refuse_to_forget(run)
+    return [run.checkpoints / name for name in world.share([folder.name for folder in checkpoint.find(run.checkpoints)])]
+
+
+def _refuse_to_forget(run: RunDir) -> None:
+    """Raises CheckpointError if all that is left of a run is damaged: it must not start from nothing without a word."""
+    if aside := sorted(folder.name for folder in run.checkpoints.glob("step-*.damaged")):
+        raise CheckpointError(
+            f"{run.checkpoints}: no sound checkpoint is left; damaged ones are set aside as {', '.join(aside)}. "
+            "Put back a copy of one, or delete them to start this run from the beginning."
+        )
+
+
+def _init_from(config: RunConfig, run: RunDir, world: World) -> Path | None:
+    """What this run's weights begin with: one and the same checkpoint on all ranks, and at every start until the run has one of its own."""
+    source = config.model.init_from
+    if source is None:
+        return None
+    found = Path(source)
+    if world.rank == 0 and not (found / "config.json").is_file():
+        known = [Path(line["checkpoint"]) for line in run.ledger() if line["event"] == "init_from" and line["source"] == source]
+        if known and known[-1].is_dir():
+            found = known[-1]
+        else:
+            with contextlib.suppress(ConfigError, CheckpointError):  # told when it is read
+                _, found = resolve(found)
+                run.record("init_from", source=source, checkpoint=str(found))
+    return world.share(found)
+
+
+def _open_dataset(config: RunConfig, run: RunDir, lease: Lease, world: World, captioner: Captioner) -> Dataset:
+    """Merge the indexes on rank 0, and say what is left out; all ranks map the result."""
+    seconds = captioner.frames / 100
+    if (config.data.max_seconds or 0) > seconds:
+        raise ConfigError(f"data.max_seconds: {config.data.max_seconds:g} s, but the model's window is {seconds:g} s")
+    if world.rank == 0:
+        for line in dataset.build(config, run.path, seconds):
+            print(line, flush=True)
+            run.record("left_out", attempt=lease.attempt, what=line)
+    world.barrier()
+    return dataset.open_dataset(config, run.path)
+
+
+def _engine(config: RunConfig, captioner: Captioner, world: World) -> Engine:
+    # Imported here: DeepSpeed takes seconds, and need not be there for FSDP2.
+    if config.engine.backend == "fsdp2":
+        from trainer.engines.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(captioner.model, config, world)
+    from trainer.engines.zero2 import Zero2Engine
+
+    return Zero2Engine(captioner.model, config, world)
+
+
+def _resume(folders: Sequence[Path], run: RunDir, lease: Lease, engine: Engine, world: World, accept: Callable[[Reader], None]) -> Manifest:
+    """Load the newest sound checkpoint that `accept` does not refuse; damaged ones are named and set aside. Returns its manifest."""
+    for folder in folders:
+        problem = ""
+        try:
+            reader = Reader(folder)
+            accept(reader)
+            engine.load(reader, reader.manifest.updates)
+        except Damaged as error:
+            problem = str(error)
+        problems = world.gather(problem)
+        if not world.share(any(problems or [])):
+            engine.publish()
+            return reader.manifest
+        if problems is not None:
+            first = next(filter(None, map(str, problems)))
+            lease.check()
+            aside = checkpoint.set_aside(folder)
+            print(f"{first}; set aside as {aside.name}, going on from the checkpoint before", flush=True)
+            run.record("damaged", folder=folder.name, message=first)
+        world.barrier()
+    if world.rank == 0:
+        _refuse_to_forget(run)
+    raise PeerFailed("no sound checkpoint is left")
+
+
+def _compare(reader: Reader, about: dict[str, object], shapes: dict[str, list[int]], config: RunConfig) -> None:
+    """Raises ConfigError if a checkpoint is not of this run."""
+    changes(reader.manifest.identity, about, config.run.allow_change, reader.folder)
+    if shapes != {name: entry["shape"] for name, entry in reader.manifest.parameters.items()}:
+        raise ConfigError(
+            f"{reader.folder}: is of another model, or of one with other parameters frozen; start a new run with another run.name "
+            f"(model.init_from={reader.folder} begins with its weights)"
+        )
+
+
+def _epoch_base(manifest: Manifest, about: dict[str, object], run: RunDir, world: World) -> tuple[int, int]:
+    """Where the order of the samples begins: as in the checkpoint, or with a new epoch where data or order were changed on purpose."""
+    changed = [name for name in about if manifest.identity.get(name) != about[name]]
+    epoch, step = manifest.position
+    base = (manifest.step, epoch + (step > 0)) if set(changed) & set(ORDER) else manifest.epoch_base
+    if changed and world.rank == 0:
+        lines = differences(manifest.identity, about, changed)
+        print("\n  ".join(["changed on purpose (run.allow_change):", *lines]), flush=True)
+        run.record("changed", step=manifest.step, what=lines, epoch_base=base)
+    return base
