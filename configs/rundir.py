@@ -69,13 +69,13 @@ class RunDir:
         """Append one line to the ledger."""
         append_line(self.events, {"time": round(time.time(), 3), "event": event, **fields})
 
-    def ledger(self) -> list[dict[str, Any]]:
-        """All lines of the ledger, oldest first."""
-        return read_lines(self.events)
+    def ledger(self, event: str | None = None) -> list[dict[str, Any]]:
+        """All lines of the ledger, or those of one event, oldest first."""
+        return [line for line in read_lines(self.events) if event in (None, line["event"])]
 
     def next_attempt(self) -> int:
         """Number of the attempt that starts now: 0, 1, ..."""
-        return 1 + max((line["attempt"] for line in self.ledger() if line["event"] == "attempt"), default=-1)
+        return 1 + max((line["attempt"] for line in self.ledger("attempt")), default=-1)
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:

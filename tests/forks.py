@@ -171,6 +171,19 @@ class Launcher:
             return Done(int(self._process.stdout.readline()), out.read(), err.read())
 
 
+@dataclass
+class Course:
+    """Small runs over the same shards, in one folder; tests add how such a run is set up."""
+
+    folder: Path
+    model: Path
+    shards: str
+    launch: Launcher
+
+    def run(self, name: str) -> RunDir:
+        return RunDir(self.folder / name)
+
+
 @contextlib.contextmanager
 def serve() -> Iterator[Launcher]:
     """Start the process that forks."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
+from configs.rundir import read_lines
 from tools.sandbox.whisper import make_whisper
 
 ROOT = Path(__file__).parents[1]
@@ -81,10 +83,30 @@ def run_program(*arguments: object, env: dict[str, str] | None = None, timeout: 
     return subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def audit(run: Path) -> dict[int, list[str]]:
-    """Keys by step, over all ranks, in the order of lanes."""
-    steps: dict[int, list[str]] = {}
+@dataclass
+class Taken:
+    """What the audit says of a step in an attempt: keys in the order of lanes, samples that could not be used, ranks that have reported."""
+
+    keys: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+    ranks: int = 0
+
+
+def audit_of_attempts(run: Path) -> dict[tuple[int, int], Taken]:
+    """What was taken, by attempt and step."""
+    found: dict[tuple[int, int], Taken] = defaultdict(Taken)
     for file in sorted((run / "audit").glob("rank-*.jsonl")):
-        for line in map(json.loads, file.read_text().strip().split("\n")):
-            steps.setdefault(line["step"], []).extend(line["keys"])
-    return steps
+        for line in read_lines(file):
+            taken = found[line["attempt"], line["step"]]
+            taken.keys += line["keys"]
+            taken.rejected += line.get("rejected", [])
+            taken.ranks += 1
+    return found
+
+
+def audit(run: Path) -> dict[int, list[str]]:
+    """Keys by step, in the order of lanes; what two attempts have taken comes twice."""
+    steps: dict[int, list[str]] = defaultdict(list)
+    for (_, step), taken in sorted(audit_of_attempts(run).items(), key=lambda item: item[0]):
+        steps[step] += taken.keys
+    return dict(steps)

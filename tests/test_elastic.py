@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from configs.rundir import RunDir
-from tests.forks import Launcher
+from tests.forks import Course, Launcher
 from tests.making import audit, config_values, make_clips, run_program
 from tests.test_equivalence import TOLERANCE, losses
 from trainer import checkpoint
@@ -22,17 +22,13 @@ from trainer.engines import KINDS
 STEPS, STOPPED = 4, 2
 
 
-class Course:
-    """Runs over the same shards."""
-
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.model = folder, model
-        assert run_program("tools.pack", make_clips(folder / "clips", range(40)), folder / "shards", "--shard-mb", 1).returncode == 0
+class Elastic(Course):
+    """Runs that are stopped and go on."""
 
     def config(self, name: str, backend: str = "fsdp2", precision: str = "fp32", **sections: dict[str, object]) -> dict[str, Any]:
         more = {"run": {"name": name, "dir": str(self.folder / name), "seed": 7, **sections.pop("run", {})}}
         return config_values(
-            name, self.folder, self.model, f"{self.folder}/shards/*.tar",
+            name, self.folder, self.model, self.shards,
             **{
                 "engine": {"backend": backend, "dtype": precision}, "batch": {"global_size": 8, "micro_size": 2}, "optim": {"max_steps": STEPS, "lr": 1e-3},
                 "checkpoint": {"every_steps": 1, "keep_last": 9}, "evaluate": {"every_steps": 1000, "captions": 0, "max_samples": 4},
@@ -52,12 +48,14 @@ class Course:
 
 
 @pytest.fixture(scope="module")
-def course(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Course:
-    return Course(tmp_path_factory.mktemp("elastic"), model)
+def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launcher) -> Elastic:
+    folder = tmp_path_factory.mktemp("elastic")
+    assert run_program("tools.pack", make_clips(folder / "clips", range(40)), folder / "shards", "--shard-mb", 1).returncode == 0
+    return Elastic(folder, model, f"{folder}/shards/*.tar", launch)
 
 
 @pytest.fixture(scope="module")
-def whole(course: Course, launch: Launcher) -> dict[str, Path]:
+def whole(course: Elastic, launch: Launcher) -> dict[str, Path]:
     """A run on 2 ranks under ZeRO-2, by precision."""
     for precision in TOLERANCE:
         assert launch(course.config(f"whole-{precision}", "zero2", precision), procs=2).returncode == 0
@@ -126,9 +124,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(course,
         damage(run.checkpoints / checkpoint.name_of(STOPPED))
         done = launch(course.config(run.path.name), procs=3)
         assert done.returncode == 0 and "set aside" in done.stdout
-        (found,) = [line for line in run.ledger() if line["event"] == "damaged"]
+        (found,) = run.ledger("damaged")
         assert said in found["message"] and checkpoint.name_of(STOPPED) in found["message"]
-        assert [line["step"] for line in run.ledger() if line["event"] == "start"][-1] == STOPPED - 1
+        assert [line["step"] for line in run.ledger("start")][-1] == STOPPED - 1
         assert (run.checkpoints / f"{checkpoint.name_of(STOPPED)}.damaged").is_dir()
 
 
@@ -136,7 +134,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(course, whole, launch) -> 
     run = course.stopped(whole["fp32"], "no-manifest")
     (run.checkpoints / checkpoint.name_of(STOPPED) / "manifest.json").unlink()
     assert launch(course.config(run.path.name), procs=1).returncode == 0
-    assert [line["step"] for line in run.ledger() if line["event"] == "start"][-1] == STOPPED - 1
+    assert [line["step"] for line in run.ledger("start")][-1] == STOPPED - 1
 
 
 def test_a_run_of_which_all_checkpoints_are_damaged_does_not_begin_anew(course, whole, launch) -> None:
@@ -191,7 +189,7 @@ def test_a_change_on_purpose_begins_a_new_epoch_and_stays(course, whole, launch)
     assert launch(course.config(run.path.name, run={"seed": 8, "allow_change": ["run.seed"]}), procs=2).returncode == 0
     manifest = Reader(checkpoint.find(run.checkpoints)[0]).manifest
     assert manifest.epoch_base == (STOPPED, 1)
-    (told,) = [line for line in run.ledger() if line["event"] == "changed"]
+    (told,) = run.ledger("changed")
     assert told["what"] == ["run.seed: 7 -> 8"] and told["epoch_base"] == [STOPPED, 1]
     assert launch(course.config(run.path.name, run={"seed": 8}, **longer), procs=3).returncode == 0
     assert Reader(checkpoint.find(run.checkpoints)[0]).manifest.epoch_base == (STOPPED, 1)
@@ -217,7 +215,7 @@ def test_a_loss_that_stands_out_is_marked_with_its_samples(course, launch) -> No
     config = course.config("spikes", optim={"max_steps": 40, "lr": 1e-9}, monitor={"every_steps": 1, "spike_sigma": 0.5}, checkpoint={"every_steps": 100})
     assert launch(config, procs=2).returncode == 0
     run = course.folder / "spikes"
-    spikes = [line for line in RunDir(run).ledger() if line["event"] == "spike"]
+    spikes = RunDir(run).ledger("spike")
     values, keys = losses(run), audit(run)
     over = [step for step in range(20, 39) if values[step] > np.mean(kept := ordinary(values, step)) + 0.5 * np.std(kept)]
     assert over and [line["step"] for line in spikes] == over

@@ -6,17 +6,16 @@ import itertools
 import json
 import os
 import random
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.rundir import RunDir, read_lines
-from tests.forks import Kill, Launcher
-from tests.making import config_values, make_clips, run_program
+from configs.rundir import RunDir
+from tests.forks import Course, Kill, Launcher
+from tests.making import audit_of_attempts, config_values, make_clips, run_program
 from trainer import checkpoint
 from trainer.checkpoint import Reader
 
@@ -26,29 +25,22 @@ WORLDS = (1, 2, 3, 4)
 BACKENDS = ("zero2", "fsdp2")
 
 
-@dataclass(frozen=True)
-class Course:
-    """A run under test: how it is started with some backend and micro-batch."""
-
-    folder: Path
-    model: Path
+class Killed(Course):
+    """Runs over two sources, of which each sample comes every second epoch or twice in each."""
 
     def config(self, name: str, backend: str = "zero2", micro: int = 4) -> dict[str, Any]:
         values = config_values(
-            name, self.folder, self.model, "",
+            name, self.folder, self.model, self.shards,
             optim={"max_steps": STEPS, "lr": 3e-4}, batch={"global_size": GLOBAL, "micro_size": micro}, engine={"backend": backend},
             checkpoint={"every_steps": EVERY, "keep_last": 2}, evaluate={"every_steps": 6, "captions": 1, "max_samples": 4},
         )  # fmt: skip
-        shards = {name: [f"{self.folder}/{name}/*.tar"] for name in ("rare", "often")}
-        sources = [
-            {"name": "rare", "shards": shards["rare"], "weight": 0.5, "validation": 0.15},
-            {"name": "often", "shards": shards["often"], "weight": 2, "validation": 0.15},
-        ]
+        weights = {"rare": 0.5, "often": 2}
+        sources = [{"name": name, "shards": [f"{self.shards}/{name}/*.tar"], "weight": weight, "validation": 0.15} for name, weight in weights.items()]
         return values | {"data": {**values["data"], "sources": sources}}
 
 
 @pytest.fixture(scope="module")
-def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launcher) -> Course:
+def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launcher) -> Killed:
     """With the uninterrupted run `whole`, on one rank. One of the clips that come twice an epoch is cut off."""
     folder = tmp_path_factory.mktemp("kills")
     for name, numbers in {"rare": range(20), "often": range(20, 40)}.items():
@@ -56,7 +48,7 @@ def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launch
         if name == "often":
             os.truncate(table.parent / "clip0031.flac", 20_000)
         assert run_program("tools.pack", table, folder / name).returncode == 0
-    course = Course(folder, model)
+    course = Killed(folder, model, str(folder), launch)
     assert launch(course.config("whole")).returncode == 0
     return course
 
@@ -94,10 +86,10 @@ ON_RANK_0 = {"as the config is accepted", "before the rename", "between rename a
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_on_every_number_of_ranks_and_resumed_on_another(course: Course, launch: Launcher, point: str) -> None:
+def test_killed_on_every_number_of_ranks_and_resumed_on_another(course: Killed, launch: Launcher, point: str) -> None:
     """Four kills: one rank or the whole node, in turn. Then it is finished."""
     number = list(POINTS).index(point)
-    run = RunDir(course.folder / f"killed-{number}")
+    run = course.run(f"killed-{number}")
     sizes = WORLDS[number % 4 :] + WORLDS[: number % 4]
     for turn, procs in enumerate(sizes):
         kill = POINTS[point](turn)
@@ -109,9 +101,9 @@ def test_killed_on_every_number_of_ranks_and_resumed_on_another(course: Course, 
         assert done.returncode == -9 if victim is None else f"rank {victim} was killed by SIGKILL" in done.stderr, (kill, done)
     assert launch(course.config(run.path.name, BACKENDS[number % 2]), procs=sizes[0] % 4 + 1).returncode == 0
 
-    same_samples(run, RunDir(course.folder / "whole"))
+    same_samples(run, course.run("whole"))
     nothing_lost(run)
-    expected, found = last_loss(RunDir(course.folder / "whole")), last_loss(run)
+    expected, found = last_loss(course.run("whole")), last_loss(run)
     print(f"{point}: last validation loss {found:.6f}, uninterrupted {expected:.6f}")
     assert found == pytest.approx(expected, abs=1e-3)
     tidy(run)
@@ -119,39 +111,18 @@ def test_killed_on_every_number_of_ranks_and_resumed_on_another(course: Course, 
 
 def same_samples(run: RunDir, whole: RunDir) -> None:
     """Every step that all ranks have taken in an attempt has the uninterrupted run's samples, in its order; what a kill cut short has a part of them."""
-    expected = {step: taken for (_, step), taken in audit(whole).items()}
+    expected = {step: taken for (_, step), taken in audit_of_attempts(whole.path).items()}
     assert sorted(expected) == list(range(STEPS))
     assert any(taken.rejected for taken in expected.values()) and len({len(taken.keys) for taken in expected.values()}) > 1
     complete = set()
-    ranks = {line["attempt"]: line["ranks"] for line in run.ledger() if line["event"] == "attempt"}
-    for (attempt, step), taken in audit(run).items():
+    ranks = {line["attempt"]: line["ranks"] for line in run.ledger("attempt")}
+    for (attempt, step), taken in audit_of_attempts(run.path).items():
         if taken.ranks == ranks[attempt]:
             assert (taken.keys, taken.rejected) == (expected[step].keys, expected[step].rejected), (attempt, step)
             complete.add(step)
         else:
             assert set(taken.keys) <= set(expected[step].keys), (attempt, step)
     assert complete == set(expected)
-
-
-@dataclass
-class Taken:
-    """What the audit says of a step in an attempt: keys in the order of lanes, samples that could not be used, ranks that have reported."""
-
-    keys: list[str] = field(default_factory=list)
-    rejected: list[str] = field(default_factory=list)
-    ranks: int = 0
-
-
-def audit(run: RunDir) -> dict[tuple[int, int], Taken]:
-    """By attempt and step."""
-    found: dict[tuple[int, int], Taken] = defaultdict(Taken)
-    for file in sorted(run.audit.iterdir()):
-        for line in read_lines(file):
-            taken = found[line["attempt"], line["step"]]
-            taken.keys += line["keys"]
-            taken.rejected += line.get("rejected", [])
-            taken.ranks += 1
-    return found
 
 
 def nothing_lost(run: RunDir) -> None:
@@ -166,7 +137,7 @@ def nothing_lost(run: RunDir) -> None:
 
 
 def last_loss(run: RunDir) -> float:
-    last = [line for line in run.ledger() if line["event"] == "evaluation"][-1]
+    last = run.ledger("evaluation")[-1]
     assert last["step"] == STEPS
     return float(last["validation/loss"])
 

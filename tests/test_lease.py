@@ -223,7 +223,7 @@ def test_a_running_training_that_is_taken_over_leaves_without_saving_and_the_lat
     )  # fmt: skip
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(launch, values, procs=2)
-        until(lambda: any(line["event"] == "checkpoint" for line in run.ledger()))
+        until(lambda: run.ledger("checkpoint"))
         later = claim(run, job="4712", supersede=True)
         saved = checkpoints(run)
         done = first.result()
@@ -234,6 +234,6 @@ def test_a_running_training_that_is_taken_over_leaves_without_saving_and_the_lat
     step = int(saved[-1].removeprefix("step-"))
     later.release()
     assert launch({**values, "optim": {"lr": 1e-3, "max_steps": step + 3, "warmup_fraction": 0.0}}, procs=2).returncode == 0
-    (start,) = [line for line in run.ledger() if line["event"] == "start" and line["attempt"] == 1]
+    (start,) = [line for line in run.ledger("start") if line["attempt"] == 1]
     assert start["step"] == step
     assert checkpoints(run)[-1] == f"step-{step + 3:08d}" and not list(run.checkpoints.glob("*.tmp"))

@@ -11,8 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from configs.rundir import RunDir
-from tests.forks import Done, Kill, Launcher
+from tests.forks import Course, Done, Kill, Launcher
 from tests.making import config_values
 from trainer import checkpoint
 
@@ -47,17 +46,10 @@ class Place:
 
 
 @dataclass
-class Course:
+class Mirrored(Course):
     """Runs with a mirror."""
 
-    folder: Path
-    model: Path
-    shards: str
-    launch: Launcher
     place: Place
-
-    def run(self, name: str) -> RunDir:
-        return RunDir(self.folder / name)
 
     def config(self, name: str, steps: int, **sections: dict[str, Any]) -> dict[str, Any]:
         own = {
@@ -71,10 +63,10 @@ class Course:
         return self.launch(self.config(name, steps, **sections), procs=procs, kill=kill, env=self.place.env | (env or {}))
 
     def started_at(self, name: str) -> int:
-        return [line for line in self.run(name).ledger() if line["event"] == "start"][-1]["step"]
+        return self.run(name).ledger("start")[-1]["step"]
 
     def told(self, name: str, event: str) -> list[dict[str, Any]]:
-        return [line for line in self.run(name).ledger() if line["event"] == event]
+        return self.run(name).ledger(event)
 
     def same(self, name: str) -> None:
         """The copies are those of the local checkpoints, no more and no less, and complete."""
@@ -87,17 +79,17 @@ class Course:
 
 
 @pytest.fixture(scope="module", params=["s3", pytest.param("folder", marks=pytest.mark.slow)])
-def course(request, tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str, launch: Launcher) -> Course:
+def course(request, tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str, launch: Launcher) -> Mirrored:
     folder = tmp_path_factory.mktemp("mirror")
     if request.param == "folder":
-        return Course(folder, model, shards, launch, Place(f"{folder}/copies", {}))
+        return Mirrored(folder, model, shards, launch, Place(f"{folder}/copies", {}))
     server = request.getfixturevalue("s3_server")
     server.client().create_bucket(Bucket="copies")
-    return Course(folder, model, shards, launch, Place("s3://copies/runs", server.environment))
+    return Mirrored(folder, model, shards, launch, Place("s3://copies/runs", server.environment))
 
 
 @pytest.fixture(scope="module")
-def mirrored(course: Course) -> str:
+def mirrored(course: Mirrored) -> str:
     """A run of 5 steps on 2 ranks, of which all checkpoints are kept."""
     assert course.train("run", 5, checkpoint={"keep_last": 9}).returncode == 0
     course.same("run")
@@ -105,7 +97,7 @@ def mirrored(course: Course) -> str:
     return "run"
 
 
-def copied(course: Course, mirrored: str, name: str) -> str:
+def copied(course: Mirrored, mirrored: str, name: str) -> str:
     """Another run with the same copies, whose own folder is lost."""
     for path in course.place.names(mirrored):
         course.place.write(f"{name}/{path}", course.place.read(f"{mirrored}/{path}"))
@@ -113,7 +105,7 @@ def copied(course: Course, mirrored: str, name: str) -> str:
 
 
 @pytest.mark.parametrize("lost", ["all", pytest.param("checkpoints", marks=pytest.mark.slow)])
-def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(course: Course, mirrored: str, lost: str) -> None:
+def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(course: Mirrored, mirrored: str, lost: str) -> None:
     """On other ranks, from the newest copy. It now keeps two, and so does the mirror then."""
     name = copied(course, mirrored, f"lost-{lost}")
     if lost == "checkpoints":
@@ -128,7 +120,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(course: Course, mirr
     course.same(name)
 
 
-def test_copies_of_a_course_that_was_given_up_are_deleted(course: Course, mirrored: str) -> None:
+def test_copies_of_a_course_that_was_given_up_are_deleted(course: Mirrored, mirrored: str) -> None:
     """A run goes on from step 2 though there are copies up to step 5: they must not count as the newest later."""
     name = copied(course, mirrored, "given-up")
     shutil.copytree(course.run(mirrored).path, course.run(name).path)
@@ -141,7 +133,7 @@ def test_copies_of_a_course_that_was_given_up_are_deleted(course: Course, mirror
 
 
 @pytest.mark.slow
-def test_the_metrics_of_an_evaluation_after_the_copy_are_copied_too(course: Course) -> None:
+def test_the_metrics_of_an_evaluation_after_the_copy_are_copied_too(course: Mirrored) -> None:
     """Killed when a step is saved and copied, but not evaluated; else the best one would not be known there."""
     killed = course.train("evaluated", 1000, kill=Kill("trainer.mirror:Mirror._copy", after=True, rank=0), checkpoint={"every_steps": 10}, evaluate=NEVER)
     assert killed.returncode == 1
@@ -174,7 +166,7 @@ def half_a_manifest(place: Place, folder: str) -> None:
 DAMAGE = {flip_a_byte: "damaged between bytes", cut_off: "has 1000 bytes", without_a_file: "No such file", half_a_manifest: "not a valid checkpoint"}
 
 
-def test_damaged_copies_are_named_and_the_newest_sound_one_is_used(course: Course, mirrored: str) -> None:
+def test_damaged_copies_are_named_and_the_newest_sound_one_is_used(course: Mirrored, mirrored: str) -> None:
     """The newest four are damaged, each in another way. On the way they are made anew."""
     name = copied(course, mirrored, "damaged")
     for step, damage in zip((5, 4, 3, 2), DAMAGE, strict=True):
@@ -189,7 +181,7 @@ def test_damaged_copies_are_named_and_the_newest_sound_one_is_used(course: Cours
     course.same(name)
 
 
-def test_a_run_of_which_all_copies_are_damaged_does_not_begin_anew(course: Course, mirrored: str) -> None:
+def test_a_run_of_which_all_copies_are_damaged_does_not_begin_anew(course: Mirrored, mirrored: str) -> None:
     name = copied(course, mirrored, "all-damaged")
     for step in range(1, 6):
         flip_a_byte(course.place, f"{name}/checkpoints/step-{step:08d}")
@@ -200,7 +192,7 @@ def test_a_run_of_which_all_copies_are_damaged_does_not_begin_anew(course: Cours
 
 
 @pytest.mark.slow
-def test_a_copy_that_was_cut_short_does_not_count_and_is_removed(course: Course, mirrored: str) -> None:
+def test_a_copy_that_was_cut_short_does_not_count_and_is_removed(course: Mirrored, mirrored: str) -> None:
     """Killed before the manifest of the first one; then the run begins anew on three ranks, which leaves other files."""
     base = len([path for path in course.place.names(mirrored) if path.startswith("base/")])
     done = course.train("cut-short", 2, kill=Kill("trainer.mirror:Mirror._put", nth=base + 1 + 2 + 1, rank=0))
@@ -214,7 +206,7 @@ def test_a_copy_that_was_cut_short_does_not_count_and_is_removed(course: Course,
 
 
 @pytest.mark.parametrize("trouble", ["no bucket", "server gone"])
-def test_copies_that_cannot_be_made_are_told_and_training_goes_on(course: Course, mirrored: str, trouble: str) -> None:
+def test_copies_that_cannot_be_made_are_told_and_training_goes_on(course: Mirrored, mirrored: str, trouble: str) -> None:
     """A bucket that is not there is not made; in folders, a file is in the way."""
     name, url, on_s3 = f"no-copies-{trouble.replace(' ', '-')}", course.place.url, bool(course.place.env)
     if trouble == "no bucket":
@@ -232,7 +224,7 @@ def test_copies_that_cannot_be_made_are_told_and_training_goes_on(course: Course
 
 
 @pytest.mark.slow
-def test_a_copy_that_another_version_made_is_left_alone(course: Course, mirrored: str) -> None:
+def test_a_copy_that_another_version_made_is_left_alone(course: Mirrored, mirrored: str) -> None:
     """A manifest that says nothing to this one; the others are copied all the same."""
     name = copied(course, mirrored, "foreign")
     foreign = json.dumps({"format": 99, "step": 3}).encode()
@@ -244,7 +236,7 @@ def test_a_copy_that_another_version_made_is_left_alone(course: Course, mirrored
 
 
 @pytest.mark.parametrize("trouble", ["no bucket", "server gone", "wrong key"])
-def test_a_lost_run_is_not_begun_anew_while_its_mirror_cannot_be_read(course: Course, mirrored: str, trouble: str) -> None:
+def test_a_lost_run_is_not_begun_anew_while_its_mirror_cannot_be_read(course: Mirrored, mirrored: str, trouble: str) -> None:
     if not course.place.env:
         pytest.skip("a folder is there, or is not")
     env = {"server gone": NOWHERE, "wrong key": {"AWS_SECRET_ACCESS_KEY": "wrong"}}.get(trouble, {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.rundir import RunDir
-from tests.forks import Done, Launcher
+from tests.forks import Course, Done, Launcher
 from tests.making import config_values, make_model, run_program
 from trainer import checkpoint
 from trainer.checkpoint import Reader
@@ -23,14 +22,8 @@ TOO_LITTLE = 1e-30
 """A learning rate that changes no fp32 weight: what a run saves with it is what it began with."""
 
 
-@dataclass
-class Course:
-    """Runs over the same shards."""
-
-    folder: Path
-    model: Path
-    shards: str
-    launch: Launcher
+class Phases(Course):
+    """Runs that may start from another one."""
 
     def train(self, name: str, init_from: Path | str | None, steps: int, backend: str = "fsdp2", model: Path | None = None, **optim: Any) -> Done:
         """On 2 ranks, each with a thread of its own."""
@@ -41,27 +34,24 @@ class Course:
         )  # fmt: skip
         return self.launch(config | {"model": {"name_or_path": str(model or self.model), "init_from": init_from and str(init_from)}}, procs=2)
 
-    def run(self, name: str) -> RunDir:
-        return RunDir(self.folder / name)
-
     def saved(self, name: str, step: int) -> Reader:
         return Reader(self.run(name).checkpoints / checkpoint.name_of(step))
 
     def validation_losses(self, name: str) -> list[float]:
-        return [line["validation/loss"] for line in self.run(name).ledger() if line["event"] == "evaluation"]
+        return [line["validation/loss"] for line in self.run(name).ledger("evaluation")]
 
 
 @pytest.fixture(scope="module")
-def course(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str, launch: Launcher) -> Course:
+def course(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str, launch: Launcher) -> Phases:
     """With a first phase under ZeRO-2, in BF16 with fp32 masters, and an export of it."""
-    course = Course(tmp_path_factory.mktemp("phases"), model, shards, launch)
+    course = Phases(tmp_path_factory.mktemp("phases"), model, shards, launch)
     assert course.train("first", None, STEPS, "zero2").returncode == 0
     done = run_program("tools.export", course.folder / "first", course.folder / "export", "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
     return course
 
 
-def exported(course: Course) -> dict[str, torch.Tensor]:
+def exported(course: Phases) -> dict[str, torch.Tensor]:
     weights = load_file(course.folder / "export/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     return {name: tensor.float() for name, tensor in weights.items()}
@@ -72,11 +62,11 @@ def masters(reader: Reader) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("source", ["run", "checkpoint", "export"])
-def test_it_starts_at_step_0_with_exactly_the_weights_and_a_fresh_optimizer_and_schedule(course: Course, source: str) -> None:
+def test_it_starts_at_step_0_with_exactly_the_weights_and_a_fresh_optimizer_and_schedule(course: Phases, source: str) -> None:
     step = {"run": STEPS, "checkpoint": 2}.get(source)
     place = {"run": "first", "checkpoint": "first/checkpoints/step-00000002", "export": "export"}[source]
     assert course.train(f"from-{source}", course.folder / place, 2, "zero2" if source == "run" else "fsdp2", lr=TOO_LITTLE).returncode == 0
-    (start,) = [line for line in course.run(f"from-{source}").ledger() if line["event"] == "start"]
+    (start,) = course.run(f"from-{source}").ledger("start")
     assert start["step"] == 0
     events = EventAccumulator(str(course.run(f"from-{source}").tensorboard))
     events.Reload()
@@ -96,34 +86,34 @@ def test_it_starts_at_step_0_with_exactly_the_weights_and_a_fresh_optimizer_and_
         torch.testing.assert_close((first.double() / 0.1).square(), second.double() / 0.001, rtol=1e-4, atol=1e-12)
 
 
-def test_once_begun_it_does_not_need_the_first_phase_any_more(course: Course) -> None:
+def test_once_begun_it_does_not_need_the_first_phase_any_more(course: Phases) -> None:
     old = shutil.copytree(course.run("first").path, course.folder / "old")
     assert course.train("alone", old, 1).returncode == 0
     shutil.rmtree(old)
     assert course.train("alone", old, 2).returncode == 0
-    assert [line["step"] for line in course.run("alone").ledger() if line["event"] == "start"] == [0, 1]
+    assert [line["step"] for line in course.run("alone").ledger("start")] == [0, 1]
 
 
-def nonsense(course: Course) -> Path:
+def nonsense(course: Phases) -> Path:
     return course.folder / "no-such-run"
 
 
-def some_folder(course: Course) -> Path:
+def some_folder(course: Phases) -> Path:
     return course.run("first").tensorboard
 
 
-def a_run_that_saved_nothing(course: Course) -> Path:
+def a_run_that_saved_nothing(course: Phases) -> Path:
     run = RunDir(shutil.copytree(course.run("first").path, course.folder / "saved-nothing"))
     shutil.rmtree(run.checkpoints)
     return run.path
 
 
-def a_checkpoint_alone(course: Course) -> Path:
+def a_checkpoint_alone(course: Phases) -> Path:
     """Without the run's base beside it."""
     return Path(shutil.copytree(course.run("first").checkpoints / "step-00000002", course.folder / "alone-checkpoint/a/step-00000002"))
 
 
-def a_damaged_checkpoint(course: Course) -> Path:
+def a_damaged_checkpoint(course: Phases) -> Path:
     run = RunDir(shutil.copytree(course.run("first").path, course.folder / "damaged-source"))
     file = run.checkpoints / "step-00000003/rank-00001-of-00002.safetensors"
     content = bytearray(file.read_bytes())
@@ -142,18 +132,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("source", REFUSED)
-def test_what_cannot_be_started_from_is_refused_with_the_reason(course: Course, source) -> None:
+def test_what_cannot_be_started_from_is_refused_with_the_reason(course: Phases, source) -> None:
     refused(course, source.__name__, source(course), REFUSED[source])
 
 
 @pytest.mark.parametrize("shape", [{"width": 96}, {"layers": 1}, {"layers": 3}], ids=["wider", "shallower", "deeper"])
 @pytest.mark.parametrize("source", ["first", pytest.param("export", marks=pytest.mark.slow)])
-def test_another_model_is_refused(course: Course, tmp_path: Path, source: str, shape: dict[str, int]) -> None:
+def test_another_model_is_refused(course: Phases, tmp_path: Path, source: str, shape: dict[str, int]) -> None:
     other = make_model(tmp_path / "model", **shape)
     refused(course, f"other-{source}-{shape}", course.folder / source, "model.name_or_path: it is of another model: ", other)
 
 
-def refused(course: Course, name: str, source: Path, said: str, model: Path | None = None) -> None:
+def refused(course: Phases, name: str, source: Path, said: str, model: Path | None = None) -> None:
     done = course.train(name, source, 1, model=model)
     assert done.returncode == 2 and f"model.init_from: {source}" in done.stderr and said in done.stderr and "Traceback" not in done.stderr
     assert not course.run(name).config.exists() and not list(course.run(name).checkpoints.iterdir())

@@ -71,7 +71,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str)
 
 def test_training_learns_and_says_so(finished) -> None:
     run, done = finished
-    evaluations = [line["validation/loss"] for line in RunDir(run).ledger() if line["event"] == "evaluation"]
+    evaluations = [line["validation/loss"] for line in RunDir(run).ledger("evaluation")]
     assert len(evaluations) == 3 and evaluations[-1] < 0.7 * evaluations[0]
     assert re.search(r"step 40/40  loss \d\.\d+  grad norm .* samples/s  MFU \d+\.\d%", done.stdout)
 
@@ -153,7 +153,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_then_end_the_run(tmp_path
     values = config_values("run", tmp_path, model, shards, optim=optim, evaluate={"captions": 0}, engine={"backend": backend}, checkpoint={"every_steps": 1})
     done = launch(values, procs=2)
     assert done.returncode == 1 and "not finite 3 times in a row" in done.stderr and "Traceback" not in done.stderr
-    skips = [line for line in RunDir(tmp_path / "run").ledger() if line["event"] == "skip"]
+    skips = RunDir(tmp_path / "run").ledger("skip")
     steps, keys = [line["step"] for line in skips], audit(tmp_path / "run")
     assert len(steps) == 3 and [line["keys"] for line in skips] == [keys[step] for step in steps]
     before = Reader(find(RunDir(tmp_path / "run").checkpoints)[0])
@@ -188,7 +188,7 @@ def test_the_export_is_the_trained_model(finished, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bf16_export_repeats_the_captions_of_the_last_evaluation(finished, tmp_path: Path, clips: Path) -> None:
     run, _ = finished
-    last = [line for line in RunDir(run).ledger() if line["event"] == "evaluation"][-1]
+    last = RunDir(run).ledger("evaluation")[-1]
     assert run_program("tools.export", run, tmp_path / "bf16", "--dtype", "bf16", "--best").returncode == 0
     for clip in last["captions"]:
         shutil.copy(next(clips.parent.glob(clip["key"].rsplit("/", 1)[1] + ".*")), tmp_path)

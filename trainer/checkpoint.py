@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 DIGEST_BLOCK = 16 << 20
 """Bytes per digest (XXH3, 128 bits: it finds damage, not forgery), so that a reader can trust a slice without reading the whole file."""
 NAME = re.compile(r"step-(\d{8})")
-ATTEMPT = re.compile(r"\.a(\d+)\.")
+UNFINISHED = re.compile(r"step-\d{8}\.a(\d+)\b.*")
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -74,9 +74,9 @@ class Manifest:
         return found
 
 
-def name_of(step: int) -> str:
-    """Name of the folder of a step's checkpoint."""
-    return f"step-{step:08d}"
+def name_of(step: int, *, unfinished: int | None = None) -> str:
+    """Name of the folder of a step's checkpoint; of one that the attempt `unfinished` is writing."""
+    return f"step-{step:08d}" + ("" if unfinished is None else f".a{unfinished}.tmp")
 
 
 def find(root: Path) -> list[Path]:
@@ -115,7 +115,7 @@ def set_aside(folder: Path) -> Path:
 def clean(root: Path, attempt: int) -> None:
     """Delete what saves and deletions that were killed have left, but not what attempts later than this one write."""
     for folder in root.glob("step-*"):
-        writer = ATTEMPT.search(folder.name)
+        writer = UNFINISHED.fullmatch(folder.name)
         if (folder.suffix == ".tmp" and not (writer and int(writer[1]) > attempt)) or (NAME.fullmatch(folder.name) and not (folder / MANIFEST).is_file()):
             shutil.rmtree(folder, ignore_errors=True)
 

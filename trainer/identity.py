@@ -32,12 +32,17 @@ def identity(config: RunConfig, index_digest: str) -> dict[str, Any]:
     return dict(json.loads(json.dumps(found)))
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], allowed: list[str], checkpoint: Path) -> list[str]:
-    """Names of what was changed, all of it on purpose. Raises ConfigError, with the difference, for what `run.allow_change` does not name."""
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of what is not as it was."""
+    return [name for name in now if before.get(name) != now[name]]
+
+
+def check_changes(before: dict[str, Any], now: dict[str, Any], allowed: list[str], checkpoint: Path) -> None:
+    """Raises ConfigError, with the difference, for what was changed though `run.allow_change` does not name it."""
     possible = [name for name in now if name not in FIXED]
     if unknown := sorted(set(allowed) - set(possible)):
         raise ConfigError(f"run.allow_change: {', '.join(unknown)} need not be allowed, or cannot be; there are {', '.join(possible)}")
-    changed = [name for name in now if before.get(name) != now[name]]
+    changed = changes(before, now)
     refused = [name for name in changed if name not in allowed]
     if refused:
         advice = "Undo that, or start a new run with another run.name"
@@ -50,7 +55,6 @@ def changes(before: dict[str, Any], now: dict[str, Any], allowed: list[str], che
             "\n  ".join([f"{checkpoint}: going on from here would not be the same run, because these changed:", *differences(before, now, refused)])
             + f"\n{advice}"
         )
-    return changed
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], names: list[str]) -> list[str]:

@@ -44,8 +44,6 @@ class Mirror:
         self._has_folders = split_protocol(self.url)[0] not in OBJECT_STORES
         self._fence = fence
         self._begun_at: int | None = None
-        self._damaged: set[str] = set()
-        """Copies that must be made anew."""
         self.copying: Path | None = None
         """What must not be deleted now."""
         self._waiting: queue.LifoQueue[Path] = queue.LifoQueue()  # the newest first: while it is copied, others may become superfluous
@@ -94,7 +92,6 @@ class Mirror:
             print(f"{self.url}/checkpoints/{name}: {problem}; trying the one before", flush=True)
             self._run.record("damaged", folder=f"{self.url}/checkpoints/{name}", message=problem)
             shutil.rmtree(temporary)
-            self._damaged.add(name)
             return False
         if not (self._run.base / "config.json").is_file():
             self._get("base", self._run.base)
@@ -125,10 +122,10 @@ class Mirror:
         began = time.perf_counter()
         self._fence()
         if self._begun_at is not None:
-            self._replace_base(self._begun_at)
+            self._begin(self._begun_at)
             self._begun_at = None
         names, manifest = self._names(), folder / MANIFEST
-        if folder.name in names and folder.name not in self._damaged:
+        if folder.name in names:
             there, here = self._manifests([folder.name]).get(folder.name), Reader(folder).manifest
             if there == here:
                 return
@@ -140,12 +137,11 @@ class Mirror:
         size = sum(file.stat().st_size for file in files)
         for file in files:
             self._put(file, f"checkpoints/{folder.name}/{file.name}")
-        self._damaged.discard(folder.name)
         self._run.record("mirrored", folder=folder.name, mirror=self.url, seconds=round(time.perf_counter() - began, 3), bytes=size)
         self._retain({*names, folder.name})
 
-    def _replace_base(self, step: int) -> None:
-        """Copy what the checkpoints need besides, and delete those after a step."""
+    def _begin(self, step: int) -> None:
+        """Delete the copies of checkpoints after a step, damaged ones among them, and copy what the others need besides."""
         for name in self._names():
             if name > checkpoint.name_of(step):
                 self._remove(name)

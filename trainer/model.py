@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
-from configs.errors import CheckpointError, ConfigError
+from configs.errors import ConfigError
 from configs.rundir import RunDir
 from configs.schema import Model
 from data.captions import prefix_tokens
-from trainer.weights import UNTRAINED, take_weights
+from trainer.weights import UNTRAINED, base_missing, take_weights
 
 RANDOM_PARTS = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "apply_spec_augment")
 
@@ -73,7 +73,7 @@ def load_base(run: RunDir, settings: Model) -> Captioner:
         model.generation_config = GenerationConfig.from_pretrained(run.base)
         model.load_state_dict(load_file(run.base / UNTRAINED), strict=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{run.base}: the run's base is missing or incomplete ({error}); it is needed beside the checkpoints") from error
+        raise base_missing(run, error) from error
     return _prepare(model, processor, settings)
 
 

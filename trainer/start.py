@@ -19,7 +19,7 @@ from trainer import checkpoint, model
 from trainer.checkpoint import Damaged, Manifest, Reader
 from trainer.distributed import PeerFailed, World
 from trainer.engines import Engine
-from trainer.identity import ORDER, changes, differences, identity
+from trainer.identity import ORDER, changes, check_changes, differences, identity
 from trainer.mirror import Mirror
 from trainer.model import Captioner
 from trainer.session import Session, State
@@ -40,10 +40,10 @@ def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World) -> Sessi
         model.save_base(run, captioner)
     engine = _engine(config, captioner, world)
     shapes = {name: list(p.shape) for name, p in captioner.trained.items()}
-    about = identity(config, samples.training.digest)
-    manifest = _resume(found, run, lease, engine, world, lambda reader: _compare(reader, about, shapes, config)) if found else None
+    now = identity(config, samples.training.digest)
+    manifest = _resume(found, run, lease, engine, world, lambda reader: _compare(reader, now, shapes, config)) if found else None
 
-    base = _epoch_base(manifest, about, run, world) if manifest else (0, 0)
+    base = _epoch_base(manifest, now, run, world) if manifest else (0, 0)
     order = samples.order(config, captioner.frames, base)
     total = config.optim.max_steps or order.steps_of(config.optim.epochs or 0)
     state, vocabulary = State(), torch.zeros(captioner.config.vocab_size, dtype=torch.bool)
@@ -81,14 +81,17 @@ def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World) -> Sessi
 
 def _find_checkpoints(run: RunDir, lease: Lease, mirror: Mirror | None, world: World) -> list[Path]:
     """The run's checkpoints, newest first, the same on all ranks; from its mirror, if its folder has none."""
+    found: list[Path] = []
     if world.rank == 0:
         lease.check()  # the imports may have taken long
         checkpoint.clean(run.checkpoints, lease.attempt)
-        if mirror and not checkpoint.find(run.checkpoints):
+        found = checkpoint.find(run.checkpoints)
+        if not found and mirror:
             mirror.restore()
-        if not checkpoint.find(run.checkpoints):
+            found = checkpoint.find(run.checkpoints)
+        if not found:
             _refuse_to_forget(run)
-    return [run.checkpoints / name for name in world.share([folder.name for folder in checkpoint.find(run.checkpoints)])]
+    return world.share(found)
 
 
 def _refuse_to_forget(run: RunDir) -> None:
@@ -107,7 +110,7 @@ def _init_from(config: RunConfig, run: RunDir, world: World) -> Path | None:
         return None
     found = Path(source)
     if world.rank == 0 and not (found / "config.json").is_file():
-        known = [Path(line["checkpoint"]) for line in run.ledger() if line["event"] == "init_from" and line["source"] == source]
+        known = [Path(line["checkpoint"]) for line in run.ledger("init_from") if line["source"] == source]
         if known and known[-1].is_dir():
             found = known[-1]
         else:
@@ -167,23 +170,20 @@ def _resume(folders: Sequence[Path], run: RunDir, lease: Lease, engine: Engine, 
     raise PeerFailed("no sound checkpoint is left")
 
 
-def _compare(reader: Reader, about: dict[str, object], shapes: dict[str, list[int]], config: RunConfig) -> None:
+def _compare(reader: Reader, now: dict[str, object], shapes: dict[str, list[int]], config: RunConfig) -> None:
     """Raises ConfigError if a checkpoint is not of this run."""
-    changes(reader.manifest.identity, about, config.run.allow_change, reader.folder)
+    check_changes(reader.manifest.identity, now, config.run.allow_change, reader.folder)
     if shapes != {name: entry["shape"] for name, entry in reader.manifest.parameters.items()}:
-        raise ConfigError(
-            f"{reader.folder}: is of another model, or of one with other parameters frozen; start a new run with another run.name "
-            f"(model.init_from={reader.folder} begins with its weights)"
-        )
+        raise ConfigError(f"{reader.folder}: is of another model than the run's base; put back that base, or start a new run with another run.name")
 
 
-def _epoch_base(manifest: Manifest, about: dict[str, object], run: RunDir, world: World) -> tuple[int, int]:
+def _epoch_base(manifest: Manifest, now: dict[str, object], run: RunDir, world: World) -> tuple[int, int]:
     """Where the order of the samples begins: as in the checkpoint, or with a new epoch where data or order were changed on purpose."""
-    changed = [name for name in about if manifest.identity.get(name) != about[name]]
+    changed = changes(manifest.identity, now)
     epoch, step = manifest.position
     base = (manifest.step, epoch + (step > 0)) if set(changed) & set(ORDER) else manifest.epoch_base
     if changed and world.rank == 0:
-        lines = differences(manifest.identity, about, changed)
+        lines = differences(manifest.identity, now, changed)
         print("\n  ".join(["changed on purpose (run.allow_change):", *lines]), flush=True)
         run.record("changed", step=manifest.step, what=lines, epoch_base=base)
     return base

@@ -25,8 +25,8 @@ class Weights:
         try:
             self._base = safe_open(run.base / UNTRAINED, "pt")
             config = WhisperConfig.from_pretrained(run.base)
-        except (OSError, FileNotFoundError) as error:
-            raise CheckpointError(f"{run.base}: the run's base is missing or incomplete ({error}); it is needed beside the checkpoints") from None
+        except OSError as error:
+            raise base_missing(run, error) from None
         with torch.device("meta"):
             model = WhisperForConditionalGeneration(config)
         self.shapes = {name: list(tensor.shape) for name, tensor in _tensors(model).items()}
@@ -42,6 +42,11 @@ class Weights:
         """A tensor in its shape, float32."""
         found = self.reader.tensor(name) if name in self.reader.manifest.parameters else self._base.get_tensor(name)
         return found.float().contiguous()
+
+
+def base_missing(run: RunDir, error: Exception) -> CheckpointError:
+    """What to say if a run's base cannot be loaded."""
+    return CheckpointError(f"{run.base}: the run's base is missing or incomplete ({error}); it is needed beside the checkpoints")
 
 
 def resolve(source: Path, *, best: bool = False) -> tuple[RunDir, Path]:

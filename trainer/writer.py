@@ -108,9 +108,7 @@ class Writer:
     def save(self, manifest: Manifest, *, urgent: bool = False) -> None:
         """Begin to save the state, which must not change before `hold` has returned.
 
-        Waits for the one under way, or replaces it if this one is `urgent` and that has far to go.
-
-        Raises as `finish` does, for the one under way.
+        Waits for the one under way, or replaces it if this one is `urgent` and that has far to go. Raises as `finish` does, for the one under way.
         """
         began = time.perf_counter()
         if urgent and self._job and self.world.sum([self._job.progress])[0] < REPLACE_BELOW * self.world.size:
@@ -186,7 +184,7 @@ class _Job:
         self.writer, self.snapshot, self.fragments, self.manifest, self.began = writer, snapshot, fragments, manifest, began
         self.blocking = time.perf_counter() - began
         self.final = writer.root / name_of(manifest.step)
-        self.temporary = writer.root / f"{self.final.name}.a{writer.attempt}.tmp"
+        self.temporary = writer.root / name_of(manifest.step, unfinished=writer.attempt)
         self.progress = 0.0
         """Share of this rank's file that is written."""
         self.error: Exception | None = None
