@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import itertools
 import json
@@ -75,7 +74,31 @@ class Kill:
 
 
 class Rank(FORK.Process):
-    """A forked rank, as launch.local sees one."""
+    """A rank that is forked before its launcher does anything, and waits to be told of a run: as launch.local sees one, once it is started.
+
+    So it comes from a process with one thread. The launcher has several later, Arrow's, and a copy of it would not be sound.
+    """
+
+    def __init__(self, rank: int, procs: int, kill: Kill | None) -> None:
+        self._told, self._tell = FORK.Pipe(duplex=False)
+        super().__init__(target=self._work, args=(rank, procs, kill), daemon=True)
+        self.start()
+
+    def begin(self, run: RunDir, attempt: int, port: int) -> Rank:
+        self._tell.send((run.path, attempt, port))
+        return self
+
+    def _work(self, rank: int, procs: int, kill: Kill | None) -> None:
+        path, attempt, port = self._told.recv()
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with local.log_file(RunDir(path), attempt, rank).open("wb") as log:
+            for descriptor in (2,) if rank == 0 else (1, 2):
+                os.dup2(log.fileno(), descriptor)
+        if kill:
+            kill.arm(rank)
+        code = worker.main(str(path), attempt)
+        sys.stdout.flush()
+        os._exit(code)
 
     def poll(self) -> int | None:
         return self.exitcode
@@ -92,34 +115,16 @@ class Rank(FORK.Process):
         os.kill(self.pid or 0, signum)
 
 
-def start_rank(kill: Kill | None, run: RunDir, attempt: int, rank: int, procs: int, port: int) -> Rank:
-    """What `launch.local._start` does, with a fork for the new process."""
-
-    def body() -> None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with local.log_file(run, attempt, rank).open("wb") as log:
-            for descriptor in (2,) if rank == 0 else (1, 2):
-                os.dup2(log.fileno(), descriptor)
-        if kill:
-            kill.arm(rank)
-        code = worker.main(str(run.path), attempt)
-        sys.stdout.flush()
-        os._exit(code)
-
-    process = Rank(target=body)
-    process.start()
-    return process
-
-
 def command(request: dict[str, Any]) -> None:
-    """One `python -m launch`, in a process group of its own."""
+    """One `python -m launch train`, in a process group of its own."""
     os.setsid()
     os.environ |= request["env"]
     for descriptor, path in enumerate(request["outputs"], 1):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
-    kill = Kill(**request["kill"]) if request["kill"] else None
-    local._start = functools.partial(start_rank, kill)
-    sys.argv = ["launch", *request["arguments"]]
+    kill, procs = Kill(**request["kill"]) if request["kill"] else None, request["procs"]
+    ranks = [Rank(rank, procs, kill) for rank in range(procs)]
+    local._start = lambda run, attempt, rank, procs, port: ranks[rank].begin(run, attempt, port)
+    sys.argv = ["launch", "train", *request["arguments"], "--procs", str(procs)]
     run_command(app)
 
 
@@ -135,6 +140,7 @@ def main() -> None:
         "transformers.models.whisper.modeling_whisper",
     ):
         importlib.import_module(name)
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads cannot be forked soundly"
     for line in sys.stdin:
         process = FORK.Process(target=command, args=(json.loads(line),))
         process.start()
@@ -164,8 +170,8 @@ class Launcher:
             path.write_text(yaml.safe_dump(config))
             config = path
         with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-            arguments = ["train", str(config), *overrides, "--procs", str(procs)]
-            request = {"arguments": arguments, "outputs": [out.name, err.name], "kill": asdict(kill) if kill else None, "env": env or {}}
+            outputs, trap = [out.name, err.name], asdict(kill) if kill else None
+            request = {"arguments": [str(config), *overrides], "procs": procs, "outputs": outputs, "kill": trap, "env": env or {}}
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             return Done(int(self._process.stdout.readline()), out.read(), err.read())
@@ -187,7 +193,8 @@ class Course:
 @contextlib.contextmanager
 def serve() -> Iterator[Launcher]:
     """Start the process that forks."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    single_threaded = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OPENBLAS_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), **single_threaded}
     with subprocess.Popen(
         [sys.executable, "-m", "tests.forks"], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
