@@ -33,7 +33,8 @@ class Superseded(EarwitnessError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run. system: the kernel and the process namespace in which `pid` means something; seconds: since the last sign of life."""
+    """Who holds a run. pid: 0 for a job, which only signs of life tell of; system: the kernel and the process namespace in which
+    `pid` means something; seconds: since the last sign of life."""
 
     attempt: int
     job: str
@@ -45,7 +46,7 @@ class Holder:
     @property
     def alive(self) -> bool:
         """Whether it may still be at work."""
-        dead = self.system == _system() and not Path(f"/proc/{self.pid}").exists()
+        dead = self.pid and self.system == _system() and not Path(f"/proc/{self.pid}").exists()
         return not dead and self.seconds < EXPIRES
 
 
@@ -88,7 +89,7 @@ class Lease:
 
 
 def claim(run: RunDir, *, job: str = "", supersede: bool = False) -> Lease:
-    """Take a run for its next attempt. With `supersede` also from a live one, as the next job of a chain does.
+    """Take a run for its next attempt, that of a Slurm job or of this process. With `supersede` also from a live one, as the next job of a chain does.
 
     Raises ConfigError if another attempt is at work.
     """
@@ -100,7 +101,7 @@ def claim(run: RunDir, *, job: str = "", supersede: bool = False) -> Lease:
                 f"Stop it there first; if it is dead, start again in {max(1, EXPIRES - now.seconds):.0f} s. A second run needs another run.name."
             )
         attempt = max(run.next_attempt(), now.attempt + 1 if now else 0)
-        mine = Holder(attempt, job, socket.gethostname(), os.getpid(), _system())
+        mine = Holder(attempt, job, socket.gethostname(), 0 if job else os.getpid(), _system())
         _file(run, attempt).parent.mkdir(parents=True, exist_ok=True)
         if not _create(_file(run, attempt), json.dumps(asdict(mine))):
             continue
@@ -157,7 +158,7 @@ def _file(run: RunDir, attempt: int) -> Path:
 
 
 def _place(holder: Holder) -> str:
-    return f"host {holder.host}, process {holder.pid}" + (f", job {holder.job}" if holder.job else "")
+    return f"host {holder.host}, " + (f"job {holder.job}" if holder.job else f"process {holder.pid}")
 
 
 def _system() -> str:

@@ -32,6 +32,12 @@ class RunDir:
         self.logs = self.path / "logs"
         self.leases = self.path / "leases"
         """Who is at work on the run (configs/lease.py)."""
+        self.code = self.path / "code"
+        """The code that its jobs run."""
+        self.pretrained = self.path / "pretrained"
+        """The model to start from, if it came from a hub: compute nodes need no network."""
+        self.slurm = self.path / "slurm"
+        """The script of its jobs, what they printed (JOB.log), and how they ended (jobs/JOB)."""
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDir:

@@ -235,6 +235,76 @@ class Monitor(Section):
     """A step's loss this many standard deviations above the mean of the last 100 is told, and its samples are named in the ledger."""
 
 
+class Slurm(Section):
+    """What `launch submit` asks Slurm for, and how the chain of attempts goes on."""
+
+    partition: str | None = None
+    """Partition; default the cluster's."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that nodes must have."""
+    reservation: str | None = None
+    """Reservation to run in."""
+    nodes: int | str = 1
+    """Nodes, or a range as `2-8`: each attempt then takes what it gets, and the run is the same."""
+    gpus_per_node: int = Field(8, ge=0)
+    """GPUs per node, and one process for each; 0 trains on the CPU."""
+    gpu_request: Literal["gres", "gpus_per_node"] = "gres"
+    """How GPUs are asked for: `--gres=gpu:N`, or `--gpus-per-node=N`."""
+    tasks_per_node: int | None = Field(None, ge=1)
+    """Processes per node; default one per GPU, or 1."""
+    cpus_per_task: int | None = Field(None, ge=1)
+    """CPU cores per process; default the cluster's."""
+    memory_gb: int | None = Field(None, ge=1)
+    """Memory per node, in GB; default the cluster's."""
+    time_minutes: int = Field(24 * 60, ge=1)
+    """Time limit of one attempt; the chain goes on over as many as it takes."""
+    signal_seconds: int = Field(120, ge=1)
+    """Seconds before the time limit at which Slurm asks to save; a save that takes more than half of it is told in the ledger."""
+    resubmit: Literal["chain", "requeue", "none"] = "chain"
+    """`chain`: every attempt queues the next one first, which starts if this one ends in any way but success. `requeue`: the job requeues itself, where
+    compute nodes may not submit; Slurm lets it wait for two minutes. `none`: one attempt."""
+    max_attempts_without_progress: int = Field(3, ge=1)
+    """Attempts that may fail in a row without a new checkpoint, before the chain ends."""
+    exclude_minutes: int = Field(240, ge=0)
+    """Minutes for which a node is left out that has failed twice, or once the look before the start."""
+    hang_seconds: float | None = Field(None, gt=0)
+    """Seconds without a sign of progress after which an attempt counts as hung; default 20 times the longest seen so far, at least two minutes, and half
+    an hour before there is one."""
+    python: str | None = None
+    """Python on the compute nodes, as in a container; default the one that submits."""
+    setup: list[str] = []
+    """Lines of shell before the start: modules, conda, `source` of a file with credentials."""
+    sbatch: list[str] = []
+    """Further options of sbatch, e.g. `[--exclusive, --comment=captions]`."""
+    srun_args: list[str] = []
+    """Further options of srun, e.g. `[--container-image=...]`."""
+    notify: str | None = None
+    """A mail address, or the URL of a webhook (it gets JSON): told once, when the chain ends."""
+
+    @field_validator("nodes")
+    @classmethod
+    def _is_a_range(cls, value: int | str) -> int | str:
+        low, high = node_range(value)
+        if not 1 <= low <= high:
+            raise ValueError("write a number of nodes, or a range as 2-8")
+        return value
+
+    @property
+    def tasks(self) -> int:
+        """Processes per node."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+
+def node_range(nodes: int | str) -> tuple[int, int]:
+    """Fewest and most nodes of a setting as 4 or 2-8; (0, 0) if it is neither."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(nodes))
+    return (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -247,3 +317,4 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     monitor: Monitor = Monitor()
+    slurm: Slurm = Slurm()

@@ -37,6 +37,19 @@ def train(
 
 
 @app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script that sbatch would get, and put the run's folder in order for it.")] = False,
+) -> None:
+    """Train on Slurm: submit the first job of a chain that goes on until the run is finished."""
+    from configs.load import load
+    from launch.submit import submit_run
+
+    submit_run(load(config, overrides or []), dry_run=dry_run)
+
+
+@app.command()
 def config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved settings."""
     from configs.load import dump, load

@@ -1,4 +1,4 @@
-"""What every rank runs: `python -m launch.worker RUN ATTEMPT`, told by RANK, WORLD_SIZE and LOCAL_RANK which one it is.
+"""What every rank runs: `python -m launch.worker RUN ATTEMPT`, told by RANK, WORLD_SIZE and LOCAL_RANK, or by srun, which one it is.
 
 Here the trainer and the signals of a job meet.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from configs.errors import EarwitnessError, ExitCode
 from configs.lease import Lease
 from configs.rundir import RunDir, write_atomic
+from slurm.job import join_job, node_name
 from slurm.signals import StopFlag
 
 PR_SET_PDEATHSIG = 1
@@ -35,11 +36,11 @@ def main(run_path: str, attempt: int) -> int:
             lease.keep()
         return _train(run, lease, stop)
     except EarwitnessError as error:
-        _report(run, lease, rank, type(error).__name__, str(error))
+        _report(run, lease, rank, type(error).__name__, str(error), error.exit_code)
         return error.exit_code
     except Exception as error:
         message = out_of_memory(error, run) or traceback.format_exc()
-        _report(run, lease, rank, type(error).__name__, message)
+        _report(run, lease, rank, type(error).__name__, message, 1)
         return 1
 
 
@@ -63,7 +64,7 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
         print(f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt {lease.attempt}", flush=True)
     outcome = train(session, stop)
     if world.rank == 0:
-        run.record("stop", attempt=lease.attempt, step=session.state.step, outcome=outcome.value)
+        run.record("stop", attempt=lease.attempt, step=session.state.step, outcome=outcome.value, signal=stop.name)
     world.barrier()
     distributed.end()
     if outcome is Outcome.SAVED:
@@ -85,11 +86,11 @@ def out_of_memory(error: Exception, run: RunDir) -> str | None:
     )
 
 
-def _report(run: RunDir, lease: Lease, rank: int, kind: str, message: str) -> None:
+def _report(run: RunDir, lease: Lease, rank: int, kind: str, message: str, exit_code: int) -> None:
     """Leave the error where the launcher finds it, and in the ledger."""
     print(message, file=sys.stderr, flush=True)
     if kind != "PeerFailed":
-        run.record("error", attempt=lease.attempt, rank=rank, kind=kind, message=message)
+        run.record("error", attempt=lease.attempt, rank=rank, node=node_name(), kind=kind, exit_code=exit_code, message=message)
         write_atomic(error_file(run, lease.attempt, rank), message)
 
 
@@ -101,6 +102,7 @@ def error_file(run: RunDir, attempt: int, rank: int) -> Path:
 
 
 if __name__ == "__main__":
+    join_job()
     if launcher := os.environ.get("EARWITNESS_DIE_WITH"):  # a launcher that is killed takes its ranks along
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(launcher):

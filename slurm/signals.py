@@ -17,6 +17,11 @@ class StopFlag:
         """Whether a signal has come."""
         return self.signum is not None
 
+    @property
+    def name(self) -> str:
+        """Of the first signal that came, as SIGTERM; empty if there was none."""
+        return "" if self.signum is None else signal.Signals(self.signum).name
+
     def install(self) -> StopFlag:
         """Take over the signals of this process."""
         for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
@@ -24,4 +29,4 @@ class StopFlag:
         return self
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
+        self.signum = self.signum or signum

@@ -43,12 +43,14 @@ class Captioner:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def load(settings: Model, seed: int, init_from: Path | None = None) -> Captioner:
+def load(settings: Model, seed: int, pretrained: Path | None = None, init_from: Path | None = None) -> Captioner:
     """The model to start from, in float32, with the weights of a run, checkpoint or export `init_from` instead of its own.
+
+    pretrained: a folder with what the hub has under its name, if that was fetched before.
 
     Raises ConfigError if it cannot be had or cannot be trained exactly.
     """
-    name = settings.name_or_path
+    name = str(pretrained) if pretrained and pretrained.is_dir() else settings.name_or_path
     try:
         processor = WhisperProcessor.from_pretrained(name)
         if Path(name).is_dir() and not any(Path(name).glob("*.safetensors*")) and not any(Path(name).glob("*.bin*")):

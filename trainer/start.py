@@ -34,7 +34,7 @@ def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World) -> Sessi
     """
     mirror = Mirror(run, config, lease.check) if world.rank == 0 and config.checkpoint.mirror else None
     found = _find_checkpoints(run, lease, mirror, world)
-    captioner = model.load_base(run, config.model) if found else model.load(config.model, config.run.seed, _init_from(config, run, world))
+    captioner = model.load_base(run, config.model) if found else model.load(config.model, config.run.seed, run.pretrained, _init_from(config, run, world))
     samples = _open_dataset(config, run, lease, world, captioner)
     if world.rank == 0 and not found:
         model.save_base(run, captioner)

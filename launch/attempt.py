@@ -1,0 +1,82 @@
+"""`python -m launch.attempt`: what job.sh asks before an attempt and after it, in a step of its own. It answers in one line:
+VERDICT (go or stop) ATTEMPT NODES-TO-LEAVE-OUT SECONDS-TO-WAIT, with - for nothing; the latter two are for the next attempt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import urllib.request
+
+from configs.errors import ConfigError, run_command
+from configs.lease import Lease, claim, holder
+from configs.rundir import RunDir
+from slurm.chain import Verdict, decide, record_end, settle, stop_requested
+
+
+def begin(run: RunDir, chain: str, job: str, partition_nodes: int, nodes: list[str]) -> tuple[Verdict, int]:
+    """Take the run for this job, if the chain may go on. Returns the number of the attempt, too."""
+    settle(run)
+    verdict = _judge(run, chain, partition_nodes)
+    if not verdict.go:
+        return verdict, -1
+    now = holder(run)
+    of_chain = now is not None and now.job in {line.get("job") for line in run.ledger("attempt") if line.get("chain") == chain}
+    try:
+        lease = claim(run, job=job, supersede=of_chain)
+    except ConfigError as error:  # another chain, or `launch train`
+        return Verdict(False, str(error)), -1
+    settings = run.read_next_config().slurm
+    run.record("attempt", attempt=lease.attempt, chain=chain, job=job, host=nodes[0], nodes=nodes, ranks=settings.tasks * len(nodes))
+    return verdict, lease.attempt
+
+
+def end(run: RunDir, chain: str, job: str, partition_nodes: int, code: int) -> tuple[Verdict, int]:
+    """Note how this job's attempt ended, and judge whether another one may follow."""
+    attempt = next(line["attempt"] for line in reversed(run.ledger("attempt")) if line.get("job") == job)
+    found = record_end(run, attempt, code)
+    print(f"attempt {attempt} ended: {found.words}", file=sys.stderr, flush=True)
+    Lease(run, attempt).release()
+    return _judge(run, chain, partition_nodes), attempt
+
+
+def _judge(run: RunDir, chain: str, partition_nodes: int) -> Verdict:
+    if stop_requested(run):
+        return Verdict(False, "stopped by `launch stop`; `launch submit` goes on")
+    attempts = {line["attempt"] for line in run.ledger("attempt") if line.get("chain") == chain}
+    ends = [line for line in run.ledger("ended") if line["attempt"] in attempts]
+    return decide(run.read_next_config().slurm, ends, partition_nodes)
+
+
+def _tell_end(run: RunDir, chain: str, why: str) -> None:
+    """The chain ends: into the ledger, and to the webhook that is asked for."""
+    run.record("chain_ended", chain=chain, why=why)
+    print(f"the chain ends: {why}", file=sys.stderr, flush=True)
+    run.next_config.unlink(missing_ok=True)
+    notify = run.read_config().slurm.notify if run.config.is_file() else None
+    if notify and "://" in notify:
+        body = json.dumps({"run": str(run.path), "chain": chain, "why": why, "text": f"{run.path.name}: {why}"}).encode()
+        request = urllib.request.Request(notify, body, {"Content-Type": "application/json"})
+        try:
+            urllib.request.urlopen(request, timeout=10).close()
+        except (OSError, ValueError) as error:
+            print(f"slurm.notify: {notify}: {error}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """begin|end RUN CHAIN JOB PARTITION-NODES NODES-OR-CODE..."""
+    what, path, chain, job, partition_nodes, *rest = sys.argv[1:]
+    run = RunDir(path)
+    answer = begin(run, chain, job, int(partition_nodes), rest) if what == "begin" else end(run, chain, job, int(partition_nodes), int(rest[0]))
+    verdict, attempt = answer
+    if not verdict.go:
+        _tell_end(run, chain, verdict.why)
+    if verdict.exclude:
+        print(f"leaves out {', '.join(verdict.exclude)} for {run.read_next_config().slurm.exclude_minutes} minutes", file=sys.stderr, flush=True)
+    print("go" if verdict.go else "stop", attempt, ",".join(verdict.exclude) or "-", round(verdict.delay), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,198 @@
+"""`launch submit`: look over everything that would waste an allocation, put the run's folder in order, and hand the first job to Slurm."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from configs.errors import ConfigError
+from configs.lease import holder
+from configs.rundir import RunDir
+from configs.schema import RunConfig, node_range
+from data import storage
+from data.dataset import list_shards
+from data.index import load_sidecar
+from data.sources import Shard
+from slurm import cluster
+from slurm.submit import FROZEN, index_script, submit, write_script
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("configs", "data", "trainer", "slurm", "launch", "tools")
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: master weight and two moments."""
+PROBE_BYTES = 64 << 20
+LOCAL_SYSTEMS = {"tmpfs", "ramfs", "overlay", "ext4", "ext3", "xfs", "btrfs"}
+"""File systems that other machines do not see."""
+
+
+def submit_run(config: RunConfig, *, dry_run: bool) -> None:
+    """Submit a run, or print the script that would be. Raises ConfigError or DataError for what has to be mended first."""
+    settings = config.slurm
+    low, high = (nodes * settings.tasks for nodes in node_range(settings.nodes))
+    size = config.batch.global_size
+    if high > size:
+        raise ConfigError(f"slurm.nodes={settings.nodes}: up to {high} processes, but a step has {size} samples (batch.global_size); some would be idle")
+    if not dry_run and not cluster.here():
+        raise ConfigError("no sbatch here: submit on a login node of the cluster, or train on this machine with `python -m launch train`")
+    run = RunDir.create(config)
+    run.slurm.mkdir(exist_ok=True)
+    if cluster.here() and (active := cluster.queued(chain_jobs(run))):
+        jobs = ", ".join(f"{job.job} ({job.state.lower()})" for job in active)
+        raise ConfigError(
+            f"{run.path}: its chain is still there: {jobs}. `python -m launch status {run.path}` shows it, `python -m launch stop {run.path}` ends it"
+        )
+    if (now := holder(run)) and now.alive:
+        raise ConfigError(f"{run.path}: attempt {now.attempt} is at work on it on {now.host}; stop that one first")
+    _check_credentials(config)
+    shards = list_shards(config)
+    missing = _look_at_shards(config, shards)
+
+    fetch_model(config, run)
+    run.ask(config)
+    (run.slurm / "stop").unlink(missing_ok=True)
+    script = write_script(config, run, snapshot(run))
+    for line in [_per_rank(size, low, high), *_about_checkpoints(config, run), *_about_folder(run)]:
+        print(line, file=sys.stderr)
+    if missing:
+        print(f"{missing} of {len(shards)} shards are not indexed: a job without GPUs does that first", file=sys.stderr)
+    if dry_run:
+        print(script.read_text())
+        print(f"not submitted: `sbatch {script}` would", file=sys.stderr)
+        return
+    options = []
+    if missing:
+        index = _submit_index(config, run)
+        options = [f"--dependency=afterok:{index}", "--kill-on-invalid-dep=yes"]
+        print(f"job {index} indexes the shards; its log: {run.slurm / f'index-{index}.log'}")
+    job = submit(script, *options)
+    run.record("submitted", job=job, nodes=settings.nodes, tasks_per_node=settings.tasks)
+    print(f"submitted job {job}: {config.run.name}, {settings.nodes} nodes of {settings.tasks} processes")
+    print(f"  python -m launch status {run.path}    attempts, causes, goodput\n  python -m launch stop {run.path}      save, and end the chain")
+    print(f"  tail -F {run.slurm / f'{job}.log'}    what the job says; the ranks' own logs are in {run.logs}\n  tensorboard --logdir {run.path.parent}")
+
+
+def chain_jobs(run: RunDir) -> set[str]:
+    """All jobs that were ever submitted for a run."""
+    following = {path.read_text().strip() for path in (run.slurm / "jobs").glob("*.next")}
+    known = {str(line["job"]) for event in ("submitted", "attempt") for line in run.ledger(event) if line.get("job")}
+    return {job for job in following | known if job}
+
+
+def snapshot(run: RunDir) -> Path:
+    """Copy the code into the run's folder, so that its jobs go on with it whatever happens to the checkout."""
+    new, old = run.path / "code.new", run.path / "code.old"
+    for folder in (new, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, new / package, ignore=shutil.ignore_patterns("__pycache__"))
+    if run.code.exists():
+        run.code.rename(old)
+    new.rename(run.code)
+    shutil.rmtree(old, ignore_errors=True)
+    return run.code
+
+
+def fetch_model(config: RunConfig, run: RunDir) -> None:
+    """Bring the model from its hub, now that there is a network; compute nodes need none."""
+    name = config.model.name_or_path
+    if Path(name).is_dir() or (run.base / "config.json").is_file():
+        return
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(name, local_dir=run.pretrained, allow_patterns=["*.json", "*.txt", "*.safetensors"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(f"model.name_or_path: {name}: no folder, and the hub does not give it: {str(error).splitlines()[0]}") from None
+
+
+def _check_credentials(config: RunConfig) -> None:
+    """Refuse keys that only this shell has: a job would not have them, or not for long."""
+    on_s3 = [url for source in config.data.sources for url in source.shards if url.startswith("s3://")]
+    on_s3 += [url for url in [config.checkpoint.mirror or ""] if url.startswith("s3://")]
+    if on_s3 and "AWS_SECRET_ACCESS_KEY" in os.environ and not config.slurm.setup:
+        raise ConfigError(
+            f"{on_s3[0]}: the keys for it are in this shell's environment ({FROZEN[0]}, ...), which is not handed on to jobs: they outlive keys. Put them into "
+            "~/.aws/credentials (and a profile into AWS_PROFILE or storage_options), or into a file that `slurm.setup` reads: [. ~/.config/s3.env]"
+        )
+
+
+def _look_at_shards(config: RunConfig, shards: Sequence[Shard]) -> int:
+    """Read a little of each source, and count the shards without an index. Raises DataError for what cannot be read."""
+    for source in config.data.sources:
+        storage.stat(next(shard for shard in shards if shard.source is source).location)
+    return sum(load_sidecar(shard, config.data.index_dir) is None for shard in shards)
+
+
+def _submit_index(config: RunConfig, run: RunDir) -> str:
+    """A job that indexes all shards of a run, on one node without GPUs."""
+    one_node = config.slurm.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "resubmit": "none"})
+    script = run.slurm.absolute() / "index.sh"
+    script.write_text(index_script(config.model_copy(update={"slurm": one_node}), run, run.code))
+    return submit(script)
+
+
+def _per_rank(size: int, low: int, high: int) -> str:
+    each = [f"{-(-size // ranks)}" for ranks in dict.fromkeys((low, high))]
+    ranks = f"{low}" if low == high else f"{low} to {high}"
+    uneven = "" if size % low == 0 and size % high == 0 else ", some one less"
+    return f"a step of {size} samples over {ranks} processes: {' to '.join(each)} samples each{uneven}"
+
+
+def _about_checkpoints(config: RunConfig, run: RunDir) -> Iterator[str]:
+    """How large a checkpoint will be, and whether one can be written in the time that a signal leaves."""
+    saved = run.ledger("checkpoint")
+    size = saved[-1]["bytes"] if saved else BYTES_PER_PARAMETER * parameters(config, run)
+    if not size:
+        return
+    low = node_range(config.slurm.nodes)[0] * config.slurm.tasks
+    yield f"a checkpoint has {size / 1e9:.2f} GB in {low} or more files; kept: the last {config.checkpoint.keep_last} and the best"
+    seconds, how = (saved[-1]["total_seconds"], "the last one took") if saved else (size / _write_speed(run), "one process would take")
+    yield f"saving: {how} {seconds:.0f} s" + (
+        f". That is more than half of slurm.signal_seconds={config.slurm.signal_seconds}: raise it" if seconds > config.slurm.signal_seconds / 2 else ""
+    )
+    free = shutil.disk_usage(run.path).free
+    if free < size * (config.checkpoint.keep_last + 2):
+        yield f"only {free / 1e9:.1f} GB are free on the file system of {run.path}"
+
+
+def parameters(config: RunConfig, run: RunDir) -> int:
+    """How many parameters a Whisper has, by the dimensions in its config.json; 0 if there is none here."""
+    folders = (run.base, run.pretrained, Path(config.model.name_or_path))
+    found = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
+    if found is None:
+        return 0
+    c = json.loads(found.read_text())
+    d, attention = c["d_model"], 4 * c["d_model"] ** 2 + 3 * c["d_model"]  # the key has no bias
+    norm, embeddings = 2 * d, (c["vocab_size"] + c["max_target_positions"]) * d
+    convolutions = 3 * d * c["num_mel_bins"] + d + 3 * d * d + d
+    encoder = c["encoder_layers"] * (attention + 2 * d * c["encoder_ffn_dim"] + c["encoder_ffn_dim"] + d + 2 * norm)
+    decoder = c["decoder_layers"] * (2 * attention + 2 * d * c["decoder_ffn_dim"] + c["decoder_ffn_dim"] + d + 3 * norm)
+    return int(convolutions + encoder + decoder + 2 * norm + embeddings)
+
+
+def _write_speed(run: RunDir) -> float:
+    """Bytes per second that this machine writes into the run's folder."""
+    probe, block = run.slurm / "probe", os.urandom(1 << 20)
+    began = time.perf_counter()
+    with contextlib.closing(probe.open("wb", buffering=0)) as file:
+        for _ in range(PROBE_BYTES >> 20):
+            file.write(block)
+        os.fsync(file.fileno())
+    probe.unlink()
+    return PROBE_BYTES / (time.perf_counter() - began)
+
+
+def _about_folder(run: RunDir) -> Iterator[str]:
+    """Say if other machines may not see the run's folder; each attempt looks before it starts."""
+    path = run.path.absolute()
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    place, system = max(((place, system) for place, system in mounts if path.is_relative_to(place)), key=lambda mount: len(mount[0]))
+    if system in LOCAL_SYSTEMS:
+        yield f"{path} is on {system} ({place}), which looks like this machine's own disk: all compute nodes must see it under this path"

@@ -1,0 +1,217 @@
+"""A chain of attempts: how each one ended, and whether and where the next one may go on. Read from the run's ledger and from what Slurm said."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from configs.errors import ExitCode
+from configs.rundir import RunDir
+from configs.schema import Slurm, node_range
+
+GUILTY_TWICE = 2
+BACK_OFF = 10.0
+"""Seconds that are waited after the second failure in a row without progress; twice as long after each further one."""
+LONGEST_BACK_OFF = 600.0
+
+
+class Cause(Enum):
+    """Why an attempt ended."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped by `launch stop`"
+    CANCELLED = "cancelled"
+    PREEMPTED = "preempted"
+    TIME_LIMIT = "time limit"
+    NODE_LOST = "node lost"
+    UNFIT_NODE = "unfit node"
+    OUT_OF_MEMORY = "out of memory"
+    HANG = "hang"
+    CRASH = "crash"
+    ERROR = "error"
+    BAD_INPUT = "bad config or data"
+    SUPERSEDED = "superseded"
+    SAVED = "asked to save"
+    UNKNOWN = "unknown"
+
+
+FINAL = {Cause.FINISHED, Cause.STOPPED, Cause.CANCELLED, Cause.BAD_INPUT, Cause.SUPERSEDED}
+"""After these nothing follows."""
+FAILURES = {Cause.OUT_OF_MEMORY, Cause.HANG, Cause.CRASH, Cause.ERROR, Cause.TIME_LIMIT, Cause.UNKNOWN}
+"""These may not come again and again without progress. The others are no fault of the run."""
+FAULTS_OF_NODES = {Cause.NODE_LOST, Cause.UNFIT_NODE, Cause.OUT_OF_MEMORY, Cause.HANG, Cause.CRASH, Cause.ERROR}
+JOB_STATES = {
+    "CANCELLED": Cause.CANCELLED, "PREEMPTED": Cause.PREEMPTED, "TIMEOUT": Cause.TIME_LIMIT, "DEADLINE": Cause.TIME_LIMIT,
+    "NODE_FAIL": Cause.NODE_LOST, "BOOT_FAIL": Cause.NODE_LOST, "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended. node: the one at fault, if one is; saved: step of the newest checkpoint then."""
+
+    cause: Cause
+    words: str
+    node: str = ""
+    saved: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the chain goes on; why not; nodes to leave out; seconds to wait first."""
+
+    go: bool
+    why: str = ""
+    exclude: tuple[str, ...] = ()
+    delay: float = 0.0
+
+
+def settle(run: RunDir) -> None:
+    """Write into the ledger how attempts ended of which it is not known yet."""
+    lines = run.ledger()
+    known = {line["attempt"] for line in lines if line["event"] == "ended"}
+    for line in lines:
+        if line["event"] == "attempt" and line.get("job") and line["attempt"] not in known:
+            record_end(run, line["attempt"])
+
+
+def record_end(run: RunDir, attempt: int, code: int | None = None) -> End:
+    """Find out how an attempt ended, and write it into the ledger. code: of the ranks' step, if it is known."""
+    found = _find_end(run, attempt, code)
+    run.record("ended", attempt=attempt, cause=found.cause.name.lower(), words=found.words, node=found.node, saved=found.saved)
+    return found
+
+
+def _find_end(run: RunDir, attempt: int, code: int | None) -> End:
+    lines = run.ledger()
+    mine = {event: [line for line in lines if line["event"] == event and line.get("attempt") == attempt] for event in ("attempt", "stop", "error", "hang")}
+    job = mine["attempt"][0].get("job", "")
+    saved = max((line["step"] for line in lines if line["event"] == "checkpoint"), default=0)
+    state = job_state(run, job)
+
+    def end(cause: Cause, words: str = "", node: str = "") -> End:
+        return End(cause, f"{cause.value}{f': {words}' if words else ''}", node, saved)
+
+    if any(line["outcome"] == "finished" for line in mine["stop"]):
+        return end(Cause.FINISHED)
+    if mine["stop"]:
+        if stop_requested(run):
+            return end(Cause.STOPPED)
+        by = {"SIGUSR2": Cause.TIME_LIMIT}.get(mine["stop"][0].get("signal", ""), Cause.SAVED)
+        return end(JOB_STATES.get(state, by), f"saved at step {mine['stop'][0]['step']}")
+    errors = sorted(mine["error"], key=lambda line: line["time"])
+    if errors and errors[0].get("exit_code") in (ExitCode.USAGE, ExitCode.DATA):
+        return end(Cause.BAD_INPUT, _first_line(errors[0]["message"]))
+    if mine["hang"]:
+        return end(Cause.HANG, mine["hang"][0]["words"], mine["hang"][0].get("node", ""))
+    if errors and errors[0]["kind"] == "Superseded":
+        return end(Cause.SUPERSEDED, _first_line(errors[0]["message"]))
+    if errors and errors[0]["kind"] == "UnfitNode":
+        return end(Cause.UNFIT_NODE, _first_line(errors[0]["message"]), errors[0].get("node", ""))
+    failure = first_failure(run, job)
+    if state in JOB_STATES:
+        node = failure.node if failure and failure.cause is Cause.NODE_LOST else ""
+        return end(JOB_STATES[state], node or f"before it could save; the newest checkpoint is of step {saved}", node)
+    if errors and not (failure and failure.by_signal):  # else they have only lost the one that was killed
+        what = Cause.OUT_OF_MEMORY if "too little memory" in errors[0]["message"] else Cause.ERROR
+        return end(what, f"rank {errors[0]['rank']}: {_first_line(errors[0]['message'])}", errors[0].get("node", ""))
+    if failure:
+        return end(failure.cause, failure.words, failure.node)
+    return end(Cause.UNKNOWN, f"job {job or '(none)'}, state {state or 'not known'}" + (f", exit code {code}" if code else ""))
+
+
+def decide(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int, now: float | None = None) -> Verdict:
+    """Whether a chain goes on after these `ended` lines of the ledger, oldest first.
+
+    partition_nodes: how many nodes there are; never so many are left out that too few remain.
+    """
+    now = now or time.time()
+    if not ends:
+        return Verdict(True)
+    last = ends[-1]
+    if Cause[last["cause"].upper()] in FINAL:
+        return Verdict(False, last["words"])
+    failures = []
+    for end in reversed(ends):
+        if end["saved"] != last["saved"]:
+            break
+        if Cause[end["cause"].upper()] in FAILURES:
+            failures.append(end)
+    if len(failures) >= settings.max_attempts_without_progress:
+        why = f"{len(failures)} attempts failed in a row without a checkpoint after step {last['saved']}; the last one: {last['words']}"
+        return Verdict(False, f"{why} (slurm.max_attempts_without_progress)")
+    delay = min(LONGEST_BACK_OFF, BACK_OFF * 2 ** (len(failures) - 2)) if len(failures) > 1 else 0.0
+    return Verdict(True, "", _exclude(settings, ends, partition_nodes, now), delay)
+
+
+def _exclude(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int, now: float) -> tuple[str, ...]:
+    recent = [end for end in ends if end["node"] and now - end["time"] < 60 * settings.exclude_minutes and Cause[end["cause"].upper()] in FAULTS_OF_NODES]
+    guilt = Counter[str]()
+    for end in recent:
+        guilt[end["node"]] += GUILTY_TWICE if Cause[end["cause"].upper()] is Cause.UNFIT_NODE else 1
+    spare = max(0, partition_nodes - node_range(settings.nodes)[0])
+    newest = dict.fromkeys(end["node"] for end in reversed(recent) if guilt[end["node"]] >= GUILTY_TWICE)
+    return tuple(sorted(list(newest)[:spare]))
+
+
+def stop_requested(run: RunDir) -> bool:
+    """Whether `launch stop` has been asked for."""
+    return (run.slurm / "stop").exists()
+
+
+def job_state(run: RunDir, job: str) -> str:
+    """State of a job, as it was noted last; empty if it was not."""
+    record = run.slurm / "jobs" / job
+    found = re.search(r"JobState=([A-Z_]+)", record.read_text()) if job and record.is_file() else None
+    return found[1] if found else ""
+
+
+SRUN_TASK = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<what>.+)$", re.MULTILINE)
+SRUN_NODE = re.compile(r"^srun: error: Node failure on (?P<node>\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What srun said first of a task or a node that failed; the others were ended because of it."""
+
+    cause: Cause
+    words: str
+    node: str
+    by_signal: bool = False
+
+
+def first_failure(run: RunDir, job: str) -> Failure | None:
+    """The first failure of a job's ranks, by what srun said."""
+    said = _srun_output(run, job)
+    if lost := SRUN_NODE.search(said):
+        return Failure(Cause.NODE_LOST, lost["node"], lost["node"])
+    for line in SRUN_TASK.finditer(said):
+        node, tasks, what = line["node"], line["tasks"], line["what"].removesuffix(" (core dumped)")
+        if what == f"Exited with exit code {ExitCode.SAVED.value}":
+            continue
+        by_signal = not what.startswith("Exited")
+        cause = Cause.OUT_OF_MEMORY if "Out Of Memory" in what else Cause.CRASH
+        return Failure(cause, f"rank {tasks} on {node}: {what}", node, by_signal)
+    return None
+
+
+def _srun_output(run: RunDir, job: str) -> str:
+    log = run.slurm / f"{job}.log"
+    if not job or not log.is_file():
+        return ""
+    return log.read_text(errors="replace").rsplit(ATTEMPT_BEGINS, 1)[-1]  # a requeued job goes on in the same file
+
+
+ATTEMPT_BEGINS = "attempt on "
+"""So begins what job.sh prints in an attempt."""
+
+
+def _first_line(text: str) -> str:
+    """What an error said: its first line, or the last one of a traceback."""
+    lines = text.strip().splitlines() or [""]
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]

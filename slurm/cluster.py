@@ -1,0 +1,62 @@
+"""Slurm's commands, as its users have them: no accounting is needed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from configs.errors import EarwitnessError
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that Slurm still has in hand. state: PENDING, RUNNING, COMPLETING, ...; nodes: as n[1-4]; reason: why it waits."""
+
+    job: str
+    state: str
+    nodes: str
+    reason: str
+
+
+def here() -> bool:
+    """Whether this machine can submit jobs."""
+    return shutil.which("sbatch") is not None
+
+
+def queued(jobs: Iterable[str]) -> list[QueuedJob]:
+    """Those of some jobs that have not ended."""
+    wanted = sorted(set(jobs))
+    if not wanted:
+        return []
+    # One that is unknown by now must not hide the others: ask for all of this user's.
+    lines = _run("squeue", "--noheader", "--me", "--format=%i|%T|%N|%r").splitlines()
+    found = (QueuedJob(*map(str.strip, line.split("|", 3))) for line in lines if line.count("|") >= 3)
+    return [job for job in found if job.job in wanted]
+
+
+def cancel(*jobs: str) -> None:
+    """End jobs, waiting or running. Unknown ones are left alone."""
+    if jobs:
+        subprocess.run(["scancel", *jobs], check=False, capture_output=True)
+
+
+def send_signal(job: str, signal: str) -> None:
+    """Send a signal (TERM, USR2) to all tasks of a running job, as Slurm does at a preemption or before the time limit."""
+    _run("scancel", f"--signal={signal}", job)
+
+
+def partition_nodes(partition: str | None) -> int:
+    """How many nodes a partition has (default the cluster's default one)."""
+    lines = _run("sinfo", "--noheader", "--Node", "--format=%N|%P", *([f"--partition={partition}"] if partition else [])).splitlines()
+    return len({line.split("|")[0] for line in lines if partition or line.strip().endswith("*")})
+
+
+def _run(*command: str) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        raise EarwitnessError(f"{command[0]}: not found; this needs Slurm's commands, as on a login node") from None
+    except subprocess.CalledProcessError as error:
+        raise EarwitnessError(f"{' '.join(command)}: {error.stderr.strip() or f'exit code {error.returncode}'}") from None
