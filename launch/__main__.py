@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from configs.errors import ConfigError, run_command
 
+if TYPE_CHECKING:
+    from configs.rundir import RunDir
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Earwitness: trains Whisper to caption what it hears.")
 
 Config = Annotated[Path, typer.Argument(help="YAML file, as configs/turbo.yaml", metavar="CONFIG")]
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value, as optim.lr=1e-5", metavar="[KEY=VALUE]...")]  # noqa: UP045 (typer)
+
+Run = Annotated[Path, typer.Argument(help="Folder of a run, as runs/NAME", metavar="RUN")]
 
 
 @app.command()
@@ -50,6 +55,22 @@ def submit(
 
 
 @app.command()
+def stop(run: Run) -> None:
+    """Save, then end the chain of a run's jobs."""
+    from launch.control import stop
+
+    stop(_rundir(run))
+
+
+@app.command()
+def drill(run: Run) -> None:
+    """Send a running attempt the signal of a preemption, and report the seconds to save, to restart and to the first step."""
+    from launch.control import drill
+
+    drill(_rundir(run))
+
+
+@app.command()
 def config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved settings."""
     from configs.load import dump, load
@@ -63,6 +84,16 @@ def doctor(config: Annotated[Optional[Path], typer.Argument(help="Also check wha
     from launch.doctor import examine
 
     raise typer.Exit(examine(config))
+
+
+def _rundir(path: Path) -> RunDir:
+    """The folder of a run that exists."""
+    from configs.rundir import RunDir
+
+    run = RunDir(path)
+    if not (run.slurm.is_dir() or run.events.is_file()):
+        raise ConfigError(f"{path}: not the folder of a run (as runs/NAME)")
+    return run
 
 
 def _gpus() -> int:

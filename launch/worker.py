@@ -17,7 +17,7 @@ from pathlib import Path
 from configs.errors import EarwitnessError, ExitCode
 from configs.lease import Lease
 from configs.rundir import RunDir, write_atomic
-from slurm.job import join_job, node_name
+from slurm.job import in_job, join_job, node_name
 from slurm.signals import StopFlag
 
 PR_SET_PDEATHSIG = 1
@@ -36,11 +36,11 @@ def main(run_path: str, attempt: int) -> int:
             lease.keep()
         return _train(run, lease, stop)
     except EarwitnessError as error:
-        _report(run, lease, rank, type(error).__name__, str(error), error.exit_code)
+        _report(run, lease, rank, error, str(error), error.exit_code)
         return error.exit_code
     except Exception as error:
         message = out_of_memory(error, run) or traceback.format_exc()
-        _report(run, lease, rank, type(error).__name__, message, 1)
+        _report(run, lease, rank, error, message, 1)
         return 1
 
 
@@ -50,12 +50,16 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
 
     from trainer import distributed
     from trainer.loop import Outcome, train
+    from trainer.preflight import look_over
     from trainer.start import prepare
 
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
     world = distributed.start()
-    session = prepare(run.read_next_config(), run, lease, world)
+    config = run.read_next_config()
+    if in_job():
+        look_over(config, run, lease.attempt, node_name(), world)
+    session = prepare(config, run, lease, world)
     if world.rank == 0:
         lease.check()
         run.accept_config()
@@ -86,11 +90,12 @@ def out_of_memory(error: Exception, run: RunDir) -> str | None:
     )
 
 
-def _report(run: RunDir, lease: Lease, rank: int, kind: str, message: str, exit_code: int) -> None:
+def _report(run: RunDir, lease: Lease, rank: int, error: Exception, message: str, exit_code: int) -> None:
     """Leave the error where the launcher finds it, and in the ledger."""
     print(message, file=sys.stderr, flush=True)
+    kind, node = type(error).__name__, getattr(error, "node", node_name())
     if kind != "PeerFailed":
-        run.record("error", attempt=lease.attempt, rank=rank, node=node_name(), kind=kind, exit_code=exit_code, message=message)
+        run.record("error", attempt=lease.attempt, rank=rank, node=node, kind=kind, exit_code=exit_code, message=message)
         write_atomic(error_file(run, lease.attempt, rank), message)
 
 

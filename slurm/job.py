@@ -10,12 +10,17 @@ FIRST_PORT, LAST_PORT = 15_000, 32_000
 """Ports that ranks meet at: below those that systems give away (32768 and up)."""
 
 
+def in_job() -> bool:
+    """Whether srun has started this process."""
+    return "SLURM_PROCID" in os.environ
+
+
 def join_job() -> None:
     """Tell torch.distributed, through the environment, which rank this is and where all ranks meet; nothing outside of srun's tasks.
 
     Node names may not resolve: the address is that of the node that the job runs its commands on, which is also that of rank 0.
     """
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+    if "RANK" in os.environ or not in_job():
         return
     names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
     seed = "/".join(os.environ.get(name, "") for name in ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))

@@ -1,0 +1,72 @@
+"""`launch stop` and `launch drill`: a running chain is asked to save, to end or to go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from configs.errors import ConfigError, EarwitnessError
+from configs.rundir import RunDir
+from launch.submit import chain_jobs
+from slurm import cluster
+
+POLL = 0.5
+"""Seconds between two looks."""
+DRILL_MINUTES = 30
+"""After which a drill is given up."""
+
+
+def stop(run: RunDir) -> None:
+    """End a run's chain: the attempt at work saves first. Returns when nothing is left of it. Raises ConfigError if there is no chain."""
+    jobs = _jobs(run)
+    waiting = [job.job for job in jobs if job.state == "PENDING"]
+    running = [job.job for job in jobs if job.state == "RUNNING"]
+    (run.slurm / "stop").touch()  # whoever starts now leaves again
+    cluster.cancel(*waiting)
+    for job in running:
+        cluster.send_signal(job, "USR2")
+        print(f"job {job} saves and ends", flush=True)
+    while cluster.queued(running):
+        time.sleep(POLL)
+    saved = max((line["step"] for line in run.ledger("checkpoint")), default=0)
+    print(f"{run.path}: the chain has ended; the newest checkpoint is of step {saved}. `python -m launch submit` with its config goes on")
+
+
+def drill(run: RunDir) -> None:
+    """Do to the running attempt what the cluster does when it preempts, and report how long everything took.
+
+    Raises ConfigError if no attempt is training, EarwitnessError if the chain does not go on.
+    """
+    running = [job.job for job in _jobs(run) if job.state == "RUNNING"]
+    attempts = [line for line in run.ledger("attempt") if line.get("job") in running]
+    if not attempts or not _newer(run, "start", lambda line: line["attempt"] == attempts[-1]["attempt"], 0):
+        raise ConfigError(f"{run.path}: no attempt is training now; `python -m launch status {run.path}` says what it waits for")
+    attempt, job = attempts[-1]["attempt"], attempts[-1]["job"]
+    began = time.time()
+    for signal in ("CONT", "TERM"):  # what Slurm sends
+        cluster.send_signal(job, signal)
+    print(f"job {job}: sent SIGCONT and SIGTERM, as a preemption does", flush=True)
+    steps: list[tuple[str, str, Callable[[dict[str, Any]], bool]]] = [
+        ("checkpoint", "durable save", lambda line: line["reason"] == "stop"),
+        ("attempt", "next attempt starts", lambda line: line["attempt"] > attempt),
+        ("start", "it has loaded the checkpoint", lambda line: line["attempt"] > attempt),
+        ("progress", "its first step is taken", lambda line: line["attempt"] > attempt),
+    ]
+    for event, what, matches in steps:
+        while not (found := _newer(run, event, matches, began)):
+            if time.time() - began > 60 * DRILL_MINUTES or not cluster.queued(chain_jobs(run)):
+                raise EarwitnessError(f"{run.path}: the chain did not go on ({what} is missing): `python -m launch status {run.path}` says why")
+            time.sleep(POLL)
+        print(f"  {found['time'] - began:7.1f} s  {what}", flush=True)
+
+
+def _newer(run: RunDir, event: str, matches: Callable[[dict[str, Any]], bool], since: float) -> dict[str, Any] | None:
+    return next((line for line in run.ledger(event) if line["time"] >= since and matches(line)), None)
+
+
+def _jobs(run: RunDir) -> list[cluster.QueuedJob]:
+    jobs = cluster.queued(chain_jobs(run))
+    if not jobs:
+        raise ConfigError(f"{run.path}: no job of this run is in the queue; `python -m launch status {run.path}` says how it ended")
+    return jobs

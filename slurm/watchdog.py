@@ -1,0 +1,180 @@
+"""Turns a hang into a report and an exit. Every rank has a watchdog, which is given a sign of life in every phase.
+
+Whichever notices first asks the others, through a file in the attempt's log folder, what they are doing; ranks that do not even answer are
+the first suspects, then those that have not arrived where the others wait. Where Python itself is stuck (a call that holds the interpreter),
+faulthandler's own thread ends the process a little later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+WAITING = "waiting for the others"
+"""The phase in which ranks are that have arrived at an agreement."""
+FIRST_PATIENCE = 1800.0
+"""Seconds that a phase may take of which nothing is known."""
+LEAST_PATIENCE = 120.0
+FACTOR = 20
+"""Times the longest that a phase took so far."""
+TICK = 1.0
+GATHER = 10.0
+"""Seconds in which the others can say what they are doing."""
+STUCK = 5.0
+"""Seconds without a sign after which a rank looks whether another one has noticed a hang."""
+HUNG = 70
+"""Exit code of a rank that hangs."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank was doing. seconds: since its last sign of life; in_hand: the sample that is being decoded, if one is."""
+
+    rank: int
+    node: str
+    phase: str
+    step: int
+    seconds: float
+    in_hand: str = ""
+
+
+@dataclass(frozen=True)
+class Hang:
+    """A hang in words, and the node that seems to be at fault (empty if none does)."""
+
+    words: str
+    node: str
+    suspects: list[int]
+
+
+class Watchdog:
+    """Of one rank. `watch(phase, step)` is the sign of life."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        ranks: int,
+        node: str,
+        *,
+        seconds: float | None = None,
+        in_hand: Callable[[], str] = lambda: "",
+        report: Callable[[Hang], None],
+        orphaned: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """seconds: how long a phase after the start may last (`slurm.hang_seconds`); orphaned: whether a later attempt has taken over."""
+        self._folder, self._rank, self._ranks, self._node, self._seconds = folder, rank, ranks, node, seconds
+        self._in_hand, self._report, self._orphaned = in_hand, report, orphaned
+        self._phase, self._step, self._last, self._armed = "starting", 0, time.monotonic(), 0.0
+        self._longest: dict[str, float] = {}
+        self._closed = threading.Event()
+        self._stacks = (folder / f"rank-{rank:05d}.stacks").open("w")
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def __call__(self, phase: str, step: int) -> None:
+        """This rank enters a phase, or goes on in it."""
+        now = time.monotonic()
+        self._longest[self._phase] = max(self._longest.get(self._phase, 0.0), now - self._last)
+        self._phase, self._step, self._last = phase, step, now
+        if now - self._armed > STUCK:
+            self._armed = now
+            faulthandler.dump_traceback_later(self.patience + 3 * GATHER, exit=True, file=self._stacks)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that the present phase may last."""
+        if self._phase == "starting":
+            return FIRST_PATIENCE
+        if self._seconds:
+            return self._seconds
+        known = self._longest.get(self._phase)
+        return FIRST_PATIENCE if known is None else max(LEAST_PATIENCE, FACTOR * known)
+
+    def close(self) -> None:
+        """The end: what comes now may take its time."""
+        self._closed.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        asked = self._folder / "hang"
+        while not self._closed.wait(TICK):
+            idle = time.monotonic() - self._last
+            if idle > STUCK + GATHER and self._orphaned():
+                print("a later attempt has taken over this run, and this rank is stuck: it leaves", file=sys.stderr, flush=True)
+                os._exit(1)
+            if idle > self.patience or (idle > STUCK and asked.exists()):
+                self._hang(asked, idle)
+
+    def _hang(self, asked: Path, idle: float) -> None:
+        with contextlib.suppress(OSError):
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            self._stacks.flush()
+        sign = Sign(self._rank, self._node, self._phase, self._step, round(idle, 1), self._in_hand())
+        part = self._folder / f"rank-{self._rank:05d}.hang"
+        temporary = part.with_suffix(".hang.tmp")
+        temporary.write_text(json.dumps(asdict(sign)))
+        temporary.replace(part)
+        dump_flight_recorder(self._folder / f"rank-{self._rank:05d}.nccl")
+        try:
+            asked.touch(exist_ok=False)
+        except FileExistsError:  # another rank will tell, and its end ends this one
+            time.sleep(6 * GATHER)
+            os._exit(HUNG)
+        deadline = time.monotonic() + GATHER
+        while time.monotonic() < deadline and len(list(self._folder.glob("rank-*.hang"))) < self._ranks:
+            time.sleep(0.1)
+        signs = [Sign(**json.loads(file.read_text())) for file in sorted(self._folder.glob("rank-*.hang"))]
+        hang = explain(signs, self._ranks)
+        print(f"hang: {hang.words}\n" + "\n".join(map(str, signs)) + f"\nall stacks: {self._folder}/rank-*.stacks", file=sys.stderr, flush=True)
+        self._report(hang)
+        os._exit(HUNG)
+
+
+def explain(signs: Sequence[Sign], ranks: int) -> Hang:
+    """Who holds the others up, by what each rank says of itself; those that say nothing come first."""
+    answered = {sign.rank: sign for sign in signs}
+    silent = [rank for rank in range(ranks) if rank not in answered]
+    longest = max(sign.seconds for sign in signs)
+    if silent:
+        known = "; the others: " + _phases(signs)
+        return Hang(f"{_names(silent)} gave no sign of life for {longest:.0f} s, not even of the watchdog{known}", "", silent)
+    late = [sign for sign in signs if sign.phase != WAITING] or list(signs)
+    first = min(sign.step for sign in late)
+    late = [sign for sign in late if sign.step == first]
+    if len(late) == ranks:
+        return Hang(f"all ranks are stuck for {longest:.0f} s: {_phases(signs)}", "", [])
+    nodes = {sign.node for sign in late}
+    return Hang(f"{_phases(late)} for {longest:.0f} s, while the others wait", nodes.pop() if len(nodes) == 1 else "", [sign.rank for sign in late])
+
+
+def _phases(signs: Sequence[Sign]) -> str:
+    groups: dict[str, list[Sign]] = {}
+    for sign in signs:
+        groups.setdefault(f"{sign.phase}, step {sign.step}", []).append(sign)
+    parts = []
+    for what, group in groups.items():
+        in_hand = next((f" (in hand: {sign.in_hand})" for sign in group if sign.in_hand), "")
+        parts.append(f"{_names([sign.rank for sign in group])} on {', '.join(sorted({sign.node for sign in group}))}: {what}{in_hand}")
+    return "; ".join(parts)
+
+
+def _names(ranks: Sequence[int]) -> str:
+    few = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {few}"
+
+
+def dump_flight_recorder(file: Path) -> None:
+    """Write NCCL's flight recorder (the collectives of late, for torch's analysis tools), where there is one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return
+    with contextlib.suppress(Exception):  # NCCL may be what hangs
+        file.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
