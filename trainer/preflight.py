@@ -103,7 +103,7 @@ def _compare(findings: list[Finding]) -> EarwitnessError | None:
     """What is wrong with a node, or with all."""
     nodes = {finding.node for finding in findings}
     bad = [finding for finding in findings if finding.problems]
-    if bad and {finding.node for finding in bad} == nodes and len(nodes) > 1 or any(finding.fatal == ExitCode.DATA for finding in bad):
+    if (bad and {finding.node for finding in bad} == nodes and len(nodes) > 1) or any(finding.fatal == ExitCode.DATA for finding in bad):
         error = EarwitnessError(f"before the start, on all nodes: {_words(bad[0])}")
         error.exit_code = bad[0].fatal or 1
         return error
