@@ -71,6 +71,19 @@ def drill(run: Run) -> None:
 
 
 @app.command()
+def selftest(
+    config: Config,
+    overrides: Overrides = None,
+    minutes: Annotated[float, typer.Option(help="Give up after so long; time in the queue counts.")] = 60,
+) -> None:
+    """On a new cluster: 20 real steps of a config, a kill, going on with fewer processes, an export; one table."""
+    from configs.load import load
+    from launch.selftest import selftest
+
+    raise typer.Exit(selftest(load(config, overrides or []), minutes))
+
+
+@app.command()
 def config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved settings."""
     from configs.load import dump, load

@@ -47,10 +47,9 @@ def send_signal(job: str, signal: str) -> None:
     _run("scancel", f"--signal={signal}", job)
 
 
-def partition_nodes(partition: str | None) -> int:
-    """How many nodes a partition has (default the cluster's default one)."""
-    lines = _run("sinfo", "--noheader", "--Node", "--format=%N|%P", *([f"--partition={partition}"] if partition else [])).splitlines()
-    return len({line.split("|")[0] for line in lines if partition or line.strip().endswith("*")})
+def set_nodes(job: str, nodes: int) -> None:
+    """Let a waiting job take another number of nodes."""
+    _run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}")
 
 
 def _run(*command: str) -> str:

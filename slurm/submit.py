@@ -67,30 +67,26 @@ def submit(script: Path, *options: str) -> str:
 
 
 def _parameters(config: RunConfig, run: RunDir, log: str) -> dict[str, Any]:
-    settings = config.slurm
-    gpus: dict[str, Any] = {} if not settings.gpus_per_node else {"gres": f"gpu:{settings.gpus_per_node}"}
-    if gpus and settings.gpu_request == "gpus_per_node":
-        gpus = {"gpus_per_node": settings.gpus_per_node}
-    optional = {
+    """For submitit. Raises ConfigError for characters that Slurm cannot be told."""
+    settings, folder = config.slurm, str(run.slurm.absolute())
+    if "\\" in folder:
+        raise ConfigError(f"run.dir: {folder}: Slurm cannot write its output into a folder with a backslash in its name")
+    on_gpus = settings.gpus_per_node > 0
+    flags = {
+        "job_name": config.run.name, "output": f"{folder.replace('%', '%%')}/{log}", "chdir": str(Path.cwd()), "open-mode": "append",
         "partition": settings.partition, "account": settings.account, "qos": settings.qos, "constraint": settings.constraint,
-        "cpus_per_task": settings.cpus_per_task, "mem": f"{settings.memory_gb}G" if settings.memory_gb else None,
+        "reservation": settings.reservation, "nodes": settings.nodes, "ntasks_per_node": settings.tasks, "cpus_per_task": settings.cpus_per_task,
+        "gres": f"gpu:{settings.gpus_per_node}" if on_gpus and settings.gpu_request == "gres" else None,
+        "gpus_per_node": settings.gpus_per_node if on_gpus and settings.gpu_request == "gpus_per_node" else None,
+        "mem": f"{settings.memory_gb}G" if settings.memory_gb else None, "time": settings.time_minutes,
+        "signal": f"USR2@{settings.signal_seconds}", "no_requeue" if settings.resubmit == "none" else "requeue": True,
     }  # fmt: skip
-    more = {
-        "output": f"{_no_patterns(run.slurm.absolute())}/{log}", "chdir": str(Path.cwd()),
-        "no-requeue" if settings.resubmit == "none" else "requeue": True,
-    }  # fmt: skip
-    if settings.reservation:
-        more["reservation"] = settings.reservation
-    return {
-        "job_name": config.run.name, "nodes": settings.nodes, "ntasks_per_node": settings.tasks, "time": settings.time_minutes,
-        "signal_delay_s": settings.signal_seconds, "use_srun": False, "wckey": None, "stderr_to_stdout": True, "additional_parameters": more,
-        "setup": [f"#SBATCH {option}" for option in settings.sbatch], **optional, **gpus,
-    }  # fmt: skip
-
-
-def _no_patterns(path: Path) -> str:
-    """A path for --output, where % begins a pattern."""
-    return str(path).replace("%", "%%")
+    if wrong := [name for name, value in flags.items() if isinstance(value, str) and not value.isprintable()]:
+        raise ConfigError(f"{', '.join(wrong)}: line breaks and other control characters cannot be told to Slurm")
+    # submitit quotes as a shell wants it; sbatch takes a backslash for an escape within single quotes, too.
+    escaped = {name: value.replace("\\", "\\\\") if isinstance(value, str) else value for name, value in flags.items() if value is not None}
+    options = [f"#SBATCH {option}" for option in settings.sbatch]
+    return {"use_srun": False, "wckey": None, "stderr_to_stdout": True, "setup": options, "additional_parameters": escaped}
 
 
 @contextlib.contextmanager

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from tools.sandbox.slurm import Cluster
 
 from configs.rundir import RunDir, read_lines
 from tests.making import audit_of_attempts, config_values, run_program
-from tools.sandbox.slurm import Cluster
 
 T = TypeVar("T")
 FAULTS = Path(__file__).parent / "faults"
@@ -26,16 +26,10 @@ class Chain:
     """A run of small steps, 2 nodes x 2 ranks, and its jobs."""
 
     cluster: Cluster
-    folder: Path
     config: Path
-
-    @property
-    def run(self) -> RunDir:
-        return RunDir(self.folder / "run")
-
-    @property
-    def faults(self) -> Path:
-        return self.folder / "faults"
+    run: RunDir
+    faults: Path = Path()
+    """Folder for errors from outside."""
 
     def launch(self, command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         return run_program("launch", command, *arguments, env=self.cluster.environment)
@@ -126,4 +120,4 @@ def make_chain(cluster: Cluster, folder: Path, model: Path, shards: str, steps: 
     config.write_text(yaml.safe_dump(values))
     done = run_program("tools.index", config)
     assert done.returncode == 0, done.stderr
-    return Chain(cluster, folder, config)
+    return Chain(cluster, config, RunDir(folder / "run"), folder / "faults")

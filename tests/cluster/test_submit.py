@@ -1,0 +1,94 @@
+"""What is handed to Slurm: the script, its options, and what is refused before it costs an allocation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tools.sandbox.slurm import Cluster
+
+from configs.load import load
+from configs.rundir import RunDir
+from slurm.submit import submit, write_script
+from tests.cluster.chains import Chain, make_chain
+from tests.making import config_values, run_program
+
+ODD = st.text(st.sampled_from("ab01 '\"$`\\#%&;|<>()*?!~{}[]=,:@^üñ語\t".replace("\t", "")), min_size=1, max_size=12).filter(lambda text: text == text.strip())
+
+
+@pytest.fixture(scope="module")
+def chain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str) -> Chain:
+    return make_chain(cluster, tmp_path_factory.mktemp("submit"), model, shards, steps=6)
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(name=ODD, account=ODD, folder=ODD.filter(lambda name: "/" not in name and "\\" not in name and name not in (".", "..")))
+def test_whatever_things_are_called_slurm_is_told_exactly_that(chain: Chain, name: str, account: str, folder: str) -> None:
+    """The real sbatch takes job name, account and the path of the output from the script; bash takes the run's folder from it."""
+    run = chain.faults / folder / 'it\'s "here"'
+    config = load(chain.config, [])
+    config = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"name": name, "dir": run}),
+            "slurm": config.slurm.model_copy(update={"account": account, "sbatch": ["--hold"]}),
+        }
+    )
+    os.environ |= chain.cluster.environment
+    script = write_script(config, RunDir(run), chain.faults / "code")
+    job = submit(script)
+    told = chain.slurm("scontrol", "--oneliner", "show", "job", job)
+    chain.slurm("scancel", job)
+    assert f" JobName={name} UserId=" in told
+    assert f" Account={account} QOS=" in told
+    assert f" Command={script} WorkDir=" in told
+    assert f" StdOut={run.absolute()}/slurm/{job}.log " in told
+    lines = [line for line in script.read_text().splitlines() if line.startswith("run=")]
+    said = subprocess.run(["bash", "-c", "\n".join([*lines, 'printf %s "$run"'])], capture_output=True, text=True, check=True).stdout
+    assert said == str(run.absolute())
+
+
+def test_the_printed_script_works_when_handed_to_sbatch_by_hand(chain: Chain, tmp_path: Path) -> None:
+    folder = tmp_path / 'it\'s a "run" at 100%'
+    done = chain.launch("submit", chain.config, f"run.dir={folder}", "--dry-run")
+    assert done.returncode == 0 and done.stdout.startswith("#!/bin/bash"), done.stderr
+    assert "2 samples each" in done.stderr and "not submitted" in done.stderr
+    (tmp_path / "mine.sh").write_text(done.stdout)
+    assert not chain.jobs()
+    chain.slurm("sbatch", str(tmp_path / "mine.sh"))
+    assert Chain(chain.cluster, chain.config, RunDir(folder)).finished() == "finished"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["slurm.nodes=8"], "up to 16 processes, but a step has 8 samples"),
+        (["slurm.nodes=many"], "write a number of nodes, or a range as 2-8"),
+        (["slurm.partition=nowhere"], "invalid partition specified: nowhere"),
+        (["data.sources.0.shards=[s3://bucket/a.tar]"], "~/.aws/credentials"),
+        (["model.name_or_path=nobody/nothing"], "model.name_or_path: nobody/nothing"),
+        (["run.dir=/proc/run"], "cannot write the run's folder"),
+        (["run.name=a\nb"], "control characters"),
+    ],
+)
+def test_refused_before_it_costs_an_allocation(chain: Chain, tmp_path: Path, overrides: list[str], said: str) -> None:
+    environment = {**chain.cluster.environment, "AWS_SECRET_ACCESS_KEY": "secret", "HF_HUB_OFFLINE": "1"}
+    done = run_program("launch", "submit", chain.config, f"run.dir={tmp_path}/run", *overrides, env=environment)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not chain.jobs()
+
+
+def test_missing_indexes_are_made_by_a_job_without_gpus_first(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
+    values = config_values("run", tmp_path, model, shards, optim={"max_steps": 4}, evaluate={"captions": 0})
+    values["slurm"] = {"gpus_per_node": 0}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    chain = Chain(cluster, config, RunDir(tmp_path / "run"))
+    done = chain.launch("submit", config)
+    assert done.returncode == 0 and "indexes the shards" in done.stdout and "2 of 2 shards are not indexed" in done.stderr, done.stderr
+    assert chain.finished() == "finished"
+    assert chain.audit().keys() == set(range(4))
