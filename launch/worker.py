@@ -13,12 +13,17 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.errors import EarwitnessError, ExitCode
 from configs.lease import Lease
 from configs.rundir import RunDir, write_atomic
 from slurm.job import in_job, join_job, node_name
 from slurm.signals import StopFlag
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
+    from trainer.loop import Outcome
 
 PR_SET_PDEATHSIG = 1
 
@@ -51,7 +56,7 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
     from trainer import distributed
     from trainer.loop import Outcome, train
     from trainer.preflight import look_over
-    from trainer.start import prepare
+    from trainer.start import Stopped, prepare
 
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
@@ -59,7 +64,10 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
     config = run.read_next_config()
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
-    session = prepare(config, run, lease, world)
+    try:
+        session = prepare(config, run, lease, world, stop, grace=config.slurm.signal_seconds if in_job() else None)
+    except Stopped:
+        return _leave(run, lease, world, stop, Outcome.SAVED, max((line["step"] for line in run.ledger("checkpoint")), default=0))
     if world.rank == 0:
         lease.check()
         run.accept_config()
@@ -67,15 +75,22 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
         resumed = f"resumes at step {session.state.step}" if session.state.step else "starts"
         print(f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt {lease.attempt}", flush=True)
     outcome = train(session, stop)
+    code = _leave(run, lease, world, stop, outcome, session.state.step)
+    if outcome is Outcome.FINISHED and session.mirror:
+        session.mirror.finish()  # now that nobody waits for this rank
+    return code
+
+
+def _leave(run: RunDir, lease: Lease, world: World, stop: StopFlag, outcome: Outcome, step: int) -> int:
+    """Note how it ended, and part from the others."""
+    from trainer import distributed
+    from trainer.loop import Outcome
+
     if world.rank == 0:
-        run.record("stop", attempt=lease.attempt, step=session.state.step, outcome=outcome.value, signal=stop.name)
+        run.record("stop", attempt=lease.attempt, step=step, outcome=outcome.value, signal=stop.name)
     world.barrier()
     distributed.end()
-    if outcome is Outcome.SAVED:
-        return ExitCode.SAVED
-    if session.mirror:
-        session.mirror.finish()  # now that nobody waits for this rank
-    return ExitCode.FINISHED
+    return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED
 
 
 def out_of_memory(error: Exception, run: RunDir) -> str | None:

@@ -113,7 +113,7 @@ def _find_end(run: RunDir, attempt: int, code: int | None) -> End:
         return end(Cause.SUPERSEDED, _first_line(errors[0]["message"]))
     if errors and errors[0]["kind"] == "UnfitNode":
         return end(Cause.UNFIT_NODE, _first_line(errors[0]["message"]), errors[0].get("node", ""))
-    failure = first_failure(run, job)
+    failure = first_failure(run, job, attempt)
     if state in JOB_STATES:
         node = failure.node if failure and failure.cause is Cause.NODE_LOST else ""
         return end(JOB_STATES[state], node or f"before it could save; the newest checkpoint is of step {saved}", node)
@@ -185,9 +185,9 @@ class Failure:
     by_signal: bool = False
 
 
-def first_failure(run: RunDir, job: str) -> Failure | None:
-    """The first failure of a job's ranks, by what srun said."""
-    said = _srun_output(run, job)
+def first_failure(run: RunDir, job: str, attempt: int) -> Failure | None:
+    """The first failure of an attempt's ranks, by what srun said."""
+    said = _srun_output(run, job, attempt)
     if lost := SRUN_NODE.search(said):
         return Failure(Cause.NODE_LOST, lost["node"], lost["node"])
     for line in SRUN_TASK.finditer(said):
@@ -200,15 +200,13 @@ def first_failure(run: RunDir, job: str) -> Failure | None:
     return None
 
 
-def _srun_output(run: RunDir, job: str) -> str:
+def _srun_output(run: RunDir, job: str, attempt: int) -> str:
+    """What srun said in an attempt; a job that was requeued goes on in the same file."""
     log = run.slurm / f"{job}.log"
     if not job or not log.is_file():
         return ""
-    return log.read_text(errors="replace").rsplit(ATTEMPT_BEGINS, 1)[-1]  # a requeued job goes on in the same file
-
-
-ATTEMPT_BEGINS = "attempt on "
-"""So begins what job.sh prints in an attempt."""
+    _, _, after = log.read_text(errors="replace").partition(f"attempt {attempt} begins\n")
+    return re.split(r"attempt \d+ begins\n", after)[0]
 
 
 def _first_line(text: str) -> str:

@@ -43,7 +43,7 @@ judge() {
   partition_nodes=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N | wc -l)
   shift
   read -r verdict attempt exclude delay < <(
-    "${step[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 "$python" -m launch.attempt "$what" "$run" "$chain" "$me" "$partition_nodes" "$@"
+    "${step[@]}" --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "$python" -m launch.attempt "$what" "$run" "$chain" "$me" "$partition_nodes" "$@"
   ) || verdict=failed
   if [ "$verdict" = stop ]; then
     end_chain
@@ -58,7 +58,7 @@ end_chain() {
   resubmit=none
 }
 
-say "attempt on $SLURM_JOB_NODELIST, job $me of chain $chain${before:+, after job $before}"
+say "job $me of chain $chain${before:+, after job $before}, on $SLURM_JOB_NODELIST"
 if [ -n "$before" ] && [ "$before" != "$me" ]; then note "$before"; fi
 if [ "$resubmit" = chain ]; then
   if queue_next; then scontrol update JobId="$me" Requeue=0; else resubmit=requeue; fi
@@ -75,6 +75,7 @@ case $verdict in
   *) say "python -m launch.attempt failed on $(hostname): its words are above"; exit 1 ;;
 esac
 
+say "attempt $attempt begins"
 logs=$run/logs/attempt-$(printf %06d "$attempt")
 mkdir -p "$logs"
 "${step[@]}" --output="${logs//%/%%}/rank-%5t.log" "$python" -m launch.worker "$run" "$attempt" &

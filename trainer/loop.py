@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from enum import Enum
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import torch
 
@@ -21,7 +21,7 @@ from trainer.evaluate import caption_panel, validation_loss
 from trainer.loss import count_tokens, token_losses
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
-from trainer.session import Session
+from trainer.session import Session, StopFlag
 
 LAST_CHANCE = 5.0
 """Seconds that a checkpoint under way gets when this rank has failed."""
@@ -32,14 +32,6 @@ class Outcome(Enum):
 
     FINISHED = "finished"
     SAVED = "saved"
-
-
-class StopFlag(Protocol):
-    """Says whether somebody asked this process to stop."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether to save and leave."""
 
 
 @dataclass

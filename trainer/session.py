@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,6 +25,14 @@ from trainer.identity import identity
 from trainer.mirror import Mirror
 from trainer.model import Captioner
 from trainer.writer import Writer
+
+
+class StopFlag(Protocol):
+    """Says whether somebody asked this process to stop."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether to save and leave."""
 
 
 @dataclass

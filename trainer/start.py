@@ -22,20 +22,33 @@ from trainer.engines import Engine
 from trainer.identity import ORDER, changes, check_changes, differences, identity
 from trainer.mirror import Mirror
 from trainer.model import Captioner
-from trainer.session import Session, State
+from trainer.session import Session, State, StopFlag
 from trainer.weights import resolve
 from trainer.writer import Commit, Writer
 
 
-def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World) -> Session:
-    """Build a session. All ranks call it.
+class Stopped(Exception):
+    """A stop was requested before training began: nothing has changed."""
 
-    Raises ConfigError if going on would not be the same run, CheckpointError if no checkpoint of the run is sound.
+
+def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World, stop: StopFlag, grace: float | None = None) -> Session:
+    """Build a session. All ranks call it. grace: seconds in which a job must save when it is asked to, if that is known.
+
+    Raises Stopped if `stop` was requested meanwhile, ConfigError if going on would not be the same run, CheckpointError if no checkpoint of
+    the run is sound.
     """
+
+    def check_stop() -> None:
+        if world.sum([stop.requested])[0]:
+            raise Stopped
+
+    check_stop()
     mirror = Mirror(run, config, lease.check) if world.rank == 0 and config.checkpoint.mirror else None
     found = _find_checkpoints(run, lease, mirror, world)
     captioner = model.load_base(run, config.model) if found else model.load(config.model, config.run.seed, run.pretrained, _init_from(config, run, world))
+    check_stop()
     samples = _open_dataset(config, run, lease, world, captioner)
+    check_stop()
     if world.rank == 0 and not found:
         model.save_base(run, captioner)
     engine = _engine(config, captioner, world)
@@ -63,6 +76,9 @@ def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World) -> Sessi
     def committed(commit: Commit) -> None:
         seconds = {"blocking_seconds": round(commit.blocking_seconds, 4), "total_seconds": round(commit.total_seconds, 3)}
         made = commit.manifest
+        if grace and commit.total_seconds > grace / 2:
+            advice = "a preemption or the time limit may come sooner; raise slurm.signal_seconds, or take a faster file system"
+            run.record("slow_save", attempt=lease.attempt, step=made.step, seconds=round(commit.total_seconds, 1), grace=grace, advice=advice)
         run.record("checkpoint", step=made.step, reason=made.reason, folder=commit.folder.name, **seconds, bytes=commit.bytes, **made.metrics)
         checkpoint.retain(run.checkpoints, config.checkpoint, config.evaluate.best_metric, spare=mirror.copying if mirror else None)
         if mirror:
