@@ -17,7 +17,7 @@ from data.captions import CaptionEncoder
 from data.dataset import Dataset
 from trainer import checkpoint, model
 from trainer.checkpoint import Damaged, Manifest, Reader
-from trainer.distributed import PeerFailed, World
+from trainer.distributed import PeerFailed, World, has_bf16
 from trainer.engines import Engine
 from trainer.identity import ORDER, changes, check_changes, differences, identity
 from trainer.mirror import Mirror
@@ -43,6 +43,8 @@ def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World, stop: St
             raise Stopped
 
     check_stop()
+    if world.rank == 0 and config.engine.dtype == "bf16" and not has_bf16(world.device):
+        print("this CPU has no BF16 arithmetic: a new run with engine.dtype=fp32 would be many times faster here", flush=True)
     mirror = Mirror(run, config, lease.check) if world.rank == 0 and config.checkpoint.mirror else None
     found = _find_checkpoints(run, lease, mirror, world)
     captioner = model.load_base(run, config.model) if found else model.load(config.model, config.run.seed, run.pretrained, _init_from(config, run, world))

@@ -43,7 +43,9 @@ class Trainer:
     def __init__(self, work: Path, world: World) -> None:
         self.work, self.world = work, world
         data, optim = {"sources": [{"name": "noise", "shards": "none"}]}, {"max_steps": 1}
-        config = RunConfig.model_validate({"run": {"name": "bench"}, "model": {"name_or_path": str(work / "model")}, "data": data, "optim": optim})
+        engine = {"dtype": "bf16" if distributed.has_bf16(world.device) else "fp32"}
+        sections = {"run": {"name": "bench"}, "model": {"name_or_path": str(work / "model")}, "data": data, "optim": optim, "engine": engine}
+        config = RunConfig.model_validate(sections)
         captioner = model.load(config.model, seed=0)
         if world.rank == 0:
             model.save_base(RunDir(work / "earwitness"), captioner)
