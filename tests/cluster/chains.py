@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from tools.sandbox.slurm import Cluster
 
 from configs.rundir import RunDir, read_lines
 from tests.making import audit_of_attempts, config_values, run_program
+from tools.sandbox.slurm import Cluster
 
 T = TypeVar("T")
 FAULTS = Path(__file__).parent / "faults"
@@ -40,12 +39,9 @@ class Chain:
         assert done.returncode == 0, done.stderr
         return str(self.run.ledger("submitted")[-1]["job"])
 
-    def slurm(self, *command: str) -> str:
-        return subprocess.run(command, env={**os.environ, **self.cluster.environment}, check=True, capture_output=True, text=True).stdout
-
     def jobs(self) -> list[str]:
         """Jobs in the queue, whoever's: as `2 RUNNING`."""
-        return self.slurm("squeue", "--noheader", "--format=%i %T").splitlines()
+        return self.cluster.run("squeue", "--noheader", "--format=%i %T").splitlines()
 
     def wait(self, what: str, look: Callable[[], T | None], seconds: float = 120) -> T:
         """Wait until a look finds something."""

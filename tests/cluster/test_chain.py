@@ -6,14 +6,14 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tools.sandbox.slurm import Cluster
 
 from tests.cluster.chains import Chain, make_chain
 from tests.making import audit
+from tools.sandbox.slurm import Cluster
 
 STEPS = 160
 
@@ -21,8 +21,6 @@ STEPS = 160
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str, launch) -> dict[int, list[str]]:
     """Keys by step of the run that nothing happens to."""
-    from tests.making import config_values
-
     folder = tmp_path_factory.mktemp("expected")
     done = launch(config_values("run", folder, model, shards, optim={"max_steps": STEPS}, evaluate={"captions": 0}, engine={"backend": "fsdp2"}))
     assert done.returncode == 0, done.stderr
@@ -30,13 +28,13 @@ def expected(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str,
 
 
 def preempt(chain: Chain) -> None:
-    chain.slurm("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    chain.cluster.run("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
 
 
 def time_limit(chain: Chain) -> None:
     """The limit of the job at work comes within the minute."""
     elapsed = int(time.time() - chain.run.ledger("attempt")[-1]["time"])
-    chain.slurm("scontrol", "update", f"JobId={chain.job()}", f"TimeLimit=00:{elapsed // 60:02d}:{elapsed % 60 + 25:02d}")
+    chain.cluster.run("scontrol", "update", f"JobId={chain.job()}", f"TimeLimit=00:{elapsed // 60:02d}:{elapsed % 60 + 25:02d}")
 
 
 def kill_rank(chain: Chain) -> None:
@@ -63,6 +61,12 @@ def lose_slurmd(chain: Chain) -> None:
     chain.cluster.kill_slurmd(chain.nodes()[-1])
 
 
+def lost(nodes: list[str], cluster: Cluster) -> list[str]:
+    """Those of some nodes that Slurm has lost."""
+    states = dict(line.split() for line in cluster.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t").splitlines())
+    return [node for node in nodes if "down" in states[node]]
+
+
 ENDINGS: dict[str, tuple[Callable[[Chain], None], str, str]] = {
     "preempted": (preempt, "preempted", "saved at step"),
     "a rank killed": (kill_rank, "crash", "Killed"),
@@ -76,9 +80,17 @@ ENDINGS: dict[str, tuple[Callable[[Chain], None], str, str]] = {
 }
 
 
-def test_whatever_happens_it_goes_on_and_is_the_same_run(cluster: Cluster, tmp_path: Path, model: Path, shards: str, expected, request) -> None:
+@pytest.fixture
+def fragile(slurm_packages: None, tmp_path: Path) -> Iterator[Cluster]:
+    """A cluster that notices in seconds that a node is gone."""
+    with slurm.serve(tmp_path / "slurm", extra=["SlurmdTimeout=4", "MessageTimeout=2"]) as cluster:
+        yield cluster
+
+
+@pytest.mark.slow
+def test_whatever_happens_it_goes_on_and_is_the_same_run(fragile: Cluster, tmp_path: Path, model: Path, shards: str, expected) -> None:
     """Every way in which an attempt can end, one after another; seconds from each fault to the first new step are printed."""
-    chain = make_chain(cluster, tmp_path, model, shards, STEPS, slurm={"hang_seconds": 8, "nodes": 2, "max_attempts_without_progress": 2, "exclude_minutes": 0})
+    chain = make_chain(fragile, tmp_path, model, shards, STEPS, slurm={"hang_seconds": 8, "nodes": 2, "max_attempts_without_progress": 2, "exclude_minutes": 0})
     chain.submit()
     attempt, table = chain.training(), []
     for name, (happen, cause, words) in ENDINGS.items():
@@ -90,8 +102,8 @@ def test_whatever_happens_it_goes_on_and_is_the_same_run(cluster: Cluster, tmp_p
         print(f"{name:30} {table[-1][1]:6.1f} s  {table[-1][3]}", flush=True)
         assert chain.ends()[-1][0] == cause, chain.said()
         assert words in chain.ends()[-1][1], chain.said()
-        for node in nodes:
-            cluster.start_slurmd(node)
+        for node in lost(nodes, fragile):
+            fragile.start_slurmd(node)
         chain.training(attempt - 1)
     assert chain.finished() == "finished"
     assert chain.audit() == expected
