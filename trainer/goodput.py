@@ -94,7 +94,7 @@ def attempts(lines: Iterable[dict[str, Any]], now: float) -> list[Attempt]:
             continue
         if event == "start":
             row.first, row.last, row.seconds = line["step"], line["step"], {"start_up": line["time"] - row.begin}
-        elif event in ("progress", "checkpoint", "stop"):
+        elif event in ("progress", "checkpoint", "stop") and row.first is not None:
             row.last = max(row.last or 0, line["step"])
         if event == "progress":
             row.samples_per_second, row.seconds = line["samples_per_second"], dict(line["seconds"])
