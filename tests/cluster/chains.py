@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from tools.sandbox.slurm import Cluster
 
 from configs.rundir import RunDir, read_lines
 from tests.making import audit_of_attempts, config_values, run_program
+from tools.sandbox.slurm import Cluster
 
 T = TypeVar("T")
 FAULTS = Path(__file__).parent / "faults"

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tools.sandbox.slurm import Cluster
 
 from tests.cluster.chains import Chain, make_chain
 from tests.making import audit
+from tools.sandbox.slurm import Cluster
 
 STEPS = 160
 

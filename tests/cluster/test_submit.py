@@ -10,13 +10,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tools.sandbox.slurm import Cluster
 
 from configs.load import load
 from configs.rundir import RunDir
 from slurm.submit import submit, write_script
 from tests.cluster.chains import Chain, make_chain
 from tests.making import config_values, run_program
+from tools.sandbox.slurm import Cluster
 
 ODD = st.text(st.sampled_from("ab01 '\"$`\\#%&;|<>()*?!~{}[]=,:@^üñ語\t".replace("\t", "")), min_size=1, max_size=12).filter(lambda text: text == text.strip())
 
