@@ -55,6 +55,17 @@ def submit(
 
 
 @app.command()
+def status(
+    run: Annotated[Optional[Path], typer.Argument(help="Folder of a run; default all below runs/.", metavar="[RUN]")] = None,  # noqa: UP045 (typer)
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Attempts, why each ended, and where the time went."""
+    from launch.status import status
+
+    status(_rundir(run) if run else None, as_json=as_json)
+
+
+@app.command()
 def stop(run: Run) -> None:
     """Save, then end the chain of a run's jobs."""
     from launch.control import stop

@@ -8,8 +8,8 @@ from typing import Any
 
 from configs.errors import ConfigError, EarwitnessError
 from configs.rundir import RunDir
-from launch.submit import chain_jobs
 from slurm import cluster
+from slurm.chain import chain_jobs
 
 POLL = 0.5
 """Seconds between two looks."""

@@ -16,6 +16,7 @@ from configs.lease import claim
 from configs.rundir import RunDir
 from configs.schema import RunConfig
 from launch.worker import error_file
+from slurm.chain import Cause, Failure, record_end, settle
 
 GRACE = 20.0
 """Seconds that the other ranks get to leave by themselves after one has failed."""
@@ -32,14 +33,17 @@ def run_ranks(run: RunDir, config: RunConfig, procs: int) -> int:
     """
     lease = claim(run)
     try:
+        settle(run)
         run.ask(config)
-        return _attempt(run, lease.attempt, procs)
+        code, failure = _attempt(run, lease.attempt, procs)
+        record_end(run, lease.attempt, code, failure)
+        return code
     finally:
         run.next_config.unlink(missing_ok=True)  # if it was refused: the next attempt must not read it
         lease.release()
 
 
-def _attempt(run: RunDir, attempt: int, procs: int) -> int:
+def _attempt(run: RunDir, attempt: int, procs: int) -> tuple[int, Failure | None]:
     run.record("attempt", attempt=attempt, host=socket.gethostname(), ranks=procs)
     port = _free_port()
     ranks = [_start(run, attempt, rank, procs, port) for rank in range(procs)]
@@ -52,7 +56,7 @@ def _attempt(run: RunDir, attempt: int, procs: int) -> int:
                 process.kill()
             process.wait()
     if all(code in GOOD for code in codes):
-        return max(process.returncode for process in ranks)
+        return max(process.returncode for process in ranks), None
     return _explain(run, attempt, codes)
 
 
@@ -103,13 +107,14 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
     return [process.poll() for process in ranks]
 
 
-def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> int:
-    """Print the error that ended the run, and return its exit code. A rank that was killed is the cause, the others only lost it.
+def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> tuple[int, Failure | None]:
+    """Print the error that ended the run; returns its exit code, and a failure that the ledger does not tell of.
 
-    One that has aborted is not: NCCL does so to those that wait for another one.
+    A rank that was killed is the cause, the others only lost it. One that has aborted is not: NCCL does so to those that wait for another one.
     """
     reports = {rank: path for rank in range(len(codes)) if (path := error_file(run, attempt, rank)).exists()}
     silent = [rank for rank, code in enumerate(codes) if code not in (None, *GOOD) and rank not in reports]
+    failure = None
     killed = [rank for rank in silent if (codes[rank] or 0) < 0 and codes[rank] != -signal.SIGABRT]
     if reports and not killed:
         rank = min(reports, key=lambda rank: reports[rank].stat().st_mtime_ns)
@@ -119,11 +124,12 @@ def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> int:
         rank = (killed or silent)[0]
         code = codes[rank] or 0
         ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        failure = Failure(Cause.CRASH, f"rank {rank} {ended}", "", by_signal=code < 0)
         hint = f": {KILLED}" if code == -signal.SIGKILL else ""
         message = "\n".join([*log_file(run, attempt, rank).read_text(errors="replace").splitlines()[-TAIL:], f"rank {rank} {ended}{hint}"])
     print(f"\nerror on rank {rank} (its log: {log_file(run, attempt, rank)}):\n{message.strip()}", file=sys.stderr, flush=True)
     code = codes[rank] or 0
-    return code if code > 0 else 1
+    return (code if code > 0 else 1), failure
 
 
 def _free_port() -> int:

@@ -16,8 +16,9 @@ from rich.table import Table
 from configs.errors import ConfigError, EarwitnessError
 from configs.rundir import RunDir
 from configs.schema import RunConfig, node_range
-from launch.submit import chain_jobs, submit_run
+from launch.submit import submit_run
 from slurm import cluster
+from slurm.chain import chain_jobs
 
 STEPS, SAVE_EVERY = 20, 5
 POLL = 0.5

@@ -20,6 +20,7 @@ from data.dataset import list_shards
 from data.index import load_sidecar
 from data.sources import Shard
 from slurm import cluster
+from slurm.chain import chain_jobs
 from slurm.submit import FROZEN, index_script, submit, write_script
 
 ROOT = Path(__file__).parents[1]
@@ -75,13 +76,6 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
     print(f"submitted job {job}: {config.run.name}, {settings.nodes} nodes of {settings.tasks} processes")
     print(f"  python -m launch status {run.path}    attempts, causes, goodput\n  python -m launch stop {run.path}      save, and end the chain")
     print(f"  tail -F {run.slurm / f'{job}.log'}    what the job says; the ranks' own logs are in {run.logs}\n  tensorboard --logdir {run.path.parent}")
-
-
-def chain_jobs(run: RunDir) -> set[str]:
-    """All jobs that were ever submitted for a run."""
-    following = {path.read_text().strip() for path in (run.slurm / "jobs").glob("*.next")}
-    known = {str(line["job"]) for event in ("submitted", "attempt") for line in run.ledger(event) if line.get("job")}
-    return {job for job in following | known if job}
 
 
 def snapshot(run: RunDir) -> Path:

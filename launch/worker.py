@@ -71,7 +71,8 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
     if world.rank == 0:
         lease.check()
         run.accept_config()
-        run.record("start", attempt=lease.attempt, step=session.state.step, of=session.total_steps, ranks=world.size, device=str(world.device))
+        about = {"of": session.total_steps, "global_size": config.batch.global_size, "ranks": world.size, "device": str(world.device)}
+        run.record("start", attempt=lease.attempt, step=session.state.step, **about)
         resumed = f"resumes at step {session.state.step}" if session.state.step else "starts"
         print(f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt {lease.attempt}", flush=True)
     outcome = train(session, stop)

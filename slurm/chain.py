@@ -6,11 +6,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
+from itertools import takewhile
 from typing import Any
 
 from configs.errors import ExitCode
+from configs.lease import holder
 from configs.rundir import RunDir
 from configs.schema import Slurm, node_range
 
@@ -53,12 +55,20 @@ JOB_STATES = {
 
 @dataclass(frozen=True)
 class End:
-    """How an attempt ended. node: the one at fault, if one is; saved: step of the newest checkpoint then."""
+    """How an attempt ended. at: when, in seconds since the epoch, or when it was last heard of; node: the one at fault, if one is; saved: step of the
+    newest checkpoint then."""
 
+    attempt: int
     cause: Cause
     words: str
+    at: float
     node: str = ""
     saved: int = 0
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """For the ledger."""
+        return {**asdict(self), "cause": self.cause.name.lower()}
 
 
 @dataclass(frozen=True)
@@ -72,35 +82,42 @@ class Verdict:
 
 
 def settle(run: RunDir) -> None:
-    """Write into the ledger how attempts ended of which it is not known yet."""
-    lines = run.ledger()
-    known = {line["attempt"] for line in lines if line["event"] == "ended"}
-    for line in lines:
-        if line["event"] == "attempt" and line.get("job") and line["attempt"] not in known:
+    """Write into the ledger how attempts ended of which it is not known yet; but a `launch train` may be at work still."""
+    now = holder(run)
+    for line in unsettled(run.ledger()):
+        if not (now and now.alive and now.attempt == line["attempt"] and not now.job):
             record_end(run, line["attempt"])
 
 
-def record_end(run: RunDir, attempt: int, code: int | None = None) -> End:
-    """Find out how an attempt ended, and write it into the ledger. code: of the ranks' step, if it is known."""
-    found = _find_end(run, attempt, code)
-    run.record("ended", attempt=attempt, cause=found.cause.name.lower(), words=found.words, node=found.node, saved=found.saved)
+def unsettled(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The `attempt` lines of those that have not ended, or nobody has told."""
+    told = {line["attempt"] for line in lines if line["event"] == "ended"}
+    return [line for line in lines if line["event"] == "attempt" and line["attempt"] not in told]
+
+
+def record_end(run: RunDir, attempt: int, code: int | None = None, failure: Failure | None = None) -> End:
+    """Find out how an attempt ended, and write it into the ledger. code: of the ranks' step, if it has just ended; failure: the first, if it is known."""
+    found = find_end(run, attempt, code, failure)
+    run.record("ended", **found.line)
     return found
 
 
-def _find_end(run: RunDir, attempt: int, code: int | None) -> End:
+def find_end(run: RunDir, attempt: int, code: int | None = None, failure: Failure | None = None) -> End:
+    """How an attempt ended, by what there is to read; nothing is written."""
     lines = run.ledger()
     mine = {event: [line for line in lines if line["event"] == event and line.get("attempt") == attempt] for event in ("attempt", "stop", "error", "hang")}
     job = mine["attempt"][0].get("job", "")
     saved = max((line["step"] for line in lines if line["event"] == "checkpoint"), default=0)
     state = job_state(run, job)
+    at = round(time.time(), 3) if code is not None else _last_sign(lines, attempt)
 
     def end(cause: Cause, words: str = "", node: str = "") -> End:
-        return End(cause, f"{cause.value}{f': {words}' if words else ''}", node, saved)
+        return End(attempt, cause, f"{cause.value}{f': {words}' if words else ''}", at, node, saved)
 
     if any(line["outcome"] == "finished" for line in mine["stop"]):
         return end(Cause.FINISHED)
     if mine["stop"]:
-        if stop_requested(run):
+        if job and stop_requested(run):
             return end(Cause.STOPPED)
         by = {"SIGUSR2": Cause.TIME_LIMIT}.get(mine["stop"][0].get("signal", ""), Cause.SAVED)
         return end(JOB_STATES.get(state, by), f"saved at step {mine['stop'][0]['step']}")
@@ -113,7 +130,7 @@ def _find_end(run: RunDir, attempt: int, code: int | None) -> End:
         return end(Cause.SUPERSEDED, _first_line(errors[0]["message"]))
     if errors and errors[0]["kind"] == "UnfitNode":
         return end(Cause.UNFIT_NODE, _first_line(errors[0]["message"]), errors[0].get("node", ""))
-    failure = first_failure(run, job, attempt)
+    failure = failure or first_failure(run, job, attempt)
     if state in JOB_STATES:
         node = failure.node if failure and failure.cause is Cause.NODE_LOST else ""
         return end(JOB_STATES[state], node or f"before it could save; the newest checkpoint is of step {saved}", node)
@@ -122,7 +139,15 @@ def _find_end(run: RunDir, attempt: int, code: int | None) -> End:
         return end(what, f"rank {errors[0]['rank']}: {_first_line(errors[0]['message'])}", errors[0].get("node", ""))
     if failure:
         return end(failure.cause, failure.words, failure.node)
-    return end(Cause.UNKNOWN, f"job {job or '(none)'}, state {state or 'not known'}" + (f", exit code {code}" if code else ""))
+    known = f"job {job}, state {state or 'not known'}" if job else "no word of it, as after a kill"
+    return end(Cause.UNKNOWN, known + (f", exit code {code}" if code else ""))
+
+
+def _last_sign(lines: Sequence[dict[str, Any]], attempt: int) -> float:
+    """When an attempt was last heard of: what comes between its beginning and the next one's is its own."""
+    begun = next(number for number, line in enumerate(lines) if line["event"] == "attempt" and line["attempt"] == attempt)
+    own = takewhile(lambda line: line["event"] not in ("attempt", "ended", "submitted", "chain_ended"), lines[begun + 1 :])
+    return max(line["time"] for line in (lines[begun], *own))
 
 
 def decide(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int, now: float | None = None) -> Verdict:
@@ -157,6 +182,13 @@ def _exclude(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: i
     spare = max(0, partition_nodes - node_range(settings.nodes)[0])
     newest = dict.fromkeys(end["node"] for end in reversed(recent) if guilt[end["node"]] >= GUILTY_TWICE)
     return tuple(sorted(list(newest)[:spare]))
+
+
+def chain_jobs(run: RunDir) -> set[str]:
+    """All jobs that were ever submitted for a run."""
+    following = {path.read_text().strip() for path in (run.slurm / "jobs").glob("*.next")}
+    known = {str(line["job"]) for line in run.ledger() if line["event"] in ("submitted", "attempt") and line.get("job")}
+    return {job for job in following | known if job}
 
 
 def stop_requested(run: RunDir) -> bool:

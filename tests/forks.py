@@ -36,7 +36,7 @@ FORK = multiprocessing.get_context("fork")
 class Kill:
     """SIGKILL at call number `nth` of a function (`module:attribute`; after it has returned, with `after`), or some time after it.
 
-    rank: the victim; None: the whole node, the launcher included.
+    rank: the victim; None: the whole node, the launcher included. signum: another signal, as SIGTERM, which asks to save.
     """
 
     function: str
@@ -44,6 +44,7 @@ class Kill:
     after: bool = False
     rank: int | None = None
     delay: float | None = None
+    signum: int = signal.SIGKILL
 
     def arm(self, rank: int) -> None:
         """Set the trap in this process."""
@@ -70,7 +71,7 @@ class Kill:
         setattr(owner, name, trapped)
 
     def _strike(self) -> None:
-        os.killpg(0, signal.SIGKILL) if self.rank is None else os.kill(os.getpid(), signal.SIGKILL)
+        os.killpg(0, self.signum) if self.rank is None else os.kill(os.getpid(), self.signum)
 
 
 class Rank(FORK.Process):

@@ -77,10 +77,10 @@ def config_values(name: str, folder: Path, model: Path, shards: str, **sections:
     return {key: {**value, **sections.get(key, {})} for key, value in values.items()} | {k: v for k, v in sections.items() if k not in values}
 
 
-def run_program(*arguments: object, env: dict[str, str] | None = None, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
-    """Run `python -m ...` from the checkout's root."""
+def run_program(*arguments: object, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ...` of this checkout, from its root unless told otherwise."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-    return subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from data.loader import Loader, Step
 from trainer.distributed import PeerFailed
 from trainer.engines import Update
 from trainer.evaluate import caption_panel, validation_loss
+from trainer.goodput import Clock
 from trainer.loss import count_tokens, token_losses
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
@@ -48,23 +49,28 @@ def train(session: Session, stop: StopFlag) -> Outcome:
     config, state, world = session.config, session.state, session.world
     loader, monitor, spikes = session.loader(), Monitor(session), SpikeWindow(config.monitor.spike_sigma)
     bad, skips, first, due, saved_at = 0, 0, state.step, 0.0, time.monotonic()
+    clock = monitor.clock
     taken: Taken | None = None
     try:
         while True:
             last, is_best = state.step == session.total_steps, False
             metrics: dict[str, float] = {}
             if not state.evaluated and (last or state.step % config.evaluate.every_steps == 0):
+                clock("evaluation")
                 if (evaluation := evaluate(session, monitor, stop)) is None:
-                    return save_and_leave(session)
+                    return save_and_leave(session, clock)
                 metrics, is_best = evaluation
             if is_best or due or last or state.step % config.checkpoint.every_steps == 0:
+                clock("saving")
                 session.save("best" if is_best else "finished" if last else "interval", metrics)
-                due, saved_at = 0.0, time.monotonic()
+                due, saved_at, metrics = 0.0, time.monotonic(), {}
             if last:
                 session.writer.finish()
                 return Outcome.FINISHED
 
+            clock("data_wait")
             step, error = fetch(loader, state.step)
+            clock("training")
             batches = micro_batches(step.samples, config.batch.micro_size, session.micro_batches, session.order.window(state.step), session.pad_id)
             minutes = (time.monotonic() - saved_at) / 60
             # The one agreement of a step: all ranks take it, or leave together.
@@ -85,7 +91,7 @@ def train(session: Session, stop: StopFlag) -> Outcome:
             if taken:
                 check_loss(session, spikes, taken, agreed.losses_before)
             if agreed.stopping:
-                return save_and_leave(session)
+                return save_and_leave(session, clock, metrics)
             due = agreed.overdue
             record_samples(session, step)
             bad += int(agreed.bad)
@@ -99,7 +105,9 @@ def train(session: Session, stop: StopFlag) -> Outcome:
                 taken.losses += losses.detach().sum()
                 monitor.add(batch, losses)
             lr = learning_rate(config.optim, state.step, session.total_steps)
+            clock("saving")
             session.writer.hold()
+            clock("training")
             update = session.engine.step(lr)
             state.step += 1
             state.evaluated = False
@@ -114,11 +122,12 @@ def train(session: Session, stop: StopFlag) -> Outcome:
         monitor.close()
 
 
-def save_and_leave(session: Session) -> Outcome:
-    """Save, sooner than anything else, and wait until it is durable."""
+def save_and_leave(session: Session, clock: Clock, metrics: dict[str, float] | None = None) -> Outcome:
+    """Save, sooner than anything else, and wait until it is durable. metrics: of this step, if it has been evaluated."""
+    clock("saving")
     if session.world.sum([session.lease.lost])[0]:
         give_way(session)
-    session.save("stop", {}, urgent=True)
+    session.save("stop", metrics or {}, urgent=True)
     session.writer.finish()
     return Outcome.SAVED
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
@@ -21,11 +22,14 @@ from data.loader import Step
 from trainer.engines import Update
 from trainer.evaluate import PanelClip
 from trainer.flops import peak_flops, step_flops
+from trainer.goodput import Clock, attempts, begin, goodput
 from trainer.loss import count_tokens
 from trainer.session import Session
 
 SPIKE_WINDOW = 100
 """Steps that a loss is compared with; the first SPIKE_WINDOW / 5 of an attempt are only collected."""
+NOTE_EVERY = 30.0
+"""Seconds after which the ledger is told where the time went: so much of it a kill can hide."""
 
 
 class SpikeWindow:
@@ -52,7 +56,13 @@ class Monitor:
         self.every = session.config.monitor.every_steps
         self.names = [source.name for source in session.config.data.sources]
         self.peak = peak_flops(session.config.monitor.peak_tflops, world.device)
-        self.writer = SummaryWriter(str(session.run.tensorboard), purge_step=session.state.step + 1) if world.rank == 0 else None
+        # What the attempts before have drawn and this one draws anew; step 0 is evaluated again, as it is never saved.
+        purge_step = session.state.step + 1 if session.state.step else 0
+        self.writer = SummaryWriter(str(session.run.tensorboard), purge_step=purge_step) if world.rank == 0 else None
+        self.history = session.run.ledger() if self.writer else []
+        self.clock = Clock(max((line["time"] for line in self.history if line["event"] == "attempt"), default=time.time()))
+        self.noted, self.noted_step = 0.0, session.state.step
+        self._mark_restart()
         self.progress: Progress | None = None
         if world.rank == 0 and sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
@@ -79,7 +89,11 @@ class Monitor:
         step = self.session.state.step
         if self.progress:
             self.progress.update(self.task, completed=step)
-        if step % self.every == 0 or step == self.session.total_steps:
+        self.clock.step()
+        due = step % self.every == 0 or step == self.session.total_steps
+        if self.clock.steps == 1 or (due and time.monotonic() - self.noted > NOTE_EVERY):
+            self._note()
+        if due:
             self._report(step, update, lr)
             self._reset()
 
@@ -92,7 +106,7 @@ class Monitor:
         seconds = time.perf_counter() - self.began
         scalars = {f"loss/{name}": loss / n for name, loss, n in zip(self.names, losses, tokens, strict=True) if n}
         scalars["loss"] = sum(losses) / max(1.0, sum(tokens))
-        scalars |= {"grad_norm": update.grad_norm, "learning_rate": lr}
+        scalars |= {"grad_norm": update.grad_norm, "learning_rate": lr, "attempt": self.session.attempt}
         scalars |= {"speed/samples_per_second": samples / seconds, "speed/audio_seconds_per_second": audio / seconds}
         scalars["speed/data_wait_share"] = waited / world.size / seconds
         if self.peak and samples:
@@ -110,6 +124,28 @@ class Monitor:
             self.progress.update(self.task, status=status)
         else:
             print(f"step {step}/{self.session.total_steps}  {status}  data wait {scalars['speed/data_wait_share']:.0%}", flush=True)
+
+    def _mark_restart(self) -> None:
+        """Say in the curves where an attempt begins, and why the one before ended."""
+        if self.writer is not None and (found := attempts(self.history, time.time())):
+            step = self.session.state.step
+            resumed = f", resumed at step {step} after: {found[-2].words or 'nobody knows'}" if len(found) > 1 else ""
+            self.writer.add_text("restarts", f"attempt {found[-1].attempt}, {found[-1].place}{resumed}", step)
+
+    def _note(self) -> None:
+        """Tell the ledger where this attempt's time went, and the curves where that of the run did."""
+        if self.writer is None:
+            return
+        step, now = self.session.state.step, time.time()
+        line = {"attempt": self.session.attempt, "step": step, **self.clock.progress(self.session.config.batch.global_size)}
+        self.noted = time.monotonic()
+        with contextlib.suppress(OSError):  # a full disk; that is told where it matters
+            self.session.run.record("progress", **line)
+        if step > self.noted_step:  # every step once, on all curves
+            self.noted_step = step
+            spent = goodput(attempts([*self.history, {"event": "progress", "time": now, **line}], now), begin(self.history) or now, now)
+            for name, seconds in spent.items():
+                self.writer.add_scalar(f"goodput/{name}", seconds / sum(spent.values()), step)
 
     def evaluation(self, metrics: dict[str, float], panel: Sequence[PanelClip]) -> None:
         """Report an evaluation; the time that it took does not count for the speed."""
@@ -133,5 +169,6 @@ class Monitor:
         """Finish the terminal line and the curves."""
         if self.progress:
             self.progress.stop()
+        self._note()
         if self.writer is not None:
             self.writer.close()
