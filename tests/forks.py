@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import itertools
 import json
@@ -36,7 +37,7 @@ FORK = multiprocessing.get_context("fork")
 class Kill:
     """SIGKILL at call number `nth` of a function (`module:attribute`; after it has returned, with `after`), or some time after it.
 
-    rank: the victim; None: the whole node, the launcher included.
+    rank: the victim; None: the whole node, the launcher included. content: a segmentation fault instead, in all calls whose first argument holds it.
     """
 
     function: str
@@ -44,6 +45,7 @@ class Kill:
     after: bool = False
     rank: int | None = None
     delay: float | None = None
+    content: str = ""
 
     def arm(self, rank: int) -> None:
         """Set the trap in this process."""
@@ -57,7 +59,7 @@ class Kill:
         original, calls = getattr(owner, name), itertools.count(1)
 
         def trapped(*arguments: Any, **keywords: Any) -> Any:
-            due = next(calls) == self.nth
+            due = self.content.encode() in arguments[0] if self.content else next(calls) == self.nth
             if due and self.delay is not None:
                 threading.Timer(self.delay, self._strike).start()
             elif due and not self.after:
@@ -70,6 +72,8 @@ class Kill:
         setattr(owner, name, trapped)
 
     def _strike(self) -> None:
+        if self.content:
+            ctypes.string_at(0)
         os.killpg(0, signal.SIGKILL) if self.rank is None else os.kill(os.getpid(), signal.SIGKILL)
 
 
