@@ -52,6 +52,10 @@ class RunDir:
             raise ConfigError(f"{run.path}: cannot write the run's folder: {error.strerror}; set run.dir to a place that you may write") from None
         return run
 
+    def attempt_logs(self, attempt: int) -> Path:
+        """The folder of what the ranks of an attempt leave: rank-RRRRR.log, .error, .fatal, .inhand."""
+        return self.logs / f"attempt-{attempt:06d}"
+
     def ask(self, config: RunConfig) -> None:
         """Leave the config that the next start asks for."""
         write_atomic(self.next_config, dump(config))

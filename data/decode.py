@@ -19,6 +19,8 @@ from configs.errors import DataError
 SAMPLE_RATE = 16_000  # Hz
 FFMPEG_ONLY = {"m4a", "mp4", "aac", "webm", "wma", "mka"}
 """Endings that libsndfile does not read."""
+FFMPEG_SECONDS = 100
+"""CPU time after which FFmpeg is taken to never end; it decodes 25 h of AAC in it."""
 READ_FRAMES = 1 << 20
 COMPLETE = 0.9
 """Share of the length in the header that must be there; some encoders of MP3 state it a little off."""
@@ -136,10 +138,11 @@ def _ffmpeg(content: bytes) -> npt.NDArray[np.int16]:
             "Install it (apt-get install ffmpeg, or conda install ffmpeg), or convert the clips to FLAC."
         )
     with _memory_file(content) as descriptor:
-        command = [program, "-nostdin", "-v", "error", "-i", f"/proc/self/fd/{descriptor}", "-vn", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "s16le", "-"]
+        command = [program, "-nostdin", "-v", "error", "-timelimit", str(FFMPEG_SECONDS), "-i", f"/proc/self/fd/{descriptor}"]
+        command += ["-vn", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "s16le", "-"]
         done = subprocess.run(command, pass_fds=[descriptor], capture_output=True, check=False)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip() or f"FFmpeg ended with {done.returncode}"
+        said = done.stderr.decode(errors="replace").strip() or f"FFmpeg ended with {done.returncode} (it is stopped after {FFMPEG_SECONDS} s)"
         raise BadSample(f"the audio cannot be decoded: {said.splitlines()[-1]}")
     if not done.stdout:
         raise BadSample(NO_SAMPLES)

@@ -13,6 +13,7 @@ from data import storage
 from data.batch import Sample
 from data.captions import CaptionEncoder, find_caption
 from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
+from data.in_hand import POISONED, InHand
 from data.index import Index
 
 
@@ -48,8 +49,20 @@ class Place:
 class Samples:
     """Reads the samples of an index. Safe to use from several threads."""
 
-    def __init__(self, index: Index, encoder: CaptionEncoder, *, max_seconds: float, overlong: Literal["skip", "crop"], seed: int) -> None:
+    def __init__(
+        self,
+        index: Index,
+        encoder: CaptionEncoder,
+        *,
+        max_seconds: float,
+        overlong: Literal["skip", "crop"],
+        seed: int,
+        in_hand: InHand,
+        poisoned: frozenset[str] = frozenset(),
+    ) -> None:
+        """in_hand: where to note what is being decoded; poisoned: keys of samples whose decoder must not be tried again."""
         self.index, self.encoder, self.overlong, self.seed = index, encoder, overlong, seed
+        self.in_hand, self.poisoned = in_hand, poisoned
         self.max_length = round(max_seconds * SAMPLE_RATE)
         names = ("shard", "source", "audio_offset", "audio_size", "text_offset", "text_size", "crc32")
         self._columns = {name: index.column(name) for name in names}
@@ -73,6 +86,9 @@ class Samples:
         """
         index, expected = self.index, int(self._columns["crc32"][row])
         shard = index.shards[int(self._columns["shard"][row])]
+        key = index.identity(row)
+        if key in self.poisoned:
+            return Rejected(key, POISONED, bad=True)
         if expected >= 0 and zlib.crc32(audio) != expected:
             raise DataError(
                 f"{shard.location.url}: the audio of sample {index.text('key', row)!r} is not what was indexed (CRC32 differs). "
@@ -81,10 +97,11 @@ class Samples:
         try:
             caption = find_caption(text, shard.source.caption_key)
             tokens = self.encoder.encode(caption, shard.source.style)
-            waveform = decode(audio, index.text("ending", row), lambda seconds: self._fit(seconds, row, step))[: self.max_length]
+            with self.in_hand.holding(key, shard.location.url):
+                waveform = decode(audio, index.text("ending", row), lambda seconds: self._fit(seconds, row, step))[: self.max_length]
         except BadSample as error:
-            return Rejected(index.identity(row), str(error), bad=not isinstance(error, Skipped))
-        return Sample(waveform, tokens, caption, int(self._columns["source"][row]), index.identity(row))
+            return Rejected(key, str(error), bad=not isinstance(error, Skipped))
+        return Sample(waveform, tokens, caption, int(self._columns["source"][row]), key)
 
     def _fit(self, seconds: float, row: int, step: int) -> tuple[float, float] | None:
         """The stretch of a clip that is used (start, length), None for all of it."""

@@ -12,6 +12,7 @@ import urllib.request
 from configs.errors import ConfigError, run_command
 from configs.lease import Lease, claim, holder
 from configs.rundir import RunDir
+from data.in_hand import deaths
 from slurm.chain import Verdict, decide, record_end, settle, stop_requested
 
 
@@ -36,7 +37,8 @@ def end(run: RunDir, chain: str, job: str, partition_nodes: int, code: int) -> t
     """Note how this job's attempt ended, and judge whether another one may follow."""
     attempt = next(line["attempt"] for line in reversed(run.ledger("attempt")) if line.get("job") == job)
     found = record_end(run, attempt, code)
-    print(f"attempt {attempt} ended: {found.words}", file=sys.stderr, flush=True)
+    in_hand = [f"rank {death.rank}: {death}" for death in deaths(run, attempt)]
+    print(f"attempt {attempt} ended: {found.words}", *in_hand, sep="\n", file=sys.stderr, flush=True)
     Lease(run, attempt).release()
     return _judge(run, chain, partition_nodes), attempt
 

@@ -15,6 +15,7 @@ from configs.errors import ExitCode
 from configs.lease import claim
 from configs.rundir import RunDir
 from configs.schema import RunConfig
+from data.in_hand import DEATHS, deaths
 from launch.worker import error_file
 from slurm.chain import Cause, Failure, record_end, settle
 
@@ -110,12 +111,14 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
 def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> tuple[int, Failure | None]:
     """Print the error that ended the run; returns its exit code, and a failure that the ledger does not tell of.
 
-    A rank that was killed is the cause, the others only lost it. One that has aborted is not: NCCL does so to those that wait for another one.
+    A rank that was killed is the cause, the others only lost it. One that has aborted is not, unless it was decoding: NCCL does so to those that
+    wait for another one.
     """
     reports = {rank: path for rank in range(len(codes)) if (path := error_file(run, attempt, rank)).exists()}
     silent = [rank for rank, code in enumerate(codes) if code not in (None, *GOOD) and rank not in reports]
     failure = None
-    killed = [rank for rank in silent if (codes[rank] or 0) < 0 and codes[rank] != -signal.SIGABRT]
+    samples = {death.rank: death for death in deaths(run, attempt)}
+    killed = [*samples] or [rank for rank in silent if (codes[rank] or 0) < 0 and codes[rank] != -signal.SIGABRT]
     if reports and not killed:
         rank = min(reports, key=lambda rank: reports[rank].stat().st_mtime_ns)
         aborted = [other for other in silent if codes[other] == -signal.SIGABRT]
@@ -126,7 +129,13 @@ def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> tuple[int, F
         ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         failure = Failure(Cause.CRASH, f"rank {rank} {ended}", "", by_signal=code < 0)
         hint = f": {KILLED}" if code == -signal.SIGKILL else ""
-        message = "\n".join([*log_file(run, attempt, rank).read_text(errors="replace").splitlines()[-TAIL:], f"rank {rank} {ended}{hint}"])
+        if rank in samples:
+            hint = f": {samples[rank]}. Start again; when it has ended {DEATHS} attempts, it is left out"
+        trace = log_file(run, attempt, rank).with_suffix(".fatal")
+        said = log_file(run, attempt, rank).read_text(errors="replace").splitlines()[-TAIL:]
+        if trace.exists():
+            said += "".join(trace.read_text(errors="replace").partition("Current thread")[1:]).splitlines()[:TAIL]
+        message = "\n".join([*said, f"rank {rank} {ended}{hint}"])
     print(f"\nerror on rank {rank} (its log: {log_file(run, attempt, rank)}):\n{message.strip()}", file=sys.stderr, flush=True)
     code = codes[rank] or 0
     return (code if code > 0 else 1), failure

@@ -12,12 +12,15 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import EarwitnessError, ExitCode
 from configs.lease import Lease
 from configs.rundir import RunDir, write_atomic
+from data.in_hand import InHand
 from slurm.job import in_job, join_job, node_name
 from slurm.signals import StopFlag
 
@@ -30,7 +33,6 @@ PR_SET_PDEATHSIG = 1
 
 def main(run_path: str, attempt: int) -> int:
     """Train, and return this rank's exit code."""
-    faulthandler.enable()  # so that a crash in native code leaves a trace in the log
     stop = StopFlag().install()
     run = RunDir(run_path)
     rank = int(os.environ["RANK"])
@@ -39,7 +41,8 @@ def main(run_path: str, attempt: int) -> int:
         if rank == 0:
             lease.check()
             lease.keep()
-        return _train(run, lease, stop)
+        with _crash_report(run, attempt, rank):
+            return _train(run, lease, stop)
     except EarwitnessError as error:
         _report(run, lease, rank, error, str(error), error.exit_code)
         return error.exit_code
@@ -64,8 +67,10 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
     config = run.read_next_config()
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
+    threads = 2 * config.data.threads + 1  # training's, validation's, and the main one for the panel
+    in_hand = InHand(threads, error_file(run, lease.attempt, world.rank).with_suffix(".inhand"))
     try:
-        session = prepare(config, run, lease, world, stop, grace=config.slurm.signal_seconds if in_job() else None)
+        session = prepare(config, run, lease, world, stop, in_hand, grace=config.slurm.signal_seconds if in_job() else None)
     except Stopped:
         return _leave(run, lease, world, stop, Outcome.SAVED, max((line["step"] for line in run.ledger("checkpoint")), default=0))
     if world.rank == 0:
@@ -94,6 +99,20 @@ def _leave(run: RunDir, lease: Lease, world: World, stop: StopFlag, outcome: Out
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED
 
 
+@contextmanager
+def _crash_report(run: RunDir, attempt: int, rank: int) -> Iterator[None]:
+    """Let a crash in native code leave its trace in a file, beside what was in hand then. At an end that Python sees, both are removed."""
+    trace = error_file(run, attempt, rank).with_suffix(".fatal")
+    with trace.open("w") as file:
+        faulthandler.enable(file)
+        try:
+            yield
+        finally:
+            faulthandler.enable()  # into the log
+            trace.unlink(missing_ok=True)
+            trace.with_suffix(".inhand").unlink(missing_ok=True)
+
+
 def out_of_memory(error: Exception, run: RunDir) -> str | None:
     """What to do about it, if the error is that memory ran out: numpy's, torch's on a GPU, or torch's on a CPU."""
     if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)):
@@ -117,7 +136,7 @@ def _report(run: RunDir, lease: Lease, rank: int, error: Exception, message: str
 
 def error_file(run: RunDir, attempt: int, rank: int) -> Path:
     """Where a rank leaves its error; what it prints is beside it, in `.log`."""
-    folder = run.logs / f"attempt-{attempt:06d}"
+    folder = run.attempt_logs(attempt)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"rank-{rank:05d}.error"
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import itertools
 import json
@@ -37,6 +38,7 @@ class Kill:
     """SIGKILL at call number `nth` of a function (`module:attribute`; after it has returned, with `after`), or some time after it.
 
     rank: the victim; None: the whole node, the launcher included. signum: another signal, as SIGTERM, which asks to save.
+    content: a segmentation fault instead, in all calls whose first argument holds it.
     """
 
     function: str
@@ -45,6 +47,7 @@ class Kill:
     rank: int | None = None
     delay: float | None = None
     signum: int = signal.SIGKILL
+    content: str = ""
 
     def arm(self, rank: int) -> None:
         """Set the trap in this process."""
@@ -58,7 +61,7 @@ class Kill:
         original, calls = getattr(owner, name), itertools.count(1)
 
         def trapped(*arguments: Any, **keywords: Any) -> Any:
-            due = next(calls) == self.nth
+            due = self.content.encode() in arguments[0] if self.content else next(calls) == self.nth
             if due and self.delay is not None:
                 threading.Timer(self.delay, self._strike).start()
             elif due and not self.after:
@@ -71,6 +74,8 @@ class Kill:
         setattr(owner, name, trapped)
 
     def _strike(self) -> None:
+        if self.content:
+            ctypes.string_at(0)
         os.killpg(0, self.signum) if self.rank is None else os.kill(os.getpid(), self.signum)
 
 

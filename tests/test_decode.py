@@ -176,6 +176,18 @@ def test_m4a_is_decoded_by_ffmpeg(tmp_path: Path) -> None:
             decode(garbage, "m4a")
 
 
+def test_an_ffmpeg_that_never_ends_is_an_error_of_the_sample(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not (ffmpeg := shutil.which("ffmpeg")):
+        pytest.skip("there is no ffmpeg on the PATH")
+    endless = tmp_path / "ffmpeg"
+    endless.write_text(f'#!/bin/sh\nexec {ffmpeg} -stream_loop -1 "$@"\n')
+    endless.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("data.decode.FFMPEG_SECONDS", 1)
+    with pytest.raises(BadSample, match="stopped after 1 s"):
+        decode(encode(sine(48_000, 5), 48_000, "opus"), "m4a")
+
+
 @pytest.mark.parametrize("ending", ["m4a", "mp4", "aac", "webm", "16k.m4a"])
 def test_without_ffmpeg_the_way_to_install_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ending: str) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -111,6 +111,7 @@ def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
     """The same steps without DeepSpeed: (loss, clipped gradient, weights) after each."""
     from data import dataset
     from data.captions import CaptionEncoder
+    from data.in_hand import InHand
     from data.order import rank_lanes
     from data.samples import Samples
 
@@ -119,7 +120,7 @@ def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
     found = dataset.open_dataset(config, run.path)
     order = found.order(config, captioner.frames)
     encoder = CaptionEncoder(captioner.processor.tokenizer, captioner.prefix, positions=64, long_caption="truncate")
-    samples = Samples(found.training, encoder, max_seconds=captioner.frames / 100, overlong="skip", seed=config.run.seed)
+    samples = Samples(found.training, encoder, max_seconds=captioner.frames / 100, overlong="skip", seed=config.run.seed, in_hand=InHand(1))
     lanes = order.lanes(0, rank_lanes(0, 1, GLOBAL))
     masters = {name: p.detach().clone().requires_grad_() for name, p in captioner.trained.items()}
     optimizer = torch.optim.AdamW(masters.values(), betas=config.optim.betas, eps=config.optim.eps, weight_decay=0.0)

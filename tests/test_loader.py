@@ -23,6 +23,7 @@ from configs.errors import DataError, EarwitnessError
 from configs.load import validate
 from data import dataset
 from data.captions import CaptionEncoder, prefix_tokens
+from data.in_hand import InHand
 from data.index import index_shard
 from data.loader import Loader, Step
 from data.order import Order, rank_lanes
@@ -50,7 +51,7 @@ def opened(model: Path, tmp_path: Path) -> Open:
         tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
         encoder = CaptionEncoder(tokenizer, prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model)), positions=64, long_caption="truncate")
         longest = config.data.max_seconds or WINDOW_SECONDS
-        samples = Samples(found.training, encoder, max_seconds=longest, overlong=config.data.overlong, seed=config.run.seed)
+        samples = Samples(found.training, encoder, max_seconds=longest, overlong=config.data.overlong, seed=config.run.seed, in_hand=InHand(8))
         return samples, found.order(config, 100 * WINDOW_SECONDS)
 
     return opened

@@ -14,6 +14,7 @@ from configs.schema import RunConfig
 from data.batch import Sample
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
+from data.in_hand import InHand
 from data.loader import Loader
 from data.order import Order, rank_lanes
 from data.samples import Rejected, Samples
@@ -67,6 +68,10 @@ class Session:
     writer: Writer
     mirror: Mirror | None
     """Of the checkpoints; on rank 0, if there is one."""
+    in_hand: InHand
+    """What this rank is decoding."""
+    poisoned: frozenset[str]
+    """Keys of the samples whose decoder crashed or never ended before."""
     caption_tokens: torch.Tensor
     """(vocabulary,) bool: the tokens that occurred in captions."""
     quarantined: dict[str, Rejected] = field(default_factory=dict)
@@ -100,7 +105,9 @@ class Session:
         data = self.config.data
         longest = min(self.order.frames / 100, data.max_seconds or float("inf"))
         index = self.dataset.validation if validation else self.dataset.training
-        return Samples(index, self.encoder, max_seconds=longest, overlong=data.overlong, seed=self.config.run.seed)
+        return Samples(
+            index, self.encoder, max_seconds=longest, overlong=data.overlong, seed=self.config.run.seed, in_hand=self.in_hand, poisoned=self.poisoned
+        )
 
     def loader(self) -> Loader:
         """The steps that are still to be taken."""

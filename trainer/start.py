@@ -15,6 +15,7 @@ from configs.schema import RunConfig
 from data import dataset
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
+from data.in_hand import InHand, find_poisoned
 from trainer import checkpoint, model
 from trainer.checkpoint import Damaged, Manifest, Reader
 from trainer.distributed import PeerFailed, World, has_bf16
@@ -31,7 +32,7 @@ class Stopped(Exception):
     """A stop was requested before training began: nothing has changed."""
 
 
-def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World, stop: StopFlag, grace: float | None = None) -> Session:
+def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World, stop: StopFlag, in_hand: InHand, grace: float | None = None) -> Session:
     """Build a session. All ranks call it. grace: seconds in which a job must save when it is asked to, if that is known.
 
     Raises Stopped if `stop` was requested meanwhile, ConfigError if going on would not be the same run, CheckpointError if no checkpoint of
@@ -51,6 +52,7 @@ def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World, stop: St
     check_stop()
     samples = _open_dataset(config, run, lease, world, captioner)
     check_stop()
+    poisoned = world.share(find_poisoned(run, lease.attempt) if world.rank == 0 else frozenset())
     if world.rank == 0 and not found:
         model.save_base(run, captioner)
     engine = _engine(config, captioner, world)
@@ -93,7 +95,7 @@ def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World, stop: St
             mirror.upload(folder)
     return Session(
         config=config, run=run, lease=lease, world=world, captioner=captioner, engine=engine, dataset=samples, encoder=encoder, order=order,
-        total_steps=total, state=state, writer=writer, mirror=mirror, caption_tokens=vocabulary,
+        total_steps=total, state=state, writer=writer, mirror=mirror, in_hand=in_hand, poisoned=poisoned, caption_tokens=vocabulary,
     )  # fmt: skip
 
 

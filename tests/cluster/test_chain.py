@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.chains import Chain, make_chain
-from tests.making import audit
+from tests.making import audit, config_values
+from tools.sandbox import slurm
 from tools.sandbox.slurm import Cluster
 
 STEPS = 160

@@ -1,0 +1,145 @@
+"""A sample that its decoder does not survive, or never ends with, is left out the third time; nothing else is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+
+from configs.rundir import RunDir, read_lines
+from data import in_hand
+from data.in_hand import Death, InHand
+from data.index import Index
+from tests.forks import Course, Kill, Launcher
+from tests.making import ROOT, audit_of_attempts, config_values, make_clips, run_program
+
+DECODER = "data.decode:_sndfile"
+
+
+class Poisoned(Course):
+    """Runs over clips that have their key as title, by which the decoder can tell them."""
+
+    def config(self, name: str) -> dict[str, Any]:
+        return config_values(
+            name, self.folder, self.model, self.shards, optim={"max_steps": 3}, engine={"backend": "fsdp2"}, evaluate={"captions": 1, "max_samples": 4}
+        )
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launcher) -> Poisoned:
+    """With the run `whole`, which nothing happens to."""
+    folder = tmp_path_factory.mktemp("poison")
+    table = make_clips(folder / "clips", range(30), ("flac",))
+    for clip in table.parent.glob("*.flac"):
+        sound, rate = soundfile.read(clip, always_2d=True)
+        with soundfile.SoundFile(clip, "w", rate, sound.shape[1]) as file:
+            file.title = clip.stem
+            file.write(sound)
+    assert run_program("tools.pack", table, folder / "shards").returncode == 0
+    course = Poisoned(folder, model, f"{folder}/shards/*.tar", launch)
+    assert launch(course.config("whole"), procs=2).returncode == 0
+    return course
+
+
+@pytest.mark.parametrize("part", ["training", pytest.param("validation", marks=pytest.mark.slow)])
+def test_a_sample_that_crashes_its_decoder_twice_is_left_out_then(course: Poisoned, launch: Launcher, part: str) -> None:
+    whole, run, config = course.run("whole"), course.run(part), course.config(part)
+    taken = {step: found.keys for (_, step), found in audit_of_attempts(whole.path).items()}
+    key = taken[2][5] if part == "training" else Index(whole.path / "index-validation.arrow", whole.read_config().data.sources).identity(0)
+    crash = Kill(DECODER, content=key.rpartition("/")[2])
+    for _ in range(2):
+        done = launch(config, procs=2, kill=crash)
+        assert done.returncode == 1
+        assert f"was killed by SIGSEGV: Segmentation fault while sample {key} of {course.folder}/shards/shard-000000.tar was decoded" in done.stderr
+        assert "in string_at" in done.stderr, "the trace is shown"
+    assert not run.quarantine.exists()
+    assert launch(config, procs=2, kill=crash).returncode == 0
+
+    assert [(line["attempt"], line["key"], line["how"]) for line in run.ledger("death_in_hand")] == [(n, key, "Segmentation fault") for n in (0, 1)]
+    (quarantined,) = read_lines(run.quarantine)
+    assert (quarantined["attempt"], quarantined["key"], quarantined["reason"]) == (2, key, "its decoder crashed or never ended in 2 attempts")
+    for step, keys in taken.items():
+        found = audit_of_attempts(run.path)[2, step]
+        assert found.keys == [one for one in keys if one != key] and found.rejected == [one for one in keys if one == key]
+    assert not list(run.attempt_logs(2).glob("*.fatal")) and not list(run.attempt_logs(2).glob("*.inhand"))
+
+
+def test_a_rank_that_is_killed_with_a_sample_in_hand_does_not_count(course: Poisoned, launch: Launcher) -> None:
+    run = course.run("killed")
+    done = launch(course.config("killed"), procs=2, kill=Kill(DECODER, 9, rank=1))
+    assert "rank 1 was killed by SIGKILL: by hand" in done.stderr
+    (held,) = in_hand.read(run.attempt_logs(0) / "rank-00001.inhand")
+    assert held.key.startswith("sounds/shard-000000.tar/clip") and held.shard == f"{course.folder}/shards/shard-000000.tar"
+    assert launch(course.config("killed"), procs=2).returncode == 0
+    assert not run.ledger("death_in_hand") and not run.quarantine.exists()
+
+
+CRASH = """
+import ctypes, faulthandler, os, sys, threading, time
+from pathlib import Path
+from data.in_hand import InHand
+folder, culprit = Path(sys.argv[1]), sys.argv[2]
+faulthandler.enable((folder / "rank-00003.fatal").open("w"))
+in_hand = InHand(3, folder / "rank-00003.inhand")
+def hold(key):
+    with in_hand.holding(key, "s3://bucket/a.tar"):
+        held.wait()
+        if key == culprit:
+            ctypes.string_at(0) if len(sys.argv) == 3 else os.kill(os.getpid(), int(sys.argv[3]))
+        time.sleep(60)
+held = threading.Barrier(4)
+for key in ("one", "two", "three"):
+    threading.Thread(target=hold, args=(key,), daemon=True).start()
+held.wait()
+ctypes.string_at(0) if culprit == "main" else time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("culprit", "blamed"), [(["two"], ["two"]), (["main"], []), (["two", "9"], [])])
+def test_only_what_the_crashing_thread_had_in_hand_is_blamed(tmp_path: Path, culprit: list[str], blamed: list[str]) -> None:
+    run = RunDir(tmp_path)
+    run.attempt_logs(0).mkdir(parents=True)
+    done = subprocess.run([sys.executable, "-c", CRASH, run.attempt_logs(0), *culprit], cwd=ROOT, check=False)
+    assert done.returncode < 0
+    assert sorted(held.key for held in in_hand.read(run.attempt_logs(0) / "rank-00003.inhand")) == ["one", "three", "two"]
+    deaths = [Death(0, 3, key, "s3://bucket/a.tar", "Segmentation fault") for key in blamed]
+    assert in_hand.deaths(run, 0) == deaths
+    for _ in range(2):  # looked at twice, told once
+        assert not in_hand.find_poisoned(run, 1)
+        assert [line["key"] for line in run.ledger("death_in_hand")] == blamed
+
+
+def test_a_decoder_that_never_ends_counts_as_a_death(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for attempt, keys in enumerate((["endless", "slow"], ["endless"], [])):
+        assert in_hand.find_poisoned(run, attempt) == ({"endless"} if attempt == 2 else set())
+        record, done = InHand(3), threading.Event()
+
+        def hold(key: str, record: InHand = record, done: threading.Event = done) -> None:
+            with record.holding(key, "a.tar"):
+                done.wait()
+
+        threads = [threading.Thread(target=hold, args=(key,)) for key in keys]
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            while len(record.now()) < number:
+                pass
+        assert [held.key for held in record.now()] == keys, "the longest comes first"
+        assert not record.record_endless(run, attempt, 0, patience=60)
+        assert [held.key for held in record.record_endless(run, attempt, 0, patience=0)] == keys
+        done.set()
+        for thread in threads:
+            thread.join()
+        assert not record.now()
+
+
+def test_names_too_long_for_the_record_are_cut_off_at_the_shard(tmp_path: Path) -> None:
+    record = InHand(1, tmp_path / "record")
+    with record.holding("é" * 300, "s3://" + "ü" * 600):
+        (held,) = in_hand.read(tmp_path / "record")
+    assert held.key == "é" * 300 and held.shard.startswith("s3://üü") and in_hand.read(tmp_path / "record") == []
