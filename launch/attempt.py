@@ -13,7 +13,7 @@ from configs.errors import ConfigError, run_command
 from configs.lease import Lease, claim, holder
 from configs.rundir import RunDir
 from data.in_hand import deaths
-from slurm.chain import Verdict, decide, record_end, settle, stop_requested
+from slurm.chain import Cause, Failure, Verdict, decide, record_end, settle, stop_requested
 
 
 def begin(run: RunDir, chain: str, job: str, partition_nodes: int, nodes: list[str]) -> tuple[Verdict, int]:
@@ -36,9 +36,9 @@ def begin(run: RunDir, chain: str, job: str, partition_nodes: int, nodes: list[s
 def end(run: RunDir, chain: str, job: str, partition_nodes: int, code: int) -> tuple[Verdict, int]:
     """Note how this job's attempt ended, and judge whether another one may follow."""
     attempt = next(line["attempt"] for line in reversed(run.ledger("attempt")) if line.get("job") == job)
-    found = record_end(run, attempt, code)
     in_hand = [f"rank {death.rank}: {death}" for death in deaths(run, attempt)]
-    print(f"attempt {attempt} ended: {found.words}", *in_hand, sep="\n", file=sys.stderr, flush=True)
+    found = record_end(run, attempt, code, Failure(Cause.POISONED_SAMPLE, in_hand[0], "", by_signal=True) if in_hand else None)
+    print(f"attempt {attempt} ended: {found.words}", *in_hand[1:], sep="\n", file=sys.stderr, flush=True)
     Lease(run, attempt).release()
     return _judge(run, chain, partition_nodes), attempt
 

@@ -85,7 +85,7 @@ class _Test:
         if nodes > 1:
             cluster.set_nodes(following, fewer)
         killed = time.time()
-        cluster.send_signal(first["job"], "KILL")
+        cluster.send_signal(f"{first['job']}.1", "KILL")  # the ranks' step; to the whole job it would mean that it is cancelled
         second = self.wait("attempt", "the next attempt", lambda line: line["attempt"] > first["attempt"])
         self.row("all processes killed", f"job {second['job']} goes on by itself on {', '.join(second['nodes'])}", second["time"] - killed)
         again = self.wait("start", "the checkpoint to be loaded", lambda line: line["attempt"] > first["attempt"])

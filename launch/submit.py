@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from configs.errors import ConfigError
-from configs.lease import holder
+from configs.lease import Lease, holder
 from configs.rundir import RunDir
 from configs.schema import RunConfig, node_range
 from data import storage
@@ -48,7 +48,9 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
         raise ConfigError(
             f"{run.path}: its chain is still there: {jobs}. `python -m launch status {run.path}` shows it, `python -m launch stop {run.path}` ends it"
         )
-    if (now := holder(run)) and now.alive:
+    if (now := holder(run)) and now.job and cluster.here():  # Slurm knows that it has ended
+        Lease(run, now.attempt).release()
+    elif now and now.alive:
         raise ConfigError(f"{run.path}: attempt {now.attempt} is at work on it on {now.host}; stop that one first")
     _check_credentials(config)
     shards = list_shards(config)

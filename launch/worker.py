@@ -23,6 +23,7 @@ from configs.rundir import RunDir, write_atomic
 from data.in_hand import InHand
 from slurm.job import in_job, join_job, node_name
 from slurm.signals import StopFlag
+from slurm.watchdog import Hang, Watchdog
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -53,6 +54,10 @@ def main(run_path: str, attempt: int) -> int:
 
 
 def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
+    config, rank = run.read_next_config(), int(os.environ["RANK"])
+    threads = 2 * config.data.threads + 1  # training's, validation's, and the main one for the panel
+    in_hand = InHand(threads, error_file(run, lease.attempt, rank).with_suffix(".inhand"))
+    watch = _watchdog(run, lease, rank, in_hand, config.slurm.hang_seconds)
     # Imported here, so that a signal during these seconds is already heeded.
     import torch
 
@@ -64,11 +69,8 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
     world = distributed.start()
-    config = run.read_next_config()
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
-    threads = 2 * config.data.threads + 1  # training's, validation's, and the main one for the panel
-    in_hand = InHand(threads, error_file(run, lease.attempt, world.rank).with_suffix(".inhand"))
     try:
         session = prepare(config, run, lease, world, stop, in_hand, grace=config.slurm.signal_seconds if in_job() else None)
     except Stopped:
@@ -80,7 +82,8 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
         run.record("start", attempt=lease.attempt, step=session.state.step, **about)
         resumed = f"resumes at step {session.state.step}" if session.state.step else "starts"
         print(f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt {lease.attempt}", flush=True)
-    outcome = train(session, stop)
+    outcome = train(session, stop, watch)
+    watch.close()
     code = _leave(run, lease, world, stop, outcome, session.state.step)
     if outcome is Outcome.FINISHED and session.mirror:
         session.mirror.finish()  # now that nobody waits for this rank
@@ -97,6 +100,20 @@ def _leave(run: RunDir, lease: Lease, world: World, stop: StopFlag, outcome: Out
     world.barrier()
     distributed.end()
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED
+
+
+def _watchdog(run: RunDir, lease: Lease, rank: int, in_hand: InHand, seconds: float | None) -> Watchdog:
+    """This rank's, which writes a hang into the ledger, and the samples that seem to be at fault."""
+
+    def report(hang: Hang) -> None:
+        run.record("hang", attempt=lease.attempt, words=hang.words, node=hang.node, suspects=hang.suspects)
+        write_atomic(error_file(run, lease.attempt, rank), f"hang: {hang.words}\nAll stacks are in {run.attempt_logs(lease.attempt)}/rank-*.stacks")
+
+    def held(patience: float) -> str:
+        return ", ".join(f"{one.key} of {one.shard}" for one in in_hand.record_endless(run, lease.attempt, rank, patience))
+
+    folder, ranks = run.attempt_logs(lease.attempt), int(os.environ["WORLD_SIZE"])
+    return Watchdog(folder, rank, ranks, node_name(), seconds=seconds, in_hand=held, report=report, orphaned=lambda: lease.lost)
 
 
 @contextmanager

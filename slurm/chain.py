@@ -35,6 +35,7 @@ class Cause(Enum):
     OUT_OF_MEMORY = "out of memory"
     HANG = "hang"
     CRASH = "crash"
+    POISONED_SAMPLE = "poisoned sample"
     ERROR = "error"
     BAD_INPUT = "bad config or data"
     SUPERSEDED = "superseded"
@@ -45,7 +46,7 @@ class Cause(Enum):
 FINAL = {Cause.FINISHED, Cause.STOPPED, Cause.CANCELLED, Cause.BAD_INPUT, Cause.SUPERSEDED}
 """After these nothing follows."""
 FAILURES = {Cause.OUT_OF_MEMORY, Cause.HANG, Cause.CRASH, Cause.ERROR, Cause.TIME_LIMIT, Cause.UNKNOWN}
-"""These may not come again and again without progress. The others are no fault of the run."""
+"""These may not come again and again without progress. The others are no fault of the run, or end by themselves: a poisoned sample is left out."""
 FAULTS_OF_NODES = {Cause.NODE_LOST, Cause.UNFIT_NODE, Cause.OUT_OF_MEMORY, Cause.HANG, Cause.CRASH, Cause.ERROR}
 JOB_STATES = {
     "CANCELLED": Cause.CANCELLED, "PREEMPTED": Cause.PREEMPTED, "TIMEOUT": Cause.TIME_LIMIT, "DEADLINE": Cause.TIME_LIMIT,
@@ -134,7 +135,7 @@ def find_end(run: RunDir, attempt: int, code: int | None = None, failure: Failur
     if state in JOB_STATES:
         node = failure.node if failure and failure.cause is Cause.NODE_LOST else ""
         return end(JOB_STATES[state], node or f"before it could save; the newest checkpoint is of step {saved}", node)
-    if errors and not (failure and failure.by_signal):  # else they have only lost the one that was killed
+    if errors and not (failure and failure.by_signal and LOST_PEER.search(errors[0]["message"])):
         what = Cause.OUT_OF_MEMORY if "too little memory" in errors[0]["message"] else Cause.ERROR
         return end(what, f"rank {errors[0]['rank']}: {_first_line(errors[0]['message'])}", errors[0].get("node", ""))
     if failure:
@@ -204,6 +205,8 @@ def job_state(run: RunDir, job: str) -> str:
 
 
 SRUN_TASK = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<what>.+)$", re.MULTILINE)
+LOST_PEER = re.compile(r"Connection (closed|reset)|DistBackendError|NCCL|Gloo|gloo")
+"""In the error of a rank that has only lost another one."""
 SRUN_NODE = re.compile(r"^srun: error: Node failure on (?P<node>\S+)$", re.MULTILINE)
 
 
@@ -222,14 +225,13 @@ def first_failure(run: RunDir, job: str, attempt: int) -> Failure | None:
     said = _srun_output(run, job, attempt)
     if lost := SRUN_NODE.search(said):
         return Failure(Cause.NODE_LOST, lost["node"], lost["node"])
+    found = []
     for line in SRUN_TASK.finditer(said):
         node, tasks, what = line["node"], line["tasks"], line["what"].removesuffix(" (core dumped)")
-        if what == f"Exited with exit code {ExitCode.SAVED.value}":
-            continue
-        by_signal = not what.startswith("Exited")
-        cause = Cause.OUT_OF_MEMORY if "Out Of Memory" in what else Cause.CRASH
-        return Failure(cause, f"rank {tasks} on {node}: {what}", node, by_signal)
-    return None
+        if what != f"Exited with exit code {ExitCode.SAVED.value}":
+            cause = Cause.OUT_OF_MEMORY if "Out Of Memory" in what else Cause.CRASH
+            found.append(Failure(cause, f"rank {tasks} on {node}: {what}", node, by_signal=not what.startswith("Exited")))
+    return next((failure for failure in found if failure.by_signal), found[0] if found else None)  # the others may be told of first
 
 
 def _srun_output(run: RunDir, job: str, attempt: int) -> str:

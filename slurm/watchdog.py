@@ -18,8 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-WAITING = "waiting for the others"
-"""The phase in which ranks are that have arrived at an agreement."""
+STARTING = "starting"
 FIRST_PATIENCE = 1800.0
 """Seconds that a phase may take of which nothing is known."""
 LEAST_PATIENCE = 120.0
@@ -36,12 +35,13 @@ HUNG = 70
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank was doing. seconds: since its last sign of life; in_hand: the sample that is being decoded, if one is."""
+    """What a rank was doing. arrived: it waits for the others at an agreement; seconds: since its last sign of life; in_hand: a sample that it decodes."""
 
     rank: int
     node: str
     phase: str
     step: int
+    arrived: bool
     seconds: float
     in_hand: str = ""
 
@@ -56,7 +56,7 @@ class Hang:
 
 
 class Watchdog:
-    """Of one rank. `watch(phase, step)` is the sign of life."""
+    """Of one rank. Signs of life are `watch(phase, step)` and `watch.arrive()`."""
 
     def __init__(
         self,
@@ -66,24 +66,33 @@ class Watchdog:
         node: str,
         *,
         seconds: float | None = None,
-        in_hand: Callable[[], str] = lambda: "",
+        in_hand: Callable[[float], str] = lambda patience: "",
         report: Callable[[Hang], None],
         orphaned: Callable[[], bool] = lambda: False,
     ) -> None:
-        """seconds: how long a phase after the start may last (`slurm.hang_seconds`); orphaned: whether a later attempt has taken over."""
+        """seconds: how long a phase after the start may last (`slurm.hang_seconds`); in_hand: what has been in hand for longer than that many seconds;
+        orphaned: whether a later attempt has taken over."""
         self._folder, self._rank, self._ranks, self._node, self._seconds = folder, rank, ranks, node, seconds
         self._in_hand, self._report, self._orphaned = in_hand, report, orphaned
-        self._phase, self._step, self._last, self._armed = "starting", 0, time.monotonic(), 0.0
-        self._longest: dict[str, float] = {}
+        self._phase, self._step, self._arrived = STARTING, 0, False
+        self._last, self._armed = time.monotonic(), 0.0
+        self._longest: dict[tuple[str, bool], float] = {}
         self._closed = threading.Event()
         self._stacks = (folder / f"rank-{rank:05d}.stacks").open("w")
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def __call__(self, phase: str, step: int) -> None:
         """This rank enters a phase, or goes on in it."""
-        now = time.monotonic()
-        self._longest[self._phase] = max(self._longest.get(self._phase, 0.0), now - self._last)
-        self._phase, self._step, self._last = phase, step, now
+        self._sign(phase, step, arrived=False)
+
+    def arrive(self) -> None:
+        """This rank waits for the others."""
+        self._sign(self._phase, self._step, arrived=True)
+
+    def _sign(self, phase: str, step: int, arrived: bool) -> None:
+        now, was = time.monotonic(), (self._phase, self._arrived)
+        self._longest[was] = max(self._longest.get(was, 0.0), now - self._last)
+        self._phase, self._step, self._arrived, self._last = phase, step, arrived, now
         if now - self._armed > STUCK:
             self._armed = now
             faulthandler.dump_traceback_later(self.patience + 3 * GATHER, exit=True, file=self._stacks)
@@ -91,11 +100,11 @@ class Watchdog:
     @property
     def patience(self) -> float:
         """Seconds that the present phase may last."""
-        if self._phase == "starting":
+        if self._phase == STARTING:
             return FIRST_PATIENCE
         if self._seconds:
             return self._seconds
-        known = self._longest.get(self._phase)
+        known = self._longest.get((self._phase, self._arrived))
         return FIRST_PATIENCE if known is None else max(LEAST_PATIENCE, FACTOR * known)
 
     def close(self) -> None:
@@ -117,7 +126,7 @@ class Watchdog:
         with contextlib.suppress(OSError):
             faulthandler.dump_traceback(self._stacks, all_threads=True)
             self._stacks.flush()
-        sign = Sign(self._rank, self._node, self._phase, self._step, round(idle, 1), self._in_hand())
+        sign = Sign(self._rank, self._node, self._phase, self._step, self._arrived, round(idle, 1), self._in_hand(idle / 2))
         part = self._folder / f"rank-{self._rank:05d}.hang"
         temporary = part.with_suffix(".hang.tmp")
         temporary.write_text(json.dumps(asdict(sign)))
@@ -146,7 +155,7 @@ def explain(signs: Sequence[Sign], ranks: int) -> Hang:
     if silent:
         known = "; the others: " + _phases(signs)
         return Hang(f"{_names(silent)} gave no sign of life for {longest:.0f} s, not even of the watchdog{known}", "", silent)
-    late = [sign for sign in signs if sign.phase != WAITING] or list(signs)
+    late = [sign for sign in signs if not sign.arrived] or list(signs)
     first = min(sign.step for sign in late)
     late = [sign for sign in late if sign.step == first]
     if len(late) == ranks:
@@ -158,7 +167,7 @@ def explain(signs: Sequence[Sign], ranks: int) -> Hang:
 def _phases(signs: Sequence[Sign]) -> str:
     groups: dict[str, list[Sign]] = {}
     for sign in signs:
-        groups.setdefault(f"{sign.phase}, step {sign.step}", []).append(sign)
+        groups.setdefault(f"{sign.phase}, step {sign.step}" + ", waiting for the others" * sign.arrived, []).append(sign)
     parts = []
     for what, group in groups.items():
         in_hand = next((f" (in hand: {sign.in_hand})" for sign in group if sign.in_hand), "")

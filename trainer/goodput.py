@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,17 @@ TIMED = ("start_up", "first_step", "data_wait", "training", "evaluation", "savin
 class Clock:
     """Seconds of an attempt by phase, on this rank."""
 
-    def __init__(self, began: float) -> None:
-        """began: when the attempt did, in seconds since the epoch."""
+    def __init__(self, began: float, tell: Callable[[str], None] = lambda phase: None) -> None:
+        """began: when the attempt did, in seconds since the epoch; tell: is told of each phase."""
+        self._tell = tell
         self.seconds = dict.fromkeys(TIMED, 0.0)
         self.steps = 0
         """Steps taken."""
         self._phase, self._since, self._before = "start_up", began, 0.0
 
     def __call__(self, phase: str) -> None:
-        """A phase begins. The training of the first step counts as `first_step`."""
+        """A phase begins, or goes on. The training of the first step counts as `first_step`."""
+        self._tell(phase)
         now = time.time()
         name = "first_step" if self._phase == "training" and not self.steps else self._phase
         self.seconds[name] += max(0.0, now - self._since)

@@ -22,7 +22,7 @@ from trainer.goodput import Clock
 from trainer.loss import count_tokens, token_losses
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
-from trainer.session import Session, StopFlag
+from trainer.session import Session, StopFlag, Watch
 
 LAST_CHANCE = 5.0
 """Seconds that a checkpoint under way gets when this rank has failed."""
@@ -44,10 +44,10 @@ class Taken:
     tokens: float
 
 
-def train(session: Session, stop: StopFlag) -> Outcome:
+def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
     """Take the steps that are left. Returns SAVED if `stop` was requested on any rank: the state is then on disk."""
     config, state, world = session.config, session.state, session.world
-    loader, monitor, spikes = session.loader(), Monitor(session), SpikeWindow(config.monitor.spike_sigma)
+    loader, monitor, spikes = session.loader(), Monitor(session, watch), SpikeWindow(config.monitor.spike_sigma)
     bad, skips, first, due, saved_at = 0, 0, state.step, 0.0, time.monotonic()
     clock = monitor.clock
     taken: Taken | None = None
@@ -57,7 +57,7 @@ def train(session: Session, stop: StopFlag) -> Outcome:
             metrics: dict[str, float] = {}
             if not state.evaluated and (last or state.step % config.evaluate.every_steps == 0):
                 clock("evaluation")
-                if (evaluation := evaluate(session, monitor, stop)) is None:
+                if (evaluation := evaluate(session, monitor, stop, watch)) is None:
                     return save_and_leave(session, clock)
                 metrics, is_best = evaluation
             if is_best or due or last or state.step % config.checkpoint.every_steps == 0:
@@ -70,10 +70,10 @@ def train(session: Session, stop: StopFlag) -> Outcome:
 
             clock("data_wait")
             step, error = fetch(loader, state.step)
-            clock("training")
             batches = micro_batches(step.samples, config.batch.micro_size, session.micro_batches, session.order.window(state.step), session.pad_id)
             minutes = (time.monotonic() - saved_at) / 60
             # The one agreement of a step: all ranks take it, or leave together.
+            watch.arrive()
             agreed = world.sums(
                 tokens=sum(int(count_tokens(batch).sum()) for batch in batches),
                 stopping=stop.requested,
@@ -84,6 +84,7 @@ def train(session: Session, stop: StopFlag) -> Outcome:
                 overdue=config.checkpoint.every_minutes is not None and minutes > config.checkpoint.every_minutes,
                 losses_before=float(taken.losses) if taken else 0.0,
             )
+            clock("training")
             if agreed.failed:
                 leave_together(session, error)
             if agreed.superseded or agreed.unsaved:
@@ -153,12 +154,14 @@ def fetch(loader: Loader, number: int) -> tuple[Step, Exception | None]:
         return Step(number, [], [], 0.0), error
 
 
-def evaluate(session: Session, monitor: Monitor, stop: StopFlag) -> tuple[dict[str, float], bool] | None:
+def evaluate(session: Session, monitor: Monitor, stop: StopFlag, watch: Watch) -> tuple[dict[str, float], bool] | None:
     """Validation loss and the panel of captions. Returns the metrics and whether they are the best yet; None if a stop was requested."""
     state, module = session.state, session.engine.evaluation_module()
 
     def interrupted(error: Exception | None) -> bool:
+        watch.arrive()
         agreed = session.world.sums(failed=error is not None, leaving=stop.requested or session.lease.lost)
+        monitor.clock("evaluation")
         if agreed.failed:
             leave_together(session, error)
         return bool(agreed.leaving)

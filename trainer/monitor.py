@@ -24,7 +24,7 @@ from trainer.evaluate import PanelClip
 from trainer.flops import peak_flops, step_flops
 from trainer.goodput import Clock, attempts, begin, goodput
 from trainer.loss import count_tokens
-from trainer.session import Session
+from trainer.session import Session, Watch
 
 SPIKE_WINDOW = 100
 """Steps that a loss is compared with; the first SPIKE_WINDOW / 5 of an attempt are only collected."""
@@ -51,7 +51,7 @@ class SpikeWindow:
 class Monitor:
     """Collects what happens on every rank; rank 0 writes it."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, watch: Watch) -> None:
         self.session, world = session, session.world
         self.every = session.config.monitor.every_steps
         self.names = [source.name for source in session.config.data.sources]
@@ -60,7 +60,9 @@ class Monitor:
         purge_step = session.state.step + 1 if session.state.step else 0
         self.writer = SummaryWriter(str(session.run.tensorboard), purge_step=purge_step) if world.rank == 0 else None
         self.history = session.run.ledger() if self.writer else []
-        self.clock = Clock(max((line["time"] for line in self.history if line["event"] == "attempt"), default=time.time()))
+        self.clock = Clock(
+            max((line["time"] for line in self.history if line["event"] == "attempt"), default=time.time()), lambda phase: watch(phase, session.state.step)
+        )
         self.noted, self.noted_step = 0.0, session.state.step
         self._mark_restart()
         self.progress: Progress | None = None

@@ -36,6 +36,16 @@ class StopFlag(Protocol):
         """Whether to save and leave."""
 
 
+class Watch(Protocol):
+    """Is given signs of life; without them for long it takes this rank for hung."""
+
+    def __call__(self, phase: str, step: int) -> None:
+        """A phase begins, or goes on."""
+
+    def arrive(self) -> None:
+        """This rank waits for the others."""
+
+
 @dataclass
 class State:
     """Where a run is. The position in the data, the learning rate and all else follow from `step`."""

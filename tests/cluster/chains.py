@@ -109,8 +109,8 @@ def make_chain(cluster: Cluster, folder: Path, model: Path, shards: str, steps: 
     setup = [f"export PYTHONPATH='{FAULTS}' EARWITNESS_FAULTS='{folder}/faults'"]
     slurm = {"nodes": 2, "gpus_per_node": 0, "tasks_per_node": 2, "signal_seconds": 20, "time_minutes": 30, "setup": setup, **sections.pop("slurm", {})}
     values = config_values(
-        "run", folder, model, shards, **{"optim": {"max_steps": steps}, "evaluate": {"captions": 0, "every_steps": 10_000}, "checkpoint": {"every_steps": 5},
-        "monitor": {"every_steps": 1}, "engine": {"backend": "fsdp2"}, **sections, "slurm": slurm},
+        "run", folder, model, shards, **{"optim": {"max_steps": steps}, "evaluate": {"captions": 0, "every_steps": 10_000}, "checkpoint": {"every_steps": 2},
+        "monitor": {"every_steps": 1}, "engine": {"backend": "fsdp2", "dtype": "fp32"}, **sections, "slurm": slurm},
     )  # fmt: skip
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(values))
