@@ -40,7 +40,10 @@ def end(run: RunDir, chain: str, job: str, partition_nodes: int, code: int) -> t
     found = record_end(run, attempt, code, Failure(Cause.POISONED_SAMPLE, in_hand[0], "", by_signal=True) if in_hand else None)
     print(f"attempt {attempt} ended: {found.words}", *in_hand[1:], sep="\n", file=sys.stderr, flush=True)
     Lease(run, attempt).release()
-    return _judge(run, chain, partition_nodes), attempt
+    verdict = _judge(run, chain, partition_nodes)
+    if verdict.go and run.read_next_config().slurm.resubmit == "none":
+        verdict = Verdict(False, f"{found.words} (slurm.resubmit=none)")
+    return verdict, attempt
 
 
 def _judge(run: RunDir, chain: str, partition_nodes: int) -> Verdict:

@@ -85,10 +85,12 @@ wait "$ranks"
 code=$?
 note "$me"
 say "the ranks ended with code $code"
-if [ "$(state "$me")" = RUNNING ]; then judge end "$code"; fi
-if [ "$code" != 0 ] && [ "$resubmit" = requeue ]; then
-  say "requeues itself"
-  scontrol requeue "$me"
-  sleep 60
+if [ "$(state "$me")" = RUNNING ]; then  # else Slurm is ending it, and no step can be had
+  judge end "$code"
+  if [ "$code" != 0 ] && [ "$resubmit" = requeue ]; then
+    say "requeues itself"
+    scontrol requeue "$me"
+    sleep 60
+  fi
 fi
 exit "$code"

@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +21,6 @@ from configs.errors import EarwitnessError, ExitCode, run_command
 from configs.load import load
 from tools.sandbox.sounds import write_clips
 from tools.sandbox.whisper import make_whisper
-from trainer.distributed import has_bf16
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("demo")
@@ -52,13 +50,11 @@ def demo() -> None:
         _run("tools.pack", table, FOLDER / "shards" / split, "--where", f"split={split}")
     _run("tools.index", CONFIG)
 
-    dtype = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
     half = (config.optim.max_steps or 0) // 2
-    about = "BF16" if dtype == "bf16" else "fp32, as this CPU has no BF16 arithmetic"
-    _say(f"Training on two processes (DeepSpeed ZeRO-2, {about}), and stopping with Ctrl-C half way, at step {half}")
-    _train(2, dtype, stop_at=half)
+    _say(f"Training on two processes (DeepSpeed ZeRO-2), and stopping with Ctrl-C half way, at step {half}")
+    _train(2, stop_at=half)
     _say("Going on where it stopped, on one process")
-    _train(1, dtype)
+    _train(1)
 
     _say("Exporting to a folder that transformers loads, and captioning what was held out")
     _run("tools.export", config.run.dir, FOLDER / "captioner")
@@ -72,7 +68,8 @@ def demo() -> None:
         (f"python -m tools.caption {FOLDER}/captioner {FOLDER}/clips/held-out/00000.flac", "caption a file; this model knows no other sounds"),
         (f"python -m tools.inspect {CONFIG}", f"what is in the shards; with {config.run.dir}, in its checkpoints"),
         ("python -m launch train configs/finetune-clips.yaml", 'on your own clips: first README.md, "Your own data"'),
-        ("python -m launch doctor configs/turbo.yaml", 'is this machine fit for a large model? Slurm: README.md, "Limits"'),
+        ("python -m launch doctor configs/turbo.yaml", "is this machine fit for a large model?"),
+        (f"python -m launch submit {CONFIG} run.name=on-slurm", "the same on a Slurm cluster, real or made here: docs/slurm.md"),
     ):
         print(f"  {command:<78}{meaning}")
     print()
@@ -99,10 +96,9 @@ def _run(*arguments: object, quiet: bool = False) -> str:
     return said
 
 
-def _train(procs: int, dtype: str, stop_at: int | None = None) -> None:
+def _train(procs: int, stop_at: int | None = None) -> None:
     """Train to the end, or press Ctrl-C once that step is reported."""
-    changes = [] if dtype == "bf16" else [f"engine.dtype={dtype}"]
-    process = _start("launch", "train", CONFIG, *changes, "--procs", procs)
+    process = _start("launch", "train", CONFIG, "--procs", procs)
     assert process.stdout is not None
     asked = False
     for line in process.stdout:

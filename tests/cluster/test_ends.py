@@ -1,0 +1,134 @@
+"""When a chain ends, and what else changes between its attempts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.load import load
+from configs.rundir import read_lines
+from data.index import is_held_out, load_sidecar
+from data.sources import expand
+from tests.cluster.chains import make_chain
+from tests.cluster.conftest import need_packages
+from tests.cluster.test_chain import ENDLESS, check_the_same, kill_rank, preempt
+from tests.making import audit_of_attempts
+from tools.sandbox import slurm
+from tools.sandbox.slurm import Cluster
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_crash_loop_stops_after_the_limit_and_says_why(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
+    chain = make_chain(cluster, tmp_path, model, shards, ENDLESS, slurm={"max_attempts_without_progress": 3})
+    (chain.faults / "every-rank-1").write_text("ZeroDivisionError")
+    chain.submit()
+    why = chain.finished()
+    assert "3 attempts failed in a row without a checkpoint after step 0" in why and "ZeroDivisionError" in why and "max_attempts_without_progress" in why
+    assert [cause for cause, _ in chain.ends()] == ["error"] * 3
+    begun = [line["time"] for line in chain.run.ledger("attempt")]
+    assert begun[2] - chain.run.ledger("ended")[1]["time"] > 10, "the second failure in a row is followed by a pause"
+    status = chain.launch("status", chain.run.path)
+    assert "3 attempts failed in a row" in " ".join(status.stdout.split()), status.stdout
+
+
+def test_cancelled_by_the_user_it_stays_so_and_submitting_again_goes_on(cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
+    chain = make_chain(cluster, tmp_path, model, shards, ENDLESS)
+    chain.submit()
+    chain.training()
+    cluster.run("scancel", chain.job())
+    chain.wait("the end of all jobs", lambda: not chain.jobs())
+    status = chain.launch("status", chain.run.path)
+    assert "cancelled: saved at step" in " ".join(status.stdout.split()), status.stdout
+    again = chain.launch("submit", chain.config)
+    assert again.returncode == 0, again.stderr
+    chain.training(0)
+    refused = chain.launch("submit", chain.config)
+    assert refused.returncode == 2 and "its chain is still there" in refused.stderr and "launch stop" in refused.stderr
+    check_the_same(chain, launch)
+
+
+def test_on_four_nodes_on_two_and_on_three(cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
+    chain = make_chain(cluster, tmp_path, model, shards, ENDLESS, slurm={"nodes": "2-4"})
+    chain.submit()
+    attempt, sizes = chain.training(), [len(chain.nodes())]
+    for nodes in (2, 3):
+        following = (chain.run.slurm / "jobs" / f"{chain.job()}.next").read_text().strip()
+        cluster.run("scontrol", "update", f"JobId={following}", f"NumNodes={nodes}")
+        kill_rank(chain)
+        attempt = chain.training(attempt)
+        sizes.append(len(chain.nodes()))
+    assert sizes == [4, 2, 3]
+    check_the_same(chain, launch)
+
+
+def test_a_poisoned_sample_does_not_loop(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
+    """It ends two attempts, and is left out in the third."""
+    chain = make_chain(cluster, tmp_path, model, shards, 30)
+    config = load(chain.config)
+    (shard, *_) = expand(config.data.sources[0])
+    sidecar = load_sidecar(shard, config.data.index_dir)
+    assert sidecar is not None
+    row = next(row for row in sidecar.table.to_pylist() if not is_held_out(row["key"], shard.source))
+    audio = Path(shard.location.url.removeprefix("file://")).read_bytes()[row["audio_offset"] : row["audio_offset"] + row["audio_size"]]
+    (chain.faults / "poison").write_text(str(zlib.crc32(audio)))
+    chain.submit()
+    assert chain.finished() == "finished", chain.said()
+    assert [cause for cause, _ in chain.ends()] == ["poisoned_sample", "poisoned_sample", "finished"], chain.said()
+    assert all(row["key"] in words for _, words in chain.ends()[:2])
+    rejected = {key for taken in audit_of_attempts(chain.run.path).values() for key in taken.rejected}
+    assert [key.rsplit("/", 1)[1] for key in rejected] == [row["key"]]
+    assert {line["reason"] for line in read_lines(chain.run.quarantine)} == {"its decoder crashed or never ended in 2 attempts"}
+
+
+def test_two_runs_chain_side_by_side(cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
+    chains = [make_chain(cluster, tmp_path / name, model, shards, ENDLESS, slurm={"nodes": 1}) for name in ("one", "two")]
+    for chain in chains:
+        chain.submit()
+    for chain in chains:
+        chain.training()
+        os.kill(chain.pid(1), signal.SIGKILL)
+    for chain in chains:
+        chain.training(0)
+    for chain in chains:
+        check_the_same(chain, launch)
+    folders = [{str(line.get("job")) for line in chain.run.ledger("attempt")} for chain in chains]
+    assert len(folders[0]) == len(folders[1]) == 3 and not folders[0] & folders[1]
+
+
+def test_without_resubmission_one_attempt_is_all(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
+    chain = make_chain(cluster, tmp_path, model, shards, ENDLESS, slurm={"resubmit": "none"})
+    chain.submit()
+    chain.training()
+    kill_rank(chain)
+    chain.wait("the end of all jobs", lambda: not chain.jobs())
+    assert chain.ends() == [("crash", chain.ends()[0][1])]
+    assert chain.run.ledger("chain_ended")[-1]["why"].startswith("crash")
+
+
+@pytest.fixture
+def accounted(tmp_path: Path) -> Iterator[Cluster]:
+    """A cluster with accounting, that warns with USR2, leaves a grace, and starts what was requeued soon."""
+    need_packages(accounting=True)
+    folder = tmp_path / "slurm"
+    extra = [f"AuthInfo=socket={folder}/munge.sock,cred_expire=8", "SlurmctldParameters=preempt_send_user_signal"]
+    with slurm.serve(folder, accounting=True, grace_seconds=15, extra=extra) as running:
+        yield running
+
+
+def test_a_job_that_requeues_itself_and_accounting_and_a_grace(accounted: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
+    chain = make_chain(accounted, tmp_path / "run", model, shards, ENDLESS, slurm={"resubmit": "requeue"})
+    chain.submit()
+    attempt = chain.training()
+    for happen in (kill_rank, preempt):
+        happen(chain)
+        attempt = chain.training(attempt)
+    assert [cause for cause, _ in chain.ends()] == ["crash", "preempted"], chain.said()
+    assert len({line["job"] for line in chain.run.ledger("attempt")}) == 1
+    check_the_same(chain, launch)
+    assert "COMPLETED" in accounted.run("sacct", "--noheader", "--allocations", f"--jobs={chain.job()}", "--format=State")
