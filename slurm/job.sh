@@ -1,5 +1,5 @@
 # One attempt of a chain. It needs bash and Slurm's commands; all Python runs in steps, so in the container where there is one.
-# Set above: run, code, python, resubmit, mail, srun_args. Arguments: the chain's first job (none: this one), and the job before this one.
+# Set above: run, code, python, tasks (per node), resubmit, mail, srun_args. Arguments: the chain's first job (none: this one), and the job before this one.
 me=$SLURM_JOB_ID chain=${1:-$SLURM_JOB_ID} before=${2:-} next=
 jobs=$run/slurm/jobs script=$run/slurm/job.sh
 mkdir -p "$jobs"
@@ -78,7 +78,7 @@ esac
 say "attempt $attempt begins"
 logs=$run/logs/attempt-$(printf %06d "$attempt")
 mkdir -p "$logs"
-"${step[@]}" --output="${logs//%/%%}/rank-%5t.log" "$python" -m launch.worker "$run" "$attempt" &
+"${step[@]}" --ntasks=$((SLURM_JOB_NUM_NODES * tasks)) --ntasks-per-node="$tasks" --output="${logs//%/%%}/rank-%5t.log" "$python" -m launch.worker "$run" "$attempt" &
 ranks=$!
 while wait "$ranks"; code=$?; kill -0 "$ranks" 2>/dev/null; do :; done  # a trap ends `wait`, too
 wait "$ranks"

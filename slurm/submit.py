@@ -36,7 +36,7 @@ def script_text(config: RunConfig, run: RunDir, code: Path) -> str:
     """What a job of this run does: options for sbatch, lines of the user's, and job.sh."""
     settings = config.slurm
     variables = {
-        "run": str(run.path.absolute()), "code": str(code.absolute()), "python": settings.python or sys.executable,
+        "run": str(run.path.absolute()), "code": str(code.absolute()), "python": settings.python or sys.executable, "tasks": str(settings.tasks),
         "resubmit": settings.resubmit, "mail": settings.notify if settings.notify and "://" not in settings.notify else "",
     }  # fmt: skip
     lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]

@@ -91,8 +91,8 @@ def test_whatever_happens_it_goes_on_and_is_the_same_run(fragile: Cluster, tmp_p
         nodes, began = chain.nodes(), time.time()
         happen(chain)
         attempt = chain.training(attempt, steps=1)
-        seconds, end = time.time() - began, chain.ends()[-1]
-        print(f"{name:30} {seconds:6.1f} s  {end[1]}", flush=True)
+        stepped, restarted, end = time.time() - began, chain.run.ledger("attempt")[-1]["time"] - began, chain.ends()[-1]
+        print(f"{name:30} next attempt after {restarted:5.1f} s, its first step after {stepped:5.1f} s  {end[1]}", flush=True)
         assert end[0] == cause and words in end[1], chain.said()
         for node in lost(nodes, fragile):
             fragile.start_slurmd(node)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import threading
 import zlib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -24,8 +28,29 @@ from tools.sandbox.slurm import Cluster
 pytestmark = pytest.mark.slow
 
 
-def test_a_crash_loop_stops_after_the_limit_and_says_why(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
-    chain = make_chain(cluster, tmp_path, model, shards, ENDLESS, slurm={"max_attempts_without_progress": 3})
+@pytest.fixture
+def webhook() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """The URL of one, and what it has been told."""
+    told: list[dict[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/", told
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_crash_loop_stops_after_the_limit_and_says_why(cluster: Cluster, tmp_path: Path, model: Path, shards: str, webhook) -> None:
+    url, told = webhook
+    chain = make_chain(cluster, tmp_path, model, shards, ENDLESS, slurm={"max_attempts_without_progress": 3, "notify": url})
     (chain.faults / "every-rank-1").write_text("ZeroDivisionError")
     chain.submit()
     why = chain.finished()
@@ -35,6 +60,44 @@ def test_a_crash_loop_stops_after_the_limit_and_says_why(cluster: Cluster, tmp_p
     assert begun[2] - chain.run.ledger("ended")[1]["time"] > 10, "the second failure in a row is followed by a pause"
     status = chain.launch("status", chain.run.path)
     assert "3 attempts failed in a row" in " ".join(status.stdout.split()), status.stdout
+    assert [line["why"] for line in told] == [why], "told once, at the end of the chain"
+
+
+def test_an_unfit_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
+    chain = make_chain(cluster, tmp_path, model, shards, 4, slurm={"sbatch": ["--nodelist=n1,n2"]})
+    (chain.faults / "skew-n2").touch()
+    script = chain.launch("submit", chain.config, "--dry-run")
+    assert script.returncode == 0, script.stderr
+    cluster.run("sbatch", str(chain.run.slurm / "job.sh"))
+    following = chain.wait("the next job", lambda: list((chain.run.slurm / "jobs").glob("*.next")))[0].read_text().strip()
+    cluster.run("scontrol", "update", f"JobId={following}", "ReqNodeList=")
+    assert chain.finished() == "finished", chain.said()
+    assert chain.ends()[0] == ("unfit_node", "unfit node: n2: its clock is +100 s off"), chain.said()
+    assert "n2" not in chain.nodes() and chain.run.ledger("attempt")[0]["nodes"] == ["n1", "n2"]
+
+
+def test_a_drill_reports_seconds_to_save_to_restart_and_to_the_first_step(cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
+    chain = make_chain(cluster, tmp_path, model, shards, ENDLESS)
+    early = chain.launch("drill", tmp_path)
+    assert early.returncode == 2 and "not the folder of a run" in early.stderr
+    chain.submit()
+    chain.training()
+    done = chain.launch("drill", chain.run.path)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"([\d.]+) s  (.*)", done.stdout)
+    assert [what for _, what in found] == ["durable save", "next attempt starts", "it has loaded the checkpoint", "its first step is taken"], done.stdout
+    seconds = [float(number) for number, _ in found]
+    assert seconds == sorted(seconds) and seconds[0] < 5
+    check_the_same(chain, launch)
+
+
+def test_selftest_takes_a_config_once_through_everything(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
+    chain = make_chain(cluster, tmp_path, model, shards, ENDLESS)
+    done = chain.launch("selftest", chain.config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "verdict: this cluster is ready for it" in done.stdout
+    assert re.search(r"resumed: at step \d+ on 2 processes instead of 4", done.stdout), done.stdout
+    assert (tmp_path / "run-selftest/export/model.safetensors").exists() and not chain.run.path.exists()
 
 
 def test_cancelled_by_the_user_it_stays_so_and_submitting_again_goes_on(cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:

@@ -1,7 +1,7 @@
 """Python imports this at its start, in jobs of tests: faults come into a rank from outside, by files in the folder EARWITNESS_FAULTS.
 
 `rank-2`: the exception that it names is raised in rank 2's main thread, once; `every-rank-2`: in every attempt. `poison`: the CRC32 of the audio of
-a sample whose decoding ends in a segmentation fault.
+a sample whose decoding ends in a segmentation fault. `skew-n2`: node n2's clock is a hundred seconds fast.
 """
 
 import builtins
@@ -45,5 +45,8 @@ def _poison(crc32: int) -> None:
 if "EARWITNESS_FAULTS" in os.environ and "SLURM_PROCID" in os.environ and "launch.worker" in sys.orig_argv:
     faults = Path(os.environ["EARWITNESS_FAULTS"])
     threading.Thread(target=_wait_for_fault, args=(faults, os.environ["SLURM_PROCID"]), daemon=True).start()
+    if (faults / f"skew-{os.environ['SLURMD_NODENAME']}").exists():
+        right = time.time
+        time.time = lambda: right() + 100
     if (faults / "poison").exists():
         _poison(int((faults / "poison").read_text()))
