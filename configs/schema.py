@@ -267,10 +267,10 @@ class Slurm(Section):
     resubmit: Literal["chain", "requeue", "none"] = "chain"
     """`chain`: every attempt queues the next one first, which starts if this one ends in any way but success. `requeue`: the job requeues itself, where
     compute nodes may not submit; Slurm lets it wait for two minutes. `none`: one attempt."""
-    max_attempts_without_progress: int = Field(3, ge=1)
+    max_attempts_without_progress: int = Field(5, ge=1)
     """Attempts that may fail in a row without a new checkpoint, before the chain ends."""
     exclude_minutes: int = Field(240, ge=0)
-    """Minutes for which a node is left out that has failed twice, or once the look before the start."""
+    """Minutes for which a node is left out whose ranks have crashed or hung twice, which was lost twice, or that was unfit before the start."""
     hang_seconds: float | None = Field(None, gt=0)
     """Seconds without a sign of progress after which an attempt counts as hung; default 20 times the longest seen so far, at least two minutes, and half
     an hour before there is one."""

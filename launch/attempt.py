@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import urllib.request
 
@@ -16,19 +17,19 @@ from data.in_hand import deaths
 from slurm.chain import Cause, Failure, Verdict, decide, record_end, settle, stop_requested
 
 
-def begin(run: RunDir, chain: str, job: str, partition_nodes: int, nodes: list[str]) -> tuple[Verdict, int]:
-    """Take the run for this job, if the chain may go on. Returns the number of the attempt, too."""
-    settle(run)
+def begin(run: RunDir, chain: str, job: str, partition_nodes: int, before: str, nodes: list[str]) -> tuple[Verdict, int]:
+    """Take the run for this job, if the chain may go on. before: the job before it. Returns the number of the attempt, too."""
+    settings = run.read_next_config().slurm
+    settle(run, chain)
     verdict = _judge(run, chain, partition_nodes)
     if not verdict.go:
         return verdict, -1
     now = holder(run)
-    of_chain = now is not None and now.job in {line.get("job") for line in run.ledger("attempt") if line.get("chain") == chain}
+    of_chain = now is not None and now.job in {before, *(line.get("job") for line in run.ledger("attempt") if line.get("chain") == chain)}
     try:
         lease = claim(run, job=job, supersede=of_chain)
     except ConfigError as error:  # another chain, or `launch train`
         return Verdict(False, str(error)), -1
-    settings = run.read_next_config().slurm
     run.record("attempt", attempt=lease.attempt, chain=chain, job=job, host=nodes[0], nodes=nodes, ranks=settings.tasks * len(nodes))
     return verdict, lease.attempt
 
@@ -41,6 +42,8 @@ def end(run: RunDir, chain: str, job: str, partition_nodes: int, code: int) -> t
     print(f"attempt {attempt} ended: {found.words}", *in_hand[1:], sep="\n", file=sys.stderr, flush=True)
     Lease(run, attempt).release()
     verdict = _judge(run, chain, partition_nodes)
+    if not verdict.go:
+        run.next_config.unlink(missing_ok=True)  # if it was refused: who goes on must not read it
     if verdict.go and run.read_next_config().slurm.resubmit == "none":
         verdict = Verdict(False, f"{found.words} (slurm.resubmit=none)")
     return verdict, attempt
@@ -54,12 +57,10 @@ def _judge(run: RunDir, chain: str, partition_nodes: int) -> Verdict:
     return decide(run.read_next_config().slurm, ends, partition_nodes)
 
 
-def _tell_end(run: RunDir, chain: str, why: str) -> None:
+def _tell_end(run: RunDir, chain: str, why: str, notify: str | None) -> None:
     """The chain ends: into the ledger, and to the webhook that is asked for."""
     run.record("chain_ended", chain=chain, why=why)
     print(f"the chain ends: {why}", file=sys.stderr, flush=True)
-    run.next_config.unlink(missing_ok=True)
-    notify = run.read_config().slurm.notify if run.config.is_file() else None
     if notify and "://" in notify:
         body = json.dumps({"run": str(run.path), "chain": chain, "why": why, "text": f"{run.path.name}: {why}"}).encode()
         request = urllib.request.Request(notify, body, {"Content-Type": "application/json"})
@@ -70,15 +71,18 @@ def _tell_end(run: RunDir, chain: str, why: str) -> None:
 
 
 def main() -> None:
-    """begin|end RUN CHAIN JOB PARTITION-NODES NODES-OR-CODE..."""
+    """begin RUN CHAIN JOB PARTITION-NODES JOB-BEFORE NODES..., or end RUN CHAIN JOB PARTITION-NODES CODE."""
+    for signum in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)  # meant for the ranks; job.sh heeds them
     what, path, chain, job, partition_nodes, *rest = sys.argv[1:]
     run = RunDir(path)
-    answer = begin(run, chain, job, int(partition_nodes), rest) if what == "begin" else end(run, chain, job, int(partition_nodes), int(rest[0]))
-    verdict, attempt = answer
+    settings = run.read_next_config().slurm
+    place = run, chain, job, int(partition_nodes)
+    verdict, attempt = begin(*place, rest[0], rest[1:]) if what == "begin" else end(*place, int(rest[0]))
     if not verdict.go:
-        _tell_end(run, chain, verdict.why)
+        _tell_end(run, chain, verdict.why, settings.notify)
     if verdict.exclude:
-        print(f"leaves out {', '.join(verdict.exclude)} for {run.read_next_config().slurm.exclude_minutes} minutes", file=sys.stderr, flush=True)
+        print(f"leaves out {', '.join(verdict.exclude)}: at fault within the last {settings.exclude_minutes} minutes", file=sys.stderr, flush=True)
     print("go" if verdict.go else "stop", attempt, ",".join(verdict.exclude) or "-", round(verdict.delay), flush=True)
     os._exit(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from slurm.chain import chain_jobs
 
 POLL = 0.5
 """Seconds between two looks."""
+ASK_AGAIN = 10.0
+"""Seconds after which a job is asked once more."""
 DRILL_MINUTES = 30
 """After which a drill is given up."""
 
@@ -24,13 +27,19 @@ def stop(run: RunDir) -> None:
     running = [job.job for job in jobs if job.state == "RUNNING"]
     (run.slurm / "stop").touch()  # whoever starts now leaves again
     cluster.cancel(*waiting)
-    for job in running:
-        cluster.send_signal(job, "USR2")
-        print(f"job {job} saves and ends", flush=True)
+    asked = 0.0
     while cluster.queued(running):
+        if time.monotonic() - asked > ASK_AGAIN:  # the ranks may not have been there yet
+            with contextlib.suppress(EarwitnessError):  # or are not any more
+                for job in running:
+                    cluster.send_signal(job, "USR2")
+            print(f"job {', '.join(running)}: asked to save and to end", flush=True)
+            asked = time.monotonic()
         time.sleep(POLL)
     saved = max((line["step"] for line in run.ledger("checkpoint")), default=0)
-    print(f"{run.path}: the chain has ended; the newest checkpoint is of step {saved}. `python -m launch submit` with its config goes on")
+    ended = [line["words"] for line in run.ledger("ended")]
+    words = f" ({ended[-1]})" if ended else ""
+    print(f"{run.path}: the chain has ended{words}; the newest checkpoint is of step {saved}. `python -m launch submit` with its config goes on")
 
 
 def drill(run: RunDir) -> None:
@@ -48,7 +57,7 @@ def drill(run: RunDir) -> None:
         cluster.send_signal(job, signal)
     print(f"job {job}: sent SIGCONT and SIGTERM, as a preemption does", flush=True)
     steps: list[tuple[str, str, Callable[[dict[str, Any]], bool]]] = [
-        ("checkpoint", "durable save", lambda line: line["reason"] == "stop"),
+        ("stop", "durable save", lambda line: line["attempt"] == attempt),
         ("attempt", "next attempt starts", lambda line: line["attempt"] > attempt),
         ("start", "it has loaded the checkpoint", lambda line: line["attempt"] > attempt),
         ("progress", "its first step is taken", lambda line: line["attempt"] > attempt),

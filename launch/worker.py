@@ -2,6 +2,7 @@
 
 Here the trainer and the signals of a job meet.
 """
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -17,12 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slurm.signals import StopFlag
+
+STOP = StopFlag()
+if __name__ == "__main__":
+    STOP.install()  # before the imports, which may take long on a network file system
+
 from configs.errors import EarwitnessError, ExitCode
 from configs.lease import Lease
 from configs.rundir import RunDir, write_atomic
 from data.in_hand import InHand
 from slurm.job import in_job, join_job, node_name
-from slurm.signals import StopFlag
 from slurm.watchdog import Hang, Watchdog
 
 if TYPE_CHECKING:
@@ -34,7 +40,7 @@ PR_SET_PDEATHSIG = 1
 
 def main(run_path: str, attempt: int) -> int:
     """Train, and return this rank's exit code."""
-    stop = StopFlag().install()
+    stop = STOP.install()
     run = RunDir(run_path)
     rank = int(os.environ["RANK"])
     lease = Lease(run, attempt)
@@ -63,11 +69,14 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
 
     from trainer import distributed
     from trainer.loop import Outcome, train
-    from trainer.preflight import look_over
+    from trainer.preflight import UnfitNode, look_over
     from trainer.start import Stopped, prepare
 
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if in_job() and config.slurm.gpus_per_node > 0 and gpus <= (local_rank if gpus != 1 else 0):  # one: the site binds each rank to its own
+        raise UnfitNode(node_name(), f"{node_name()}: only {gpus} of {config.slurm.gpus_per_node} GPUs answer")
     world = distributed.start()
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
@@ -83,8 +92,8 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
         resumed = f"resumes at step {session.state.step}" if session.state.step else "starts"
         print(f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt {lease.attempt}", flush=True)
     outcome = train(session, stop, watch)
-    watch.close()
     code = _leave(run, lease, world, stop, outcome, session.state.step)
+    watch.close()
     if outcome is Outcome.FINISHED and session.mirror:
         session.mirror.finish()  # now that nobody waits for this rank
     return code
@@ -112,8 +121,10 @@ def _watchdog(run: RunDir, lease: Lease, rank: int, in_hand: InHand, seconds: fl
     def held(patience: float) -> str:
         return ", ".join(f"{one.key} of {one.shard}" for one in in_hand.record_endless(run, lease.attempt, rank, patience))
 
-    folder, ranks = run.attempt_logs(lease.attempt), int(os.environ["WORLD_SIZE"])
-    return Watchdog(folder, rank, ranks, node_name(), seconds=seconds, in_hand=held, report=report, orphaned=lambda: lease.lost)
+    ranks = int(os.environ["WORLD_SIZE"])
+    nodes = next((line["nodes"] for line in run.ledger("attempt") if line["attempt"] == lease.attempt and "nodes" in line), [node_name()])
+    of_ranks = [nodes[number * len(nodes) // ranks] for number in range(ranks)]
+    return Watchdog(run.attempt_logs(lease.attempt), rank, of_ranks, seconds=seconds, in_hand=held, report=report, orphaned=lambda: lease.lost)
 
 
 @contextmanager

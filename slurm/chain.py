@@ -16,10 +16,11 @@ from configs.lease import holder
 from configs.rundir import RunDir
 from configs.schema import Slurm, node_range
 
-GUILTY_TWICE = 2
-BACK_OFF = 10.0
-"""Seconds that are waited after the second failure in a row without progress; twice as long after each further one."""
-LONGEST_BACK_OFF = 600.0
+GUILT_LIMIT = 2
+"""Faults after which a node is left out."""
+BACK_OFF, GROWTH, LONGEST_BACK_OFF = 60.0, 5, 600.0
+"""Seconds that are waited after the second failure in a row without progress, how much longer after each further one, and the most."""
+MISFORTUNES_WITHOUT_PROGRESS = 10
 
 
 class Cause(Enum):
@@ -46,8 +47,10 @@ class Cause(Enum):
 FINAL = {Cause.FINISHED, Cause.STOPPED, Cause.CANCELLED, Cause.BAD_INPUT, Cause.SUPERSEDED}
 """After these nothing follows."""
 FAILURES = {Cause.OUT_OF_MEMORY, Cause.HANG, Cause.CRASH, Cause.ERROR, Cause.TIME_LIMIT, Cause.UNKNOWN}
-"""These may not come again and again without progress. The others are no fault of the run, or end by themselves: a poisoned sample is left out."""
-FAULTS_OF_NODES = {Cause.NODE_LOST, Cause.UNFIT_NODE, Cause.OUT_OF_MEMORY, Cause.HANG, Cause.CRASH, Cause.ERROR}
+"""These may not come again and again without progress (slurm.max_attempts_without_progress)."""
+MISFORTUNES = {Cause.NODE_LOST, Cause.UNFIT_NODE, Cause.POISONED_SAMPLE}
+"""These are no fault of the run; but MISFORTUNES_WITHOUT_PROGRESS of them are enough."""
+FAULTS_OF_NODES = {Cause.NODE_LOST, Cause.UNFIT_NODE, Cause.HANG, Cause.CRASH}
 JOB_STATES = {
     "CANCELLED": Cause.CANCELLED, "PREEMPTED": Cause.PREEMPTED, "TIMEOUT": Cause.TIME_LIMIT, "DEADLINE": Cause.TIME_LIMIT,
     "NODE_FAIL": Cause.NODE_LOST, "BOOT_FAIL": Cause.NODE_LOST, "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY,
@@ -82,11 +85,11 @@ class Verdict:
     delay: float = 0.0
 
 
-def settle(run: RunDir) -> None:
-    """Write into the ledger how attempts ended of which it is not known yet; but a `launch train` may be at work still."""
+def settle(run: RunDir, chain: str = "-") -> None:
+    """Write into the ledger how attempts ended of which it is not known yet; but one that is not of this chain may be at work still."""
     now = holder(run)
     for line in unsettled(run.ledger()):
-        if not (now and now.alive and now.attempt == line["attempt"] and not now.job):
+        if not (now and now.alive and now.attempt == line["attempt"] and line.get("chain", "") != chain):
             record_end(run, line["attempt"])
 
 
@@ -122,8 +125,9 @@ def find_end(run: RunDir, attempt: int, code: int | None = None, failure: Failur
             return end(Cause.STOPPED)
         by = {"SIGUSR2": Cause.TIME_LIMIT}.get(mine["stop"][0].get("signal", ""), Cause.SAVED)
         return end(JOB_STATES.get(state, by), f"saved at step {mine['stop'][0]['step']}")
-    errors = sorted(mine["error"], key=lambda line: line["time"])
-    if errors and errors[0].get("exit_code") in (ExitCode.USAGE, ExitCode.DATA):
+    errors = sorted(mine["error"], key=lambda line: (bool(LOST_PEER.search(line["message"])), line["time"]))  # clocks differ
+    trained = any(line["event"] == "progress" and line["attempt"] == attempt for line in lines)
+    if errors and errors[0].get("exit_code") in (ExitCode.USAGE, *(() if trained else (ExitCode.DATA,))):  # credentials may have expired: read them anew
         return end(Cause.BAD_INPUT, _first_line(errors[0]["message"]))
     if mine["hang"]:
         return end(Cause.HANG, mine["hang"][0]["words"], mine["hang"][0].get("node", ""))
@@ -139,7 +143,8 @@ def find_end(run: RunDir, attempt: int, code: int | None = None, failure: Failur
         what = Cause.OUT_OF_MEMORY if "too little memory" in errors[0]["message"] else Cause.ERROR
         return end(what, f"rank {errors[0]['rank']}: {_first_line(errors[0]['message'])}", errors[0].get("node", ""))
     if failure:
-        return end(failure.cause, failure.words, failure.node)
+        last = "" if failure.by_signal else _last_line(run, attempt, failure.rank)
+        return end(failure.cause, failure.words + (f"; its log ends with: {last}" if last else ""), failure.node)
     known = f"job {job}, state {state or 'not known'}" if job else "no word of it, as after a kill"
     return end(Cause.UNKNOWN, known + (f", exit code {code}" if code else ""))
 
@@ -162,16 +167,13 @@ def decide(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int
     last = ends[-1]
     if Cause[last["cause"].upper()] in FINAL:
         return Verdict(False, last["words"])
-    failures = []
-    for end in reversed(ends):
-        if end["saved"] != last["saved"]:
-            break
-        if Cause[end["cause"].upper()] in FAILURES:
-            failures.append(end)
-    if len(failures) >= settings.max_attempts_without_progress:
-        why = f"{len(failures)} attempts failed in a row without a checkpoint after step {last['saved']}; the last one: {last['words']}"
+    without_progress = [Cause[end["cause"].upper()] for end in takewhile(lambda end: end["saved"] == last["saved"], reversed(ends))]
+    failures, misfortunes = (sum(cause in kind for cause in without_progress) for kind in (FAILURES, MISFORTUNES))
+    if failures >= settings.max_attempts_without_progress or misfortunes >= MISFORTUNES_WITHOUT_PROGRESS:
+        why = f"{failures + misfortunes} attempts failed in a row without a checkpoint after step {last['saved']}; the last one: {last['words']}"
         return Verdict(False, f"{why} (slurm.max_attempts_without_progress)")
-    delay = min(LONGEST_BACK_OFF, BACK_OFF * 2 ** (len(failures) - 2)) if len(failures) > 1 else 0.0
+    many = failures + misfortunes - 2
+    delay = min(LONGEST_BACK_OFF, BACK_OFF * GROWTH**many) if many >= 0 else 0.0
     return Verdict(True, "", _exclude(settings, ends, partition_nodes, now), delay)
 
 
@@ -179,9 +181,9 @@ def _exclude(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: i
     recent = [end for end in ends if end["node"] and now - end["time"] < 60 * settings.exclude_minutes and Cause[end["cause"].upper()] in FAULTS_OF_NODES]
     guilt = Counter[str]()
     for end in recent:
-        guilt[end["node"]] += GUILTY_TWICE if Cause[end["cause"].upper()] is Cause.UNFIT_NODE else 1
+        guilt[end["node"]] += GUILT_LIMIT if Cause[end["cause"].upper()] is Cause.UNFIT_NODE else 1
     spare = max(0, partition_nodes - node_range(settings.nodes)[0])
-    newest = dict.fromkeys(end["node"] for end in reversed(recent) if guilt[end["node"]] >= GUILTY_TWICE)
+    newest = dict.fromkeys(end["node"] for end in reversed(recent) if guilt[end["node"]] >= GUILT_LIMIT)
     return tuple(sorted(list(newest)[:spare]))
 
 
@@ -200,7 +202,10 @@ def stop_requested(run: RunDir) -> bool:
 def job_state(run: RunDir, job: str) -> str:
     """State of a job, as it was noted last; empty if it was not."""
     record = run.slurm / "jobs" / job
-    found = re.search(r"JobState=([A-Z_]+)", record.read_text()) if job and record.is_file() else None
+    text = record.read_text() if job and record.is_file() else ""
+    found = re.search(r"JobState=([A-Z_]+)", text)
+    if found and found[1] in ("RUNNING", "FAILED") and re.search(r"PreemptTime=\d", text):
+        return "PREEMPTED"  # and has left within its grace
     return found[1] if found else ""
 
 
@@ -218,6 +223,7 @@ class Failure:
     words: str
     node: str
     by_signal: bool = False
+    rank: int = 0
 
 
 def first_failure(run: RunDir, job: str, attempt: int) -> Failure | None:
@@ -230,7 +236,9 @@ def first_failure(run: RunDir, job: str, attempt: int) -> Failure | None:
         node, tasks, what = line["node"], line["tasks"], line["what"].removesuffix(" (core dumped)")
         if what != f"Exited with exit code {ExitCode.SAVED.value}":
             cause = Cause.OUT_OF_MEMORY if "Out Of Memory" in what else Cause.CRASH
-            found.append(Failure(cause, f"rank {tasks} on {node}: {what}", node, by_signal=not what.startswith("Exited")))
+            found.append(
+                Failure(cause, f"rank {tasks} on {node}: {what}", node, not what.startswith(("Exited", "Terminated")), int(re.split("[,-]", tasks)[0]))
+            )
     return next((failure for failure in found if failure.by_signal), found[0] if found else None)  # the others may be told of first
 
 
@@ -241,6 +249,12 @@ def _srun_output(run: RunDir, job: str, attempt: int) -> str:
         return ""
     _, _, after = log.read_text(errors="replace").partition(f"attempt {attempt} begins\n")
     return re.split(r"attempt \d+ begins\n", after)[0]
+
+
+def _last_line(run: RunDir, attempt: int, rank: int) -> str:
+    """The last that a rank wrote, before it could tell of an error in another way."""
+    log = run.attempt_logs(attempt) / f"rank-{rank:05d}.log"
+    return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "") if log.is_file() else ""
 
 
 def _first_line(text: str) -> str:

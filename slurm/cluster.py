@@ -30,8 +30,8 @@ def queued(jobs: Iterable[str]) -> list[QueuedJob]:
     wanted = sorted(set(jobs))
     if not wanted:
         return []
-    # One that is unknown by now must not hide the others: ask for all of this user's.
-    lines = _run("squeue", "--noheader", "--me", "--format=%i|%T|%N|%r").splitlines()
+    # One that is unknown by now must not hide the others: ask for all.
+    lines = _run("squeue", "--noheader", "--format=%i|%T|%N|%r").splitlines()
     found = (QueuedJob(*map(str.strip, line.split("|", 3))) for line in lines if line.count("|") >= 3)
     return [job for job in found if job.job in wanted]
 

@@ -1,10 +1,8 @@
 # One attempt of a chain. It needs bash and Slurm's commands; all Python runs in steps, so in the container where there is one.
 # Set above: run, code, python, tasks (per node), resubmit, mail, srun_args. Arguments: the chain's first job (none: this one), and the job before this one.
-me=$SLURM_JOB_ID chain=${1:-$SLURM_JOB_ID} before=${2:-} next=
+me=$SLURM_JOB_ID chain=${1:-$SLURM_JOB_ID} before=${2:-} next='' asked=''
 jobs=$run/slurm/jobs script=$run/slurm/job.sh
 mkdir -p "$jobs"
-export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-step=(srun --kill-on-bad-exit=1 --wait=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${srun_args[@]}")
 
 say() { echo "$(date +%T) $*"; }
 
@@ -37,18 +35,20 @@ queue_next() {
   return 1
 }
 
-# Asks launch.attempt before and after the attempt; $2...: the nodes, or the exit code of the ranks.
+# Asks launch.attempt before and after the attempt; $2...: the job before and the nodes, or the exit code of the ranks.
 judge() {
-  local partition_nodes what=$1
-  partition_nodes=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N | wc -l)
+  local what=$1 usable own
   shift
+  usable=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,mixed,allocated,completing --format=%N | wc -l)
   read -r verdict attempt exclude delay < <(
-    "${step[@]}" --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "$python" -m launch.attempt "$what" "$run" "$chain" "$me" "$partition_nodes" "$@"
+    "${step[@]}" --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "$python" -m launch.attempt "$what" "$run" "$chain" "$me" "$usable" "$@" | tail -n 1
   ) || verdict=failed
   if [ "$verdict" = stop ]; then
     end_chain
-  elif [ "$verdict" = go ] && [ -n "$next" ]; then
-    scontrol update JobId="$next" ExcNodeList="${exclude#-}" StartTime="now+$delay"
+  elif [ "$verdict" = go ] && [ -n "$next" ] && [ "$exclude $delay" != "- 0" ]; then
+    own=$(scontrol --oneliner show job "$next" | sed -n 's/.* ExcNodeList=\([^ ]*\) .*/\1/p')
+    own=${own#(null)} exclude=${exclude#-}
+    scontrol update JobId="$next" ExcNodeList="$own${own:+${exclude:+,}}$exclude" StartTime="now+$delay"
   fi
 }
 
@@ -58,39 +58,60 @@ end_chain() {
   resubmit=none
 }
 
+# A signal to the job reaches the ranks by itself; here it is only looked at what it means, while Slurm still knows.
+trap 'asked=yes; note "$me"; if [ "$(state "$me")" = CANCELLED ]; then end_chain; fi' TERM
+
 say "job $me of chain $chain${before:+, after job $before}, on $SLURM_JOB_NODELIST"
 if [ -n "$before" ] && [ "$before" != "$me" ]; then note "$before"; fi
 if [ "$resubmit" = chain ]; then
   if queue_next; then scontrol update JobId="$me" Requeue=0; else resubmit=requeue; fi
 fi
 
-# A signal to the job reaches the ranks by itself; here it is only looked at what it meant, while Slurm still knows.
-trap 'note "$me"; if [ "$(state "$me")" = CANCELLED ]; then end_chain; fi' TERM USR2
+# Attempts that do not even begin are counted here: nobody else can.
+failed=$(($(cat "$jobs/failed" 2>/dev/null || echo 0) + 1))
+echo "$failed" >"$jobs/failed"
+if ((failed > 1)) && [ -n "$next" ]; then scontrol update JobId="$next" StartTime="now+$((60 * failed))"; fi
+if ((failed > 3)); then
+  say "$((failed - 1)) jobs in a row could not begin: their logs, beside this one, say why. The chain ends; \`launch submit\` begins another one"
+  rm -f "$jobs/failed"
+  end_chain
+  exit 1
+fi
+
+@SETUP@
+export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+step=(srun --kill-on-bad-exit=1 --wait=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${srun_args[@]}")
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-judge begin "${nodes[@]}"
-case $verdict in
-  go) ;;
-  stop) exit 1 ;;
-  *) say "python -m launch.attempt failed on $(hostname): its words are above"; exit 1 ;;
-esac
+judge begin "${before:--}" "${nodes[@]}"
+if [ -n "$asked" ]; then
+  say "asked to end before the ranks have started"
+  exit 1
+elif [ "$verdict" = failed ]; then
+  say "python -m launch.attempt failed on $(hostname), as said above"
+  exit 1
+fi
+rm -f "$jobs/failed" "$jobs/$me"
+[ "$verdict" = go ] || exit 1
 
 say "attempt $attempt begins"
 logs=$run/logs/attempt-$(printf %06d "$attempt")
 mkdir -p "$logs"
 "${step[@]}" --ntasks=$((SLURM_JOB_NUM_NODES * tasks)) --ntasks-per-node="$tasks" --output="${logs//%/%%}/rank-%5t.log" "$python" -m launch.worker "$run" "$attempt" &
 ranks=$!
-while wait "$ranks"; code=$?; kill -0 "$ranks" 2>/dev/null; do :; done  # a trap ends `wait`, too
+while wait "$ranks"; kill -0 "$ranks" 2>/dev/null; do :; done  # a trap ends `wait`, too
 wait "$ranks"
 code=$?
 note "$me"
 say "the ranks ended with code $code"
-if [ "$(state "$me")" = RUNNING ]; then  # else Slurm is ending it, and no step can be had
-  judge end "$code"
-  if [ "$code" != 0 ] && [ "$resubmit" = requeue ]; then
-    say "requeues itself"
-    scontrol requeue "$me"
-    sleep 60
-  fi
+case $(state "$me") in
+  RUNNING | '')
+    judge end "$code"
+    if [ -n "$next" ] && [ "$verdict" = go ] && [ "$code" != 0 ]; then queue_next; fi ;;  # somebody may have cancelled it
+esac
+if [ "$code" != 0 ] && [ "$resubmit" = requeue ] && [ "$(state "$me")" != CANCELLED ]; then
+  say "requeues itself"
+  scontrol requeue "$me"
+  sleep 60
 fi
 exit "$code"

@@ -40,20 +40,25 @@ def script_text(config: RunConfig, run: RunDir, code: Path) -> str:
         "resubmit": settings.resubmit, "mail": settings.notify if settings.notify and "://" not in settings.notify else "",
     }  # fmt: skip
     lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-    return _with_header(config, run, "%j.log", [*lines, f"srun_args=({shlex.join(settings.srun_args)})", BODY.read_text()])
+    body = BODY.read_text().replace("@SETUP@", "\n".join(settings.setup))
+    return _with_header(config, run, "%j.log", [*lines, f"srun_args=({shlex.join(settings.srun_args)})", body])
 
 
 def index_script(config: RunConfig, run: RunDir, code: Path) -> str:
     """A job that indexes the shards that a run asks for."""
     command = [config.slurm.python or sys.executable, "-m", "tools.index", str(run.next_config.absolute()), "--quick"]
-    lines = [f"export PYTHONPATH={shlex.quote(str(code.absolute()))} PYTHONSAFEPATH=1", f"srun {shlex.join(config.slurm.srun_args)} {shlex.join(command)}"]
+    lines = [
+        *config.slurm.setup,
+        f"export PYTHONPATH={shlex.quote(str(code.absolute()))} PYTHONSAFEPATH=1",
+        f"srun {shlex.join(config.slurm.srun_args)} {shlex.join(command)}",
+    ]
     return _with_header(config, run, "index-%j.log", lines)
 
 
 def _with_header(config: RunConfig, run: RunDir, log: str, commands: list[str]) -> str:
     executor = SlurmExecutor(run.slurm)
     executor.parameters = _parameters(config, run, log)
-    return executor._make_submission_file_text("\n".join([f"unset {' '.join(FROZEN)}  # read anew by each attempt", *config.slurm.setup, *commands]), "")
+    return executor._make_submission_file_text("\n".join([f"unset {' '.join(FROZEN)}  # read anew by each attempt", *commands]), "")
 
 
 def submit(script: Path, *options: str) -> str:

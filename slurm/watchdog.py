@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-STARTING = "starting"
 FIRST_PATIENCE = 1800.0
 """Seconds that a phase may take of which nothing is known."""
+PATIENT = ("starting", "saving")
+"""Phases that may last as long as that at any time: a disk may be slow."""
 LEAST_PATIENCE = 120.0
 FACTOR = 20
 """Times the longest that a phase took so far."""
@@ -62,23 +63,23 @@ class Watchdog:
         self,
         folder: Path,
         rank: int,
-        ranks: int,
-        node: str,
+        nodes: Sequence[str],
         *,
         seconds: float | None = None,
         in_hand: Callable[[float], str] = lambda patience: "",
         report: Callable[[Hang], None],
         orphaned: Callable[[], bool] = lambda: False,
     ) -> None:
-        """seconds: how long a phase after the start may last (`slurm.hang_seconds`); in_hand: what has been in hand for longer than that many seconds;
+        """nodes: that of each rank; seconds: how long a phase after the start may last (`slurm.hang_seconds`); in_hand: what has been in hand for longer than that many seconds;
         orphaned: whether a later attempt has taken over."""
-        self._folder, self._rank, self._ranks, self._node, self._seconds = folder, rank, ranks, node, seconds
+        self._folder, self._rank, self._nodes, self._seconds = folder, rank, nodes, seconds
         self._in_hand, self._report, self._orphaned = in_hand, report, orphaned
-        self._phase, self._step, self._arrived = STARTING, 0, False
+        self._phase, self._step, self._arrived = "starting", 0, False
         self._last, self._armed = time.monotonic(), 0.0
         self._longest: dict[tuple[str, bool], float] = {}
         self._closed = threading.Event()
         self._stacks = (folder / f"rank-{rank:05d}.stacks").open("w")
+        self._arm()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def __call__(self, phase: str, step: int) -> None:
@@ -92,20 +93,21 @@ class Watchdog:
     def _sign(self, phase: str, step: int, arrived: bool) -> None:
         now, was = time.monotonic(), (self._phase, self._arrived)
         self._longest[was] = max(self._longest.get(was, 0.0), now - self._last)
-        self._phase, self._step, self._arrived, self._last = phase, step, arrived, now
-        if now - self._armed > STUCK:
-            self._armed = now
-            faulthandler.dump_traceback_later(self.patience + 3 * GATHER, exit=True, file=self._stacks)
+        self._last, self._phase, self._step, self._arrived = now, phase, step, arrived
+        if (phase, arrived) != was or now - self._armed > STUCK:
+            self._arm()
+
+    def _arm(self) -> None:
+        self._armed = time.monotonic()
+        faulthandler.dump_traceback_later(self.patience + 3 * GATHER, exit=True, file=self._stacks)
 
     @property
     def patience(self) -> float:
         """Seconds that the present phase may last."""
-        if self._phase == STARTING:
-            return FIRST_PATIENCE
-        if self._seconds:
-            return self._seconds
         known = self._longest.get((self._phase, self._arrived))
-        return FIRST_PATIENCE if known is None else max(LEAST_PATIENCE, FACTOR * known)
+        if known is None or self._phase in PATIENT:
+            return FIRST_PATIENCE
+        return self._seconds or max(LEAST_PATIENCE, 3 * known, min(FACTOR * known, FIRST_PATIENCE))
 
     def close(self) -> None:
         """The end: what comes now may take its time."""
@@ -120,48 +122,58 @@ class Watchdog:
                 print("a later attempt has taken over this run, and this rank is stuck: it leaves", file=sys.stderr, flush=True)
                 os._exit(1)
             if idle > self.patience or (idle > STUCK and asked.exists()):
-                self._hang(asked, idle)
+                try:
+                    self._hang(asked, idle)
+                finally:  # whatever cannot be written
+                    os._exit(HUNG)
 
     def _hang(self, asked: Path, idle: float) -> None:
         with contextlib.suppress(OSError):
             faulthandler.dump_traceback(self._stacks, all_threads=True)
             self._stacks.flush()
-        sign = Sign(self._rank, self._node, self._phase, self._step, self._arrived, round(idle, 1), self._in_hand(idle / 2))
+        sign = Sign(self._rank, self._nodes[self._rank], self._phase, self._step, self._arrived, round(idle, 1), self._in_hand(idle / 2))
         part = self._folder / f"rank-{self._rank:05d}.hang"
         temporary = part.with_suffix(".hang.tmp")
         temporary.write_text(json.dumps(asdict(sign)))
         temporary.replace(part)
-        dump_flight_recorder(self._folder / f"rank-{self._rank:05d}.nccl")
+        recorder = threading.Thread(target=dump_flight_recorder, args=(self._folder / f"rank-{self._rank:05d}.nccl",), daemon=True)
+        recorder.start()  # by itself: NCCL may be what hangs
         try:
             asked.touch(exist_ok=False)
         except FileExistsError:  # another rank will tell, and its end ends this one
             time.sleep(6 * GATHER)
-            os._exit(HUNG)
+            return
         deadline = time.monotonic() + GATHER
-        while time.monotonic() < deadline and len(list(self._folder.glob("rank-*.hang"))) < self._ranks:
+        while time.monotonic() < deadline and len(list(self._folder.glob("rank-*.hang"))) < len(self._nodes):
             time.sleep(0.1)
         signs = [Sign(**json.loads(file.read_text())) for file in sorted(self._folder.glob("rank-*.hang"))]
-        hang = explain(signs, self._ranks)
+        hang = explain(signs, self._nodes)
         print(f"hang: {hang.words}\n" + "\n".join(map(str, signs)) + f"\nall stacks: {self._folder}/rank-*.stacks", file=sys.stderr, flush=True)
         self._report(hang)
-        os._exit(HUNG)
 
 
-def explain(signs: Sequence[Sign], ranks: int) -> Hang:
-    """Who holds the others up, by what each rank says of itself; those that say nothing come first."""
+def explain(signs: Sequence[Sign], nodes: Sequence[str]) -> Hang:
+    """Who holds the others up, by what each rank says of itself; those that say nothing come first. nodes: that of each rank."""
+    ranks = len(nodes)
     answered = {sign.rank: sign for sign in signs}
     silent = [rank for rank in range(ranks) if rank not in answered]
     longest = max(sign.seconds for sign in signs)
     if silent:
         known = "; the others: " + _phases(signs)
-        return Hang(f"{_names(silent)} gave no sign of life for {longest:.0f} s, not even of the watchdog{known}", "", silent)
+        return Hang(f"{_names(silent)} gave no sign of life for {longest:.0f} s, not even of the watchdog{known}", _common(nodes, silent), silent)
     late = [sign for sign in signs if not sign.arrived] or list(signs)
     first = min(sign.step for sign in late)
     late = [sign for sign in late if sign.step == first]
     if len(late) == ranks:
         return Hang(f"all ranks are stuck for {longest:.0f} s: {_phases(signs)}", "", [])
-    nodes = {sign.node for sign in late}
-    return Hang(f"{_phases(late)} for {longest:.0f} s, while the others wait", nodes.pop() if len(nodes) == 1 else "", [sign.rank for sign in late])
+    suspects = [sign.rank for sign in late]
+    return Hang(f"{_phases(late)} for {longest:.0f} s, while the others wait", _common(nodes, suspects), suspects)
+
+
+def _common(nodes: Sequence[str], ranks: Sequence[int]) -> str:
+    """The node of some ranks, if it is one."""
+    found = {nodes[rank] for rank in ranks}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _phases(signs: Sequence[Sign]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from configs.errors import EarwitnessError, ExitCode
+from configs.errors import EarwitnessError
 from configs.rundir import RunDir
 from configs.schema import RunConfig
 from data import storage

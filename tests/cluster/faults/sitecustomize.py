@@ -18,6 +18,8 @@ POLL = 0.05
 
 def _wait_for_fault(folder: Path, rank: str) -> None:
     once, always = folder / f"rank-{rank}", folder / f"every-rank-{rank}"
+    while "trainer.start" not in sys.modules:
+        time.sleep(POLL)
     while True:
         for file in (once, always):
             if file.exists():
@@ -25,7 +27,7 @@ def _wait_for_fault(folder: Path, rank: str) -> None:
                 if file is once:
                     file.unlink()
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.main_thread().ident or 0), ctypes.py_object(error))
-                return
+                time.sleep(1)  # an import may have swallowed it: again
         time.sleep(POLL)
 
 
