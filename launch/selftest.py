@@ -83,7 +83,7 @@ class _Test:
         following = (self.run.slurm / "jobs" / f"{first['job']}.next").read_text().strip()
         fewer = max(1, nodes // 2)
         if nodes > 1:
-            cluster.set_nodes(following, fewer)
+            cluster.set_nodes(following, fewer, fewer * config.slurm.tasks)
         killed = time.time()
         cluster.send_signal(f"{first['job']}.1", "KILL")  # the ranks' step; to the whole job it would mean that it is cancelled
         second = self.wait("attempt", "the next attempt", lambda line: line["attempt"] > first["attempt"])

@@ -47,9 +47,9 @@ def send_signal(job: str, signal: str) -> None:
     _run("scancel", f"--signal={signal}", job)
 
 
-def set_nodes(job: str, nodes: int) -> None:
-    """Let a waiting job take another number of nodes."""
-    _run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}")
+def set_nodes(job: str, nodes: int, tasks: int) -> None:
+    """Let a waiting job take another number of nodes, with so many tasks in all."""
+    _run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}-{nodes}", f"NumTasks={tasks}")
 
 
 def _run(*command: str) -> str:

@@ -105,6 +105,7 @@ code=$?
 note "$me"
 say "the ranks ended with code $code"
 case $(state "$me") in
+  CANCELLED) end_chain ;;
   RUNNING | '')
     judge end "$code"
     if [ -n "$next" ] && [ "$verdict" = go ] && [ "$code" != 0 ]; then queue_next; fi ;;  # somebody may have cancelled it

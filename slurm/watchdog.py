@@ -70,7 +70,8 @@ class Watchdog:
         report: Callable[[Hang], None],
         orphaned: Callable[[], bool] = lambda: False,
     ) -> None:
-        """nodes: that of each rank; seconds: how long a phase after the start may last (`slurm.hang_seconds`); in_hand: what has been in hand for longer than that many seconds;
+        """nodes: that of each rank; seconds: how long a known phase may last (`slurm.hang_seconds`);
+        in_hand: what has been in hand for longer than that many seconds;
         orphaned: whether a later attempt has taken over."""
         self._folder, self._rank, self._nodes, self._seconds = folder, rank, nodes, seconds
         self._in_hand, self._report, self._orphaned = in_hand, report, orphaned

@@ -31,7 +31,7 @@ PACKAGES = ("configs", "data", "trainer", "slurm", "launch")
 LEAST_FREE = 1 << 30
 """Bytes that must be free for temporary files."""
 LARGEST_SKEW = 30.0
-"""Seconds between clocks; S3 refuses requests that are 15 minutes off."""
+"""Seconds that a clock may be off that of the run's file system; S3 refuses requests that are 15 minutes off."""
 SLOWEST = 0.7
 """Share of the median speed of all GPUs below which one counts as broken."""
 MATRIX = 4096
@@ -70,11 +70,15 @@ def look_over(config: RunConfig, run: RunDir, attempt: int, node: str, world: Wo
         token.parent.mkdir(parents=True, exist_ok=True)
         token.write_text(str(attempt))
     world.barrier()
-    now = time.time()
     problems: dict[str, str] = {}
-    values: dict[str, Any] = {"clock": now, "code": _code_digest(), "versions": _versions()}
+    values: dict[str, Any] = {"code": _code_digest(), "versions": _versions()}
     fatal = 0
-    checks: dict[str, Callable[[], None]] = {"file system": lambda: _sees(token, str(attempt)), "disk": _check_disk, "code": _check_packages}
+    checks: dict[str, Callable[[], None]] = {
+        "file system": lambda: _sees(token, str(attempt)),
+        "clock": lambda: _check_clock(token.parent),
+        "disk": _check_disk,
+        "code": _check_packages,
+    }
     if int(os.environ["LOCAL_RANK"]) == 0:
         checks["storage"] = lambda: _check_storage(config)
     if world.device.type == "cuda":
@@ -103,7 +107,7 @@ def _compare(findings: list[Finding]) -> EarwitnessError | None:
     """What is wrong with a node, or with all."""
     nodes = {finding.node for finding in findings}
     bad = [finding for finding in findings if finding.problems]
-    if (bad and {finding.node for finding in bad} == nodes and len(nodes) > 1) or any(finding.fatal == ExitCode.DATA for finding in bad):
+    if bad and {finding.node for finding in bad} == nodes and (len(nodes) > 1 or bad[0].fatal):
         error = EarwitnessError(f"before the start, on all nodes: {_words(bad[0])}")
         error.exit_code = bad[0].fatal or 1
         return error
@@ -114,10 +118,6 @@ def _compare(findings: list[Finding]) -> EarwitnessError | None:
         for finding in findings:
             if str(finding.values[what]) != common:
                 return UnfitNode(finding.node, f"{finding.node} has other {what} than most: {finding.values[what]} instead of {common}")
-    clock = statistics.median(finding.values["clock"] for finding in findings)
-    for finding in findings:
-        if abs(finding.values["clock"] - clock) > LARGEST_SKEW:
-            return UnfitNode(finding.node, f"{finding.node}: its clock is {finding.values['clock'] - clock:+.0f} s off")
     speeds = [finding.values["tflops"] for finding in findings if "tflops" in finding.values]
     for finding in findings if speeds else []:
         if finding.values["tflops"] < SLOWEST * statistics.median(speeds):
@@ -136,6 +136,14 @@ def _sees(token: Path, content: str) -> None:
         if time.monotonic() > deadline:
             raise OSError(f"does not see {token}, which rank 0 has written: is the run's folder on a file system that all nodes share?")
         time.sleep(0.1)
+
+
+def _check_clock(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        os.utime(probe.fileno())
+        skew = time.time() - os.fstat(probe.fileno()).st_mtime
+    if abs(skew) > LARGEST_SKEW:
+        raise OSError(f"{skew:+.0f} s off that of the file system of {folder}")
 
 
 def _check_disk() -> None:
