@@ -27,7 +27,7 @@ def _wait_for_fault(folder: Path, rank: str) -> None:
                 if file is once:
                     file.unlink()
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.main_thread().ident or 0), ctypes.py_object(error))
-                time.sleep(1)  # an import may have swallowed it: again
+                time.sleep(5)  # an import may have swallowed it: again
         time.sleep(POLL)
 
 
