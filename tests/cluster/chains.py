@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from configs.rundir import RunDir, read_lines
+from slurm.chain import chain_jobs
 from tests.making import audit_of_attempts, config_values, run_program
 from tools.sandbox.slurm import Cluster
 
@@ -40,8 +41,9 @@ class Chain:
         return str(self.run.ledger("submitted")[-1]["job"])
 
     def jobs(self) -> list[str]:
-        """Jobs in the queue, whoever's: as `2 RUNNING`."""
-        return self.cluster.run("squeue", "--noheader", "--format=%i %T").splitlines()
+        """This run's jobs in the queue, as `2 RUNNING`."""
+        queue = self.cluster.run("squeue", "--noheader", "--format=%i %T").splitlines()
+        return [line for line in queue if line.split()[0] in chain_jobs(self.run)]
 
     def wait(self, what: str, look: Callable[[], T | None], seconds: float = 120) -> T:
         """Wait until a look finds something."""
