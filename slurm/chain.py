@@ -125,7 +125,7 @@ def find_end(run: RunDir, attempt: int, code: int | None = None, failure: Failur
             return end(Cause.STOPPED)
         by = {"SIGUSR2": Cause.TIME_LIMIT}.get(mine["stop"][0].get("signal", ""), Cause.SAVED)
         return end(JOB_STATES.get(state, by), f"saved at step {mine['stop'][0]['step']}")
-    errors = sorted(mine["error"], key=lambda line: (bool(LOST_PEER.search(line["message"])), line["time"]))  # clocks differ
+    errors = sorted(mine["error"], key=lambda line: (bool(LOST_PEER.search(_first_line(line["message"]))), line["time"]))  # clocks differ
     trained = any(line["event"] == "progress" and line["attempt"] == attempt for line in lines)
     if errors and errors[0].get("exit_code") in (ExitCode.USAGE, *(() if trained else (ExitCode.DATA,))):  # credentials may have expired: read them anew
         return end(Cause.BAD_INPUT, _first_line(errors[0]["message"]))
@@ -139,7 +139,7 @@ def find_end(run: RunDir, attempt: int, code: int | None = None, failure: Failur
     if state in JOB_STATES:
         node = failure.node if failure and failure.cause is Cause.NODE_LOST else ""
         return end(JOB_STATES[state], node or f"before it could save; the newest checkpoint is of step {saved}", node)
-    if errors and not (failure and failure.by_signal and LOST_PEER.search(errors[0]["message"])):
+    if errors and not (failure and failure.by_signal and LOST_PEER.search(_first_line(errors[0]["message"]))):
         what = Cause.OUT_OF_MEMORY if "too little memory" in errors[0]["message"] else Cause.ERROR
         return end(what, f"rank {errors[0]['rank']}: {_first_line(errors[0]['message'])}", errors[0].get("node", ""))
     if failure:

@@ -68,10 +68,10 @@ def test_the_printed_script_works_when_handed_to_sbatch_by_hand(chain: Chain, tm
         (["slurm.nodes=8"], "up to 16 processes, but a step has 8 samples"),
         (["slurm.nodes=many"], "write a number of nodes, or a range as 2-8"),
         (["slurm.partition=nowhere"], "invalid partition specified: nowhere"),
-        (["data.sources.0.shards=[s3://bucket/a.tar]"], "~/.aws/credentials"),
+        (["data.sources.0.shards=[s3://bucket/a.tar]", "slurm.setup=[]"], "~/.aws/credentials"),
         (["model.name_or_path=nobody/nothing"], "model.name_or_path: nobody/nothing"),
         (["run.dir=/proc/run"], "cannot write the run's folder"),
-        (["run.name=a\nb"], "control characters"),
+        ([r'run.name="a\nb"'], "control characters"),
     ],
 )
 def test_refused_before_it_costs_an_allocation(chain: Chain, tmp_path: Path, overrides: list[str], said: str) -> None:
