@@ -139,12 +139,16 @@ def _create(file: Path, text: str) -> bool:
     return True
 
 
+def file_system_time(folder: Path) -> float:
+    """Seconds since the epoch by the clock of a folder's file system, which stamps the signs of life. Raises OSError."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        os.utime(probe.fileno())
+        return os.fstat(probe.fileno()).st_mtime
+
+
 def _now(run: RunDir) -> float:
-    """The time by the clock of the file system, which stamps the signs of life."""
     try:
-        with tempfile.TemporaryFile(dir=run.leases) as probe:
-            os.utime(probe.fileno())
-            return os.fstat(probe.fileno()).st_mtime
+        return file_system_time(run.leases)
     except OSError:
         return time.time()
 

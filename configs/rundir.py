@@ -13,6 +13,9 @@ from configs.errors import ConfigError
 from configs.load import dump, load
 from configs.schema import RunConfig
 
+PACKAGES = ("configs", "data", "trainer", "slurm", "launch", "tools")
+"""What a run's jobs need of a checkout."""
+
 
 class RunDir:
     """Paths of `runs/NAME/`, and its append-only files."""
@@ -82,6 +85,10 @@ class RunDir:
     def ledger(self, event: str | None = None) -> list[dict[str, Any]]:
         """All lines of the ledger, or those of one event, oldest first."""
         return [line for line in read_lines(self.events) if event in (None, line["event"])]
+
+    def saved_step(self) -> int:
+        """Step of the newest checkpoint, as the ledger tells; 0 before the first one."""
+        return next((int(line["step"]) for line in reversed(self.ledger("checkpoint"))), 0)
 
     def next_attempt(self) -> int:
         """Number of the attempt that starts now: 0, 1, ..."""

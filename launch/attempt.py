@@ -13,15 +13,15 @@ import urllib.request
 from configs.errors import ConfigError, run_command
 from configs.lease import Lease, claim, holder
 from configs.rundir import RunDir
+from configs.schema import Slurm
 from data.in_hand import deaths
 from slurm.chain import Cause, Failure, Verdict, decide, record_end, settle, stop_requested
 
 
-def begin(run: RunDir, chain: str, job: str, partition_nodes: int, before: str, nodes: list[str]) -> tuple[Verdict, int]:
+def begin(run: RunDir, settings: Slurm, chain: str, job: str, partition_nodes: int, before: str, nodes: list[str]) -> tuple[Verdict, int]:
     """Take the run for this job, if the chain may go on. before: the job before it. Returns the number of the attempt, too."""
-    settings = run.read_next_config().slurm
     settle(run, chain)
-    verdict = _judge(run, chain, partition_nodes)
+    verdict = _judge(run, settings, chain, partition_nodes)
     if not verdict.go:
         return verdict, -1
     now = holder(run)
@@ -34,27 +34,27 @@ def begin(run: RunDir, chain: str, job: str, partition_nodes: int, before: str, 
     return verdict, lease.attempt
 
 
-def end(run: RunDir, chain: str, job: str, partition_nodes: int, code: int) -> tuple[Verdict, int]:
+def end(run: RunDir, settings: Slurm, chain: str, job: str, partition_nodes: int, code: int) -> tuple[Verdict, int]:
     """Note how this job's attempt ended, and judge whether another one may follow."""
     attempt = next(line["attempt"] for line in reversed(run.ledger("attempt")) if line.get("job") == job)
     in_hand = [f"rank {death.rank}: {death}" for death in deaths(run, attempt)]
     found = record_end(run, attempt, code, Failure(Cause.POISONED_SAMPLE, in_hand[0], "", by_signal=True) if in_hand else None)
     print(f"attempt {attempt} ended: {found.words}", *in_hand[1:], sep="\n", file=sys.stderr, flush=True)
     Lease(run, attempt).release()
-    verdict = _judge(run, chain, partition_nodes)
+    verdict = _judge(run, settings, chain, partition_nodes)
+    if verdict.go and settings.resubmit == "none":
+        verdict = Verdict(False, f"{found.words} (slurm.resubmit=none)")
     if not verdict.go:
         run.next_config.unlink(missing_ok=True)  # if it was refused: who goes on must not read it
-    if verdict.go and run.read_next_config().slurm.resubmit == "none":
-        verdict = Verdict(False, f"{found.words} (slurm.resubmit=none)")
     return verdict, attempt
 
 
-def _judge(run: RunDir, chain: str, partition_nodes: int) -> Verdict:
+def _judge(run: RunDir, settings: Slurm, chain: str, partition_nodes: int) -> Verdict:
     if stop_requested(run):
         return Verdict(False, "stopped by `launch stop`; `launch submit` goes on")
     attempts = {line["attempt"] for line in run.ledger("attempt") if line.get("chain") == chain}
     ends = [line for line in run.ledger("ended") if line["attempt"] in attempts]
-    return decide(run.read_next_config().slurm, ends, partition_nodes)
+    return decide(settings, ends, partition_nodes)
 
 
 def _tell_end(run: RunDir, chain: str, why: str, notify: str | None) -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     what, path, chain, job, partition_nodes, *rest = sys.argv[1:]
     run = RunDir(path)
     settings = run.read_next_config().slurm
-    place = run, chain, job, int(partition_nodes)
+    place = run, settings, chain, job, int(partition_nodes)
     verdict, attempt = begin(*place, rest[0], rest[1:]) if what == "begin" else end(*place, int(rest[0]))
     if not verdict.go:
         _tell_end(run, chain, verdict.why, settings.notify)

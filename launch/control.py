@@ -36,10 +36,9 @@ def stop(run: RunDir) -> None:
             print(f"job {', '.join(running)}: asked to save and to end", flush=True)
             asked = time.monotonic()
         time.sleep(POLL)
-    saved = max((line["step"] for line in run.ledger("checkpoint")), default=0)
     ended = [line["words"] for line in run.ledger("ended")]
     words = f" ({ended[-1]})" if ended else ""
-    print(f"{run.path}: the chain has ended{words}; the newest checkpoint is of step {saved}. `python -m launch submit` with its config goes on")
+    print(f"{run.path}: the chain has ended{words}; the newest checkpoint is of step {run.saved_step()}. `python -m launch submit` with its config goes on")
 
 
 def drill(run: RunDir) -> None:
@@ -49,29 +48,32 @@ def drill(run: RunDir) -> None:
     """
     running = [job.job for job in _jobs(run) if job.state == "RUNNING"]
     attempts = [line for line in run.ledger("attempt") if line.get("job") in running]
-    if not attempts or not _newer(run, "start", lambda line: line["attempt"] == attempts[-1]["attempt"], 0):
+    if not attempts or not any(line["attempt"] == attempts[-1]["attempt"] for line in run.ledger("start")):
         raise ConfigError(f"{run.path}: no attempt is training now; `python -m launch status {run.path}` says what it waits for")
     attempt, job = attempts[-1]["attempt"], attempts[-1]["job"]
     began = time.time()
     for signal in ("CONT", "TERM"):  # what Slurm sends
         cluster.send_signal(job, signal)
     print(f"job {job}: sent SIGCONT and SIGTERM, as a preemption does", flush=True)
-    steps: list[tuple[str, str, Callable[[dict[str, Any]], bool]]] = [
-        ("stop", "durable save", lambda line: line["attempt"] == attempt),
-        ("attempt", "next attempt starts", lambda line: line["attempt"] > attempt),
-        ("start", "it has loaded the checkpoint", lambda line: line["attempt"] > attempt),
-        ("progress", "its first step is taken", lambda line: line["attempt"] > attempt),
-    ]
-    for event, what, matches in steps:
-        while not (found := _newer(run, event, matches, began)):
-            if time.time() - began > 60 * DRILL_MINUTES or not cluster.queued(chain_jobs(run)):
-                raise EarwitnessError(f"{run.path}: the chain did not go on ({what} is missing): `python -m launch status {run.path}` says why")
-            time.sleep(POLL)
+    steps = [("attempt", "next attempt starts"), ("start", "it has loaded the checkpoint"), ("progress", "its first step is taken")]
+    until = began + 60 * DRILL_MINUTES
+    saved = wait_for(run, "stop", "durable save", until, lambda line: bool(line["attempt"] == attempt))
+    print(f"  {saved['time'] - began:7.1f} s  durable save", flush=True)
+    for event, what in steps:
+        found = wait_for(run, event, what, until, lambda line: bool(line["attempt"] > attempt))
         print(f"  {found['time'] - began:7.1f} s  {what}", flush=True)
 
 
-def _newer(run: RunDir, event: str, matches: Callable[[dict[str, Any]], bool], since: float) -> dict[str, Any] | None:
-    return next((line for line in run.ledger(event) if line["time"] >= since and matches(line)), None)
+def wait_for(run: RunDir, event: str, what: str, until: float, matches: Callable[[dict[str, Any]], bool] = lambda line: True) -> dict[str, Any]:
+    """Wait for a line of the ledger, until a time (s since the epoch). Raises EarwitnessError if it does not come, or the chain ends first."""
+    while True:
+        jobs = cluster.queued(chain_jobs(run))  # before the ledger, so that the last words of a job are seen
+        if found := next(filter(matches, run.ledger(event)), None):
+            return found
+        if not jobs or time.time() > until:
+            queue = "; ".join(f"job {job.job} is {job.state.lower()} ({job.reason})" for job in jobs) or "no job of this run is in the queue any more"
+            raise EarwitnessError(f"{run.path}: waited for this in vain: {what}; {queue}. `python -m launch status {run.path}` says more")
+        time.sleep(POLL)
 
 
 def _jobs(run: RunDir) -> list[cluster.QueuedJob]:

@@ -16,13 +16,12 @@ from rich.table import Table
 from configs.errors import ConfigError, EarwitnessError
 from configs.rundir import RunDir
 from configs.schema import RunConfig, node_range
+from launch.control import wait_for
 from launch.submit import submit_run
 from slurm import cluster
 from slurm.chain import chain_jobs
 
 STEPS, SAVE_EVERY = 20, 5
-POLL = 0.5
-"""Seconds between two looks."""
 
 
 def selftest(config: RunConfig, minutes: float) -> int:
@@ -33,6 +32,8 @@ def selftest(config: RunConfig, minutes: float) -> int:
     most = node_range(config.slurm.nodes)[1]
     run = RunDir(config.run.dir.with_name(f"{config.run.dir.name}-selftest"))
     if run.path.exists():
+        if not run.slurm.is_dir():
+            raise ConfigError(f"{run.path}: is in the way, and is not the folder of a selftest")
         if cluster.queued(chain_jobs(run)):
             raise ConfigError(f"{run.path}: another selftest is at work; `python -m launch stop {run.path}` ends it")
         shutil.rmtree(run.path)
@@ -42,7 +43,7 @@ def selftest(config: RunConfig, minutes: float) -> int:
         "monitor": {"every_steps": 1}, "slurm": {"nodes": most, "resubmit": "chain", "time_minutes": min(60, config.slurm.time_minutes)},
     }  # fmt: skip
     short = config.model_copy(update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()})
-    test = _Test(run, time.monotonic() + 60 * minutes)
+    test = _Test(run, time.time() + 60 * minutes)
     try:
         test.steps(short, most)
     except EarwitnessError as error:
@@ -101,11 +102,4 @@ class _Test:
 
     def wait(self, event: str, what: str, matches: Callable[[dict[str, Any]], bool] = lambda line: True) -> dict[str, Any]:
         """Wait for a line of the ledger."""
-        while not (found := next(filter(matches, self.run.ledger(event)), None)):
-            if (ended := self.run.ledger("chain_ended")) and event != "chain_ended":
-                raise EarwitnessError(f"waiting for {what}: the chain has ended: {ended[-1]['why']}")
-            if time.monotonic() > self.deadline:
-                waiting = "; ".join(f"job {job.job} is {job.state.lower()} ({job.reason})" for job in cluster.queued(chain_jobs(self.run)))
-                raise EarwitnessError(f"waiting for {what}: too long (--minutes). {waiting or 'No job of it is in the queue'}")
-            time.sleep(POLL)
-        return found
+        return wait_for(self.run, event, what, self.deadline, matches)

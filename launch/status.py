@@ -122,7 +122,7 @@ def _state(lines: list[dict[str, Any]], rows: list[Attempt], jobs: list[QueuedJo
     told = [line["why"] for line in lines if line["event"] == "chain_ended" and line["time"] >= (last.begin if last else 0)]
     if told:
         return "ended", told[-1]
-    if jobs is None and not (last and Cause[last.cause.upper()] in FINAL):
+    if jobs is None and not (last and Cause.told(last.cause) in FINAL):
         return "unknown", "Slurm does not answer here; " + (f"the last attempt ended: {last.words}" if last else "it has been submitted")
     return "ended", last.words if last else "it has never started, and no job of it is in the queue"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configs.errors import ConfigError
 from configs.lease import Lease, holder
-from configs.rundir import RunDir
+from configs.rundir import PACKAGES, RunDir
 from configs.schema import RunConfig, node_range
 from data import storage
 from data.dataset import list_shards
@@ -24,7 +24,6 @@ from slurm.chain import chain_jobs
 from slurm.submit import FROZEN, index_script, submit, write_script
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("configs", "data", "trainer", "slurm", "launch", "tools")
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: master weight and two moments."""
 PROBE_BYTES = 64 << 20

@@ -83,7 +83,7 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
     try:
         session = prepare(config, run, lease, world, stop, in_hand, grace=config.slurm.signal_seconds if in_job() else None)
     except Stopped:
-        return _leave(run, lease, world, stop, Outcome.SAVED, max((line["step"] for line in run.ledger("checkpoint")), default=0))
+        return _leave(run, lease, world, stop, Outcome.SAVED, run.saved_step())
     if world.rank == 0:
         lease.check()
         run.accept_config()

@@ -43,6 +43,11 @@ class Cause(Enum):
     SAVED = "asked to save"
     UNKNOWN = "unknown"
 
+    @classmethod
+    def told(cls, name: str) -> Cause:
+        """As the ledger has it."""
+        return cls[name.upper()]
+
 
 FINAL = {Cause.FINISHED, Cause.STOPPED, Cause.CANCELLED, Cause.BAD_INPUT, Cause.SUPERSEDED}
 """After these nothing follows."""
@@ -111,7 +116,7 @@ def find_end(run: RunDir, attempt: int, code: int | None = None, failure: Failur
     lines = run.ledger()
     mine = {event: [line for line in lines if line["event"] == event and line.get("attempt") == attempt] for event in ("attempt", "stop", "error", "hang")}
     job = mine["attempt"][0].get("job", "")
-    saved = max((line["step"] for line in lines if line["event"] == "checkpoint"), default=0)
+    saved = run.saved_step()
     state = job_state(run, job)
     at = round(time.time(), 3) if code is not None else _last_sign(lines, attempt)
 
@@ -165,9 +170,9 @@ def decide(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int
     if not ends:
         return Verdict(True)
     last = ends[-1]
-    if Cause[last["cause"].upper()] in FINAL:
+    if Cause.told(last["cause"]) in FINAL:
         return Verdict(False, last["words"])
-    without_progress = [Cause[end["cause"].upper()] for end in takewhile(lambda end: end["saved"] == last["saved"], reversed(ends))]
+    without_progress = [Cause.told(end["cause"]) for end in takewhile(lambda end: end["saved"] == last["saved"], reversed(ends))]
     failures, misfortunes = (sum(cause in kind for cause in without_progress) for kind in (FAILURES, MISFORTUNES))
     if failures >= settings.max_attempts_without_progress or misfortunes >= MISFORTUNES_WITHOUT_PROGRESS:
         why = f"{failures + misfortunes} attempts failed in a row without a checkpoint after step {last['saved']}; the last one: {last['words']}"
@@ -178,10 +183,10 @@ def decide(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int
 
 
 def _exclude(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int, now: float) -> tuple[str, ...]:
-    recent = [end for end in ends if end["node"] and now - end["time"] < 60 * settings.exclude_minutes and Cause[end["cause"].upper()] in FAULTS_OF_NODES]
+    recent = [end for end in ends if end["node"] and now - end["time"] < 60 * settings.exclude_minutes and Cause.told(end["cause"]) in FAULTS_OF_NODES]
     guilt = Counter[str]()
     for end in recent:
-        guilt[end["node"]] += GUILT_LIMIT if Cause[end["cause"].upper()] is Cause.UNFIT_NODE else 1
+        guilt[end["node"]] += GUILT_LIMIT if Cause.told(end["cause"]) is Cause.UNFIT_NODE else 1
     spare = max(0, partition_nodes - node_range(settings.nodes)[0])
     newest = dict.fromkeys(end["node"] for end in reversed(recent) if guilt[end["node"]] >= GUILT_LIMIT)
     return tuple(sorted(list(newest)[:spare]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from configs.errors import EarwitnessError
@@ -31,7 +31,7 @@ def queued(jobs: Iterable[str]) -> list[QueuedJob]:
     if not wanted:
         return []
     # One that is unknown by now must not hide the others: ask for all.
-    lines = _run("squeue", "--noheader", "--format=%i|%T|%N|%r").splitlines()
+    lines = run("squeue", "--noheader", "--format=%i|%T|%N|%r").splitlines()
     found = (QueuedJob(*map(str.strip, line.split("|", 3))) for line in lines if line.count("|") >= 3)
     return [job for job in found if job.job in wanted]
 
@@ -44,17 +44,18 @@ def cancel(*jobs: str) -> None:
 
 def send_signal(job: str, signal: str) -> None:
     """Send a signal (TERM, USR2) to all tasks of a running job, as Slurm does at a preemption or before the time limit."""
-    _run("scancel", f"--signal={signal}", job)
+    run("scancel", f"--signal={signal}", job)
 
 
 def set_nodes(job: str, nodes: int, tasks: int) -> None:
     """Let a waiting job take another number of nodes, with so many tasks in all."""
-    _run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}-{nodes}", f"NumTasks={tasks}")
+    run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}-{nodes}", f"NumTasks={tasks}")
 
 
-def _run(*command: str) -> str:
+def run(*command: str, environment: Mapping[str, str] | None = None) -> str:
+    """What a command of Slurm's prints. Raises EarwitnessError with its complaint."""
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     except FileNotFoundError:
         raise EarwitnessError(f"{command[0]}: not found; this needs Slurm's commands, as on a login node") from None
     except subprocess.CalledProcessError as error:

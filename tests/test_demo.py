@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from configs.rundir import PACKAGES
 from tests.making import ROOT
 from tools.sandbox.sounds import LONGEST, PAUSE_OF_GROUPS, SAMPLE_RATE, write_clips
 
@@ -61,7 +62,7 @@ def test_the_same_seed_makes_the_same_clips(table, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_learns(tmp_path: Path) -> None:
-    for package in ("configs", "data", "trainer", "slurm", "launch", "tools"):  # a copy, because the demo begins with an empty demo/ and runs/demo
+    for package in PACKAGES:  # a copy, because the demo begins with an empty demo/ and runs/demo
         shutil.copytree(ROOT / package, tmp_path / package)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-m", "tools.demo"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -19,15 +19,14 @@ from typing import Any
 import torch
 
 from configs.errors import EarwitnessError
-from configs.rundir import RunDir
+from configs.lease import file_system_time
+from configs.rundir import PACKAGES, RunDir
 from configs.schema import RunConfig
 from data import storage
 from data.sources import expand
 from trainer.distributed import PeerFailed, World
 
 CODE = Path(__file__).parents[1]
-PACKAGES = ("configs", "data", "trainer", "slurm", "launch")
-"""Of which every rank has code."""
 LEAST_FREE = 1 << 30
 """Bytes that must be free for temporary files."""
 LARGEST_SKEW = 30.0
@@ -139,9 +138,7 @@ def _sees(token: Path, content: str) -> None:
 
 
 def _check_clock(folder: Path) -> None:
-    with tempfile.TemporaryFile(dir=folder) as probe:
-        os.utime(probe.fileno())
-        skew = time.time() - os.fstat(probe.fileno()).st_mtime
+    skew = time.time() - file_system_time(folder)
     if abs(skew) > LARGEST_SKEW:
         raise OSError(f"{skew:+.0f} s off that of the file system of {folder}")
 
@@ -156,7 +153,7 @@ def _check_disk() -> None:
 
 def _check_packages() -> None:
     """Other packages are called data or trainer, too: all must come from one folder."""
-    for name in PACKAGES:
+    for name in filter(sys.modules.__contains__, PACKAGES):
         place = Path(sys.modules[name].__file__ or "")
         if not place.is_relative_to(CODE):
             raise ImportError(f"package {name} comes from {place}, not from {CODE}: something on PYTHONPATH hides it")

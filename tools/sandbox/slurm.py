@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import EarwitnessError
+from slurm.cluster import run
 
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sinfo": "slurm-client"}
 """Debian's package of each program."""
@@ -53,10 +54,7 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         """What a command such as sbatch prints; EarwitnessError with its complaint if it fails."""
-        done = subprocess.run(command, env=_outside_of_jobs() | self.environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise EarwitnessError(f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
-        return done.stdout
+        return run(*command, environment=_outside_of_jobs() | self.environment)
 
     def kill_slurmd(self, node: str) -> None:
         """Only the daemon dies; what runs on the node lives on."""
