@@ -75,7 +75,7 @@ def test_a_job_in_high_preempts_one_in_low(cluster: slurm.Cluster) -> None:
     wait_until(lambda: state(cluster, low) == "RUNNING")
     high = submit(cluster, "-phigh", "-N2", "--exclusive", wrap="true")
     wait_until(lambda: state(cluster, high) == "COMPLETED")
-    assert state(cluster, low) == "PENDING"
+    wait_until(lambda: state(cluster, low) == "PENDING")
     assert "Restarts=1 " in cluster.run("scontrol", "show", "job", low)
     assert "warned" in (cluster.folder / f"{low}.out").read_text()
     cluster.run("scancel", low)
@@ -135,6 +135,7 @@ def test_after_stop_nothing_is_left_whatever_died_before(tmp_path: Path) -> None
 
 
 def test_clusters_side_by_side_do_not_mix(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    wait_until(lambda: not cluster.run("squeue", "-ho", "%j"))  # of the tests before
     mine = submit(cluster, "--job-name=mine")
     with slurm.serve(tmp_path / "other", 1) as other:
         theirs = submit(other, "--job-name=theirs")

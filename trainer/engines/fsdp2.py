@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -92,8 +93,18 @@ class Fsdp2Engine:
         whole.generation_config = self._model.generation_config
         targets = dict(whole.named_parameters()) | dict(whole.named_buffers())
         for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
-            targets[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+            targets[name].copy_(self._gathered(tensor) if isinstance(tensor, DTensor) else tensor)
         return whole
+
+    def _gathered(self, parameter: DTensor) -> torch.Tensor:
+        """All rows of a parameter, by one plain collective: a rank has crashed in DTensor.full_tensor (torch 2.13, gloo)."""
+        share = -(-parameter.shape[0] // self._world.size) * (parameter.numel() // parameter.shape[0])
+        local = _flat(parameter)
+        mine = local.new_zeros(share)
+        mine[: local.numel()] = local
+        gathered = mine.new_empty(self._world.size, share)
+        dist.all_gather(list(gathered.unbind()), mine)
+        return gathered.view(-1)[: parameter.numel()].view(parameter.shape)
 
     def _reset_optimizer(self, updates: int) -> None:
         for parameter in self._trained.values():
