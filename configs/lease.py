@@ -67,15 +67,19 @@ class Lease:
 
     def check(self) -> None:
         """Give a sign of life. Raises Superseded if a later attempt has taken over."""
-        try:
-            os.utime(self._file)
-            self.lost = self.lost or any(file > self._file for file in _files(self._run))
-        except FileNotFoundError:
-            self.lost = True
-        if self.lost:
+        if self.superseded(sign=True):
             later = holder(self._run)
             by = f"attempt {later.attempt} ({_place(later)})" if later else "a later attempt"
             raise Superseded(f"{self._run.path}: {by} has taken over this run; attempt {self.attempt} leaves without saving")
+
+    def superseded(self, *, sign: bool = False) -> bool:
+        """Whether a later attempt has taken over; with `sign` a sign of life is given."""
+        try:
+            os.utime(self._file) if sign else self._file.stat()
+            self.lost = self.lost or any(file > self._file for file in _files(self._run))
+        except FileNotFoundError:
+            self.lost = True
+        return self.lost
 
     def release(self) -> None:
         """Let the next attempt start at once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Report:
     """When it was first submitted or started; `goodput` is of the time from there until now or its end."""
     goodput: dict[str, dict[str, float]]
     """Seconds and share by what they went into (see trainer/goodput.py)."""
+    notices: list[str]
+    """What went on all the same, but should be looked at: the last of each kind, and how many there were."""
     attempts: list[Attempt]
 
 
@@ -96,7 +98,8 @@ def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
     return Report(
         str(run.path), state, words, _next(run, state, on_slurm=bool(mine)), step, start.get("of"), left / speed if left is not None and speed else None,
         losses[-1] if losses else None, since,
-        {name: {"seconds": round(seconds, 3), "share": round(seconds / (sum(spent.values()) or 1), 5)} for name, seconds in spent.items()}, rows,
+        {name: {"seconds": round(seconds, 3), "share": round(seconds / (sum(spent.values()) or 1), 5)} for name, seconds in spent.items()},
+        _notices(lines), rows,
     )  # fmt: skip
 
 
@@ -124,7 +127,10 @@ def _state(lines: list[dict[str, Any]], rows: list[Attempt], jobs: list[QueuedJo
         return "ended", told[-1]
     if jobs is None and not (last and Cause.told(last.cause) in FINAL):
         return "unknown", "Slurm does not answer here; " + (f"the last attempt ended: {last.words}" if last else "it has been submitted")
-    return "ended", last.words if last else "it has never started, and no job of it is in the queue"
+    if last:
+        return "ended", last.words
+    index = [line["index_log"] for line in lines if line.get("index_log")]
+    return "ended", "no job of it is in the queue, and none has begun" + (f"; was it the indexing? Its log: {index[-1]}" if index else "")
 
 
 def _next(run: RunDir, state: str, *, on_slurm: bool) -> str:
@@ -133,6 +139,23 @@ def _next(run: RunDir, state: str, *, on_slurm: bool) -> str:
     if state != "ended":
         return ""
     return f"python -m launch {'submit' if on_slurm else 'train'} {run.config if run.config.is_file() else 'CONFIG'}"
+
+
+NOTICES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "slow_save": lambda line: f"step {line['step']}: the save took {line['seconds']:.0f} s, and slurm.signal_seconds is {line['grace']:.0f}: {line['advice']}",
+    "skip": lambda line: f"step {line['step']}: its gradient was not finite, and is left out",
+    "spike": lambda line: f"step {line['step']}: its loss, {line['loss']:.4g}, stands out; the ledger names the samples",
+    "damaged": lambda line: line["message"],
+    "mirror_failed": lambda line: line["message"],
+}
+
+
+def _notices(lines: list[dict[str, Any]]) -> list[str]:
+    found = []
+    for event, words in NOTICES.items():
+        if of_kind := [line for line in lines if line["event"] == event]:
+            found.append(words(of_kind[-1]) + (f" (the last of {len(of_kind)})" if len(of_kind) > 1 else ""))
+    return found
 
 
 def _print_runs(console: Console, reports: list[Report]) -> None:
@@ -162,6 +185,8 @@ def _print_run(console: Console, report: Report) -> None:
         for name, part in report.goodput.items():
             table.add_row(name.replace("_", " "), _duration(part["seconds"]), f"{part['share']:.1%}")
         console.print(table)
+    for notice in report.notices:
+        console.print(f"notice: {notice}")
     if report.next:
         console.print(f"next: {report.next}")
 

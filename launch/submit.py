@@ -67,13 +67,14 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
         print(script.read_text())
         print(f"not submitted: `sbatch {script}` would", file=sys.stderr)
         return
-    options = []
+    options, about = [], {}
     if missing:
         index = _submit_index(config, run)
         options = [f"--dependency=afterok:{index}", "--kill-on-invalid-dep=yes"]
-        print(f"job {index} indexes the shards; its log: {run.slurm / f'index-{index}.log'}")
+        about = {"index_log": str(run.slurm / f"index-{index}.log")}
+        print(f"job {index} indexes the shards; its log: {about['index_log']}")
     job = submit(script, *options)
-    run.record("submitted", job=job, nodes=settings.nodes, tasks_per_node=settings.tasks)
+    run.record("submitted", job=job, nodes=settings.nodes, tasks_per_node=settings.tasks, **about)
     print(f"submitted job {job}: {config.run.name}, {settings.nodes} nodes of {settings.tasks} processes")
     print(f"  python -m launch status {run.path}    attempts, causes, goodput\n  python -m launch stop {run.path}      save, and end the chain")
     print(f"  tail -F {run.slurm / f'{job}.log'}    what the job says; the ranks' own logs are in {run.logs}\n  tensorboard --logdir {run.path.parent}")

@@ -63,21 +63,22 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
     config, rank = run.read_next_config(), int(os.environ["RANK"])
     threads = 2 * config.data.threads + 1  # training's, validation's, and the main one for the panel
     in_hand = InHand(threads, error_file(run, lease.attempt, rank).with_suffix(".inhand"))
-    watch = _watchdog(run, lease, rank, in_hand, config.slurm.hang_seconds)
+    nodes = _nodes(run, lease.attempt)
+    watch = _watchdog(run, lease, rank, nodes, in_hand, config.slurm.hang_seconds)
     # Imported here, so that a signal during these seconds is already heeded.
     import torch
 
     from trainer import distributed
     from trainer.loop import Outcome, train
-    from trainer.preflight import UnfitNode, look_over
+    from trainer.preflight import look_over
     from trainer.start import Stopped, prepare
 
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
     gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
     if in_job() and config.slurm.gpus_per_node > 0 and gpus <= (local_rank if gpus != 1 else 0):  # one: the site binds each rank to its own
-        raise UnfitNode(node_name(), f"{node_name()}: only {gpus} of {config.slurm.gpus_per_node} GPUs answer")
-    world = distributed.start()
+        raise distributed.UnfitNode(node_name(), f"{node_name()}: only {gpus} of {config.slurm.gpus_per_node} GPUs answer")
+    world = distributed.start(nodes)
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
     try:
@@ -111,7 +112,7 @@ def _leave(run: RunDir, lease: Lease, world: World, stop: StopFlag, outcome: Out
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED
 
 
-def _watchdog(run: RunDir, lease: Lease, rank: int, in_hand: InHand, seconds: float | None) -> Watchdog:
+def _watchdog(run: RunDir, lease: Lease, rank: int, nodes: list[str], in_hand: InHand, seconds: float | None) -> Watchdog:
     """This rank's, which writes a hang into the ledger, and the samples that seem to be at fault."""
 
     def report(hang: Hang) -> None:
@@ -121,10 +122,14 @@ def _watchdog(run: RunDir, lease: Lease, rank: int, in_hand: InHand, seconds: fl
     def held(patience: float) -> str:
         return ", ".join(f"{one.key} of {one.shard}" for one in in_hand.record_endless(run, lease.attempt, rank, patience))
 
+    return Watchdog(run.attempt_logs(lease.attempt), rank, nodes, seconds=seconds, in_hand=held, report=report, orphaned=lease.superseded)
+
+
+def _nodes(run: RunDir, attempt: int) -> list[str]:
+    """That of each rank."""
     ranks = int(os.environ["WORLD_SIZE"])
-    nodes = next((line["nodes"] for line in run.ledger("attempt") if line["attempt"] == lease.attempt and "nodes" in line), [node_name()])
-    of_ranks = [nodes[number * len(nodes) // ranks] for number in range(ranks)]
-    return Watchdog(run.attempt_logs(lease.attempt), rank, of_ranks, seconds=seconds, in_hand=held, report=report, orphaned=lambda: lease.lost)
+    nodes = next((line["nodes"] for line in run.ledger("attempt") if line["attempt"] == attempt and "nodes" in line), [node_name()])
+    return [nodes[number * len(nodes) // ranks] for number in range(ranks)]
 
 
 @contextmanager

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from configs.errors import EarwitnessError
 
+LONGEST = 300.0
+"""Seconds that Slurm may take to answer."""
+
 
 @dataclass(frozen=True)
 class QueuedJob:
@@ -55,8 +58,10 @@ def set_nodes(job: str, nodes: int, tasks: int) -> None:
 def run(*command: str, environment: Mapping[str, str] | None = None) -> str:
     """What a command of Slurm's prints. Raises EarwitnessError with its complaint."""
     try:
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=LONGEST).stdout
     except FileNotFoundError:
         raise EarwitnessError(f"{command[0]}: not found; this needs Slurm's commands, as on a login node") from None
+    except subprocess.TimeoutExpired:
+        raise EarwitnessError(f"{' '.join(command)}: no answer within {LONGEST:.0f} s") from None
     except subprocess.CalledProcessError as error:
         raise EarwitnessError(f"{' '.join(command)}: {error.stderr.strip() or f'exit code {error.returncode}'}") from None

@@ -114,19 +114,28 @@ class Watchdog:
         """The end: what comes now may take its time."""
         self._closed.set()
         faulthandler.cancel_dump_traceback_later()
+        self._stacks.close()
+        Path(self._stacks.name).unlink(missing_ok=True)
 
     def _watch(self) -> None:
-        asked = self._folder / "hang"
+        asked, looked = self._folder / "hang", 0.0
         while not self._closed.wait(TICK):
-            idle = time.monotonic() - self._last
-            if idle > STUCK + GATHER and self._orphaned():
-                print("a later attempt has taken over this run, and this rank is stuck: it leaves", file=sys.stderr, flush=True)
-                os._exit(1)
+            now = time.monotonic()
+            idle = now - self._last
+            if idle > STUCK + GATHER and now - looked > GATHER:
+                looked = now
+                with contextlib.suppress(OSError):  # a file system that does not answer
+                    self._leave_if_orphaned()
             if idle > self.patience or (idle > STUCK and asked.exists()):
                 try:
                     self._hang(asked, idle)
                 finally:  # whatever cannot be written
                     os._exit(HUNG)
+
+    def _leave_if_orphaned(self) -> None:
+        if self._orphaned():
+            print("a later attempt has taken over this run, and this rank is stuck: it leaves", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _hang(self, asked: Path, idle: float) -> None:
         with contextlib.suppress(OSError):

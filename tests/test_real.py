@@ -19,7 +19,13 @@ def test_the_model_cards_snippet_captions_with_quotes_and_colons(pretrained: Pat
     packed = run_program("tools.pack", real_clips / "speech.csv", tmp_path / "shards", "--caption-key", "detailed_caption", "--where", "split=validation")
     assert packed.returncode == 0, packed.stderr
     values = config_values(
-        "run", tmp_path, pretrained / "base", f"{tmp_path}/shards/*.tar", engine={"dtype": "fp32"}, optim={"lr": 1e-4, "max_steps": 8}, evaluate={"captions": 1, "max_samples": 4}
+        "run",
+        tmp_path,
+        pretrained / "base",
+        f"{tmp_path}/shards/*.tar",
+        engine={"dtype": "fp32"},
+        optim={"lr": 1e-4, "max_steps": 8},
+        evaluate={"captions": 1, "max_samples": 4},
     )
     values["data"]["sources"] = [{**values["data"]["sources"][0], "caption_key": "detailed_caption"}]
     done = train(write_config(tmp_path, values), "--procs", 2)

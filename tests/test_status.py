@@ -150,6 +150,21 @@ def test_why_a_chain_has_ended(tmp_path: Path) -> None:
     assert sum(part["seconds"] for part in report.goodput.values()) == pytest.approx(262)  # what comes after the end does not count
 
 
+def test_what_should_be_looked_at_is_told(tmp_path: Path) -> None:
+    spikes = [{"time": 255.0 + step, "event": "spike", "step": step, "loss": 9.5, "keys": ["a"]} for step in (18, 19)]
+    slow = {"time": 255.0, "event": "slow_save", "attempt": 1, "step": 20, "seconds": 95.2, "grace": 180, "advice": "raise slurm.signal_seconds"}
+    report = look(write(tmp_path, [*PREEMPTED, *spikes, slow]), [], 280.0)
+    assert report.notices == [
+        "step 20: the save took 95 s, and slurm.signal_seconds is 180: raise slurm.signal_seconds",
+        "step 19: its loss, 9.5, stands out; the ledger names the samples (the last of 2)",
+    ]
+
+
+def test_a_run_whose_indexing_failed_says_where_to_look(tmp_path: Path) -> None:
+    report = look(write(tmp_path, [{**PREEMPTED[0], "index_log": "run/slurm/index-70.log"}]), [], 50.0)
+    assert (report.state, report.words) == ("ended", "no job of it is in the queue, and none has begun; was it the indexing? Its log: run/slurm/index-70.log")
+
+
 @pytest.fixture(scope="module")
 def restarted(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str, launch: Launcher) -> RunDir:
     """Killed before it has saved, killed with its launcher after it has, stopped right after an evaluation, and finished."""

@@ -18,9 +18,20 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 """How long ranks wait for one another: at a start, rank 0 may merge indexes or bring a checkpoint back from its mirror."""
 
+MEETING = timedelta(minutes=10)
+"""How long they wait for one another at first: imports from a network file system may take minutes."""
+
 
 class PeerFailed(EarwitnessError):
     """Another rank failed, and says why; this one only leaves."""
+
+
+class UnfitNode(EarwitnessError):
+    """A node cannot take part; `node` is its name."""
+
+    def __init__(self, node: str, message: str) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,10 @@ class World:
         dist.barrier()
 
 
-def start() -> World:
-    """Join the job that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
+def start(nodes: Sequence[str]) -> World:
+    """Join the job that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe. nodes: that of each rank.
 
-    Raises ConfigError for a GPU without BF16, EarwitnessError if the ranks cannot meet.
+    Raises ConfigError for a GPU without BF16, EarwitnessError if the ranks cannot meet, UnfitNode if those of one node do not come.
     """
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
@@ -85,13 +96,32 @@ def start() -> World:
         device = torch.device("cpu")
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size, device_id=device if device.type == "cuda" else None, timeout=PATIENCE
-        )
+            "nccl" if device.type == "cuda" else "gloo", store=meet(rank, nodes), rank=rank, world_size=size,
+            device_id=device if device.type == "cuda" else None, timeout=PATIENCE,
+        )  # fmt: skip
     except dist.DistError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         hint = "another program has taken that port; start again" if "EADDRINUSE" in str(error) else str(error)
         raise EarwitnessError(f"rank {rank} cannot meet the others at {place}: {hint}") from None
     return World(rank, size, device)
+
+
+def meet(rank: int, nodes: Sequence[str], patience: timedelta = MEETING) -> dist.Store:  # type: ignore[name-defined]
+    """The store of rank 0, once all ranks have come to it. Raises DistError; on rank 0 UnfitNode or EarwitnessError for those that did not come."""
+    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(place, port, len(nodes), rank == 0, patience, wait_for_workers=False)  # type: ignore[attr-defined]
+    signs = [f"arrived/{number}" for number in range(len(nodes))]
+    store.set(signs[rank], "")
+    try:
+        store.wait(signs, patience)
+    except dist.DistError:
+        if rank != 0:
+            raise
+        absent = [number for number, sign in enumerate(signs) if not store.check([sign])]
+        of_nodes = list(dict.fromkeys(nodes[number] for number in absent))
+        said = f"{len(absent)} of {len(nodes)} ranks did not come within {patience.total_seconds():.0f} s: those of {', '.join(of_nodes)}"
+        raise UnfitNode(of_nodes[0], said) if len(of_nodes) == 1 < len(set(nodes)) else EarwitnessError(said) from None
+    return store
 
 
 def has_bf16(device: torch.device) -> bool:

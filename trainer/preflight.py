@@ -24,7 +24,7 @@ from configs.rundir import PACKAGES, RunDir
 from configs.schema import RunConfig
 from data import storage
 from data.sources import expand
-from trainer.distributed import PeerFailed, World
+from trainer.distributed import PeerFailed, UnfitNode, World
 
 CODE = Path(__file__).parents[1]
 LEAST_FREE = 1 << 30
@@ -37,14 +37,6 @@ MATRIX = 4096
 ALL_REDUCE_BYTES = 16 << 20
 PATIENCE = 10.0
 """Seconds that a file written elsewhere may take to appear."""
-
-
-class UnfitNode(EarwitnessError):
-    """A node cannot take part; `node` is its name."""
-
-    def __init__(self, node: str, message: str) -> None:
-        super().__init__(message)
-        self.node = node
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def fragile(slurm_packages: None, tmp_path: Path) -> Iterator[Cluster]:
 @pytest.mark.slow
 def test_whatever_happens_it_goes_on_and_is_the_same_run(fragile: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
     """Every way in which an attempt can end, one after another; seconds from each fault to the first new step are printed."""
-    chain = make_chain(fragile, tmp_path, model, shards, ENDLESS, slurm={"hang_seconds": 8, "exclude_minutes": 0})
+    chain = make_chain(fragile, tmp_path, model, shards, ENDLESS, slurm={"hang_seconds": 8, "exclude_minutes": 0, "notify": "me@example.org"})
     chain.submit()
     attempt = chain.training()
     for name, (happen, cause, words) in ENDINGS.items():
@@ -97,7 +97,13 @@ def test_whatever_happens_it_goes_on_and_is_the_same_run(fragile: Cluster, tmp_p
         for node in lost(nodes, fragile):
             fragile.start_slurmd(node)
         chain.training(attempt - 1)
+    assert not fragile.mail
     check_the_same(chain, launch)
+    jobs = {line["chain"]: line["job"] for line in chain.run.ledger("attempt")}  # the last one of each chain
+    chain.wait("a mail for each of the two chains", lambda: len(fragile.mail) >= len(jobs))
+    assert len(jobs) == len(fragile.mail) == 2
+    for job, mail in zip(jobs.values(), fragile.mail, strict=True):
+        assert mail.startswith(f"to me@example.org: Slurm Job_id={job} Name=run "), mail
     done = chain.launch("status", chain.run.path, "--json")
     assert done.returncode == 0 and len(json.loads(done.stdout)["attempts"]) == len(ENDINGS) + 2
 

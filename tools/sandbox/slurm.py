@@ -56,6 +56,12 @@ class Cluster:
         """What a command such as sbatch prints; EarwitnessError with its complaint if it fails."""
         return run(*command, environment=_outside_of_jobs() | self.environment)
 
+    @property
+    def mail(self) -> list[str]:
+        """What Slurm has mailed, as `to ADDRESS: SUBJECT`."""
+        file = self.folder / "mail"
+        return file.read_text().splitlines() if file.exists() else []
+
     def kill_slurmd(self, node: str) -> None:
         """Only the daemon dies; what runs on the node lives on."""
         _end(lambda: [pid for pid in _processes(self.folder, node) if _program_of(pid).startswith("slurmd")])
@@ -127,6 +133,8 @@ def start(
         folder.chmod(0o755)  # whatever the umask is: munged wants its socket within everybody's reach
         for number in range(gpus):
             (folder / f"gpu{number}").symlink_to("/dev/null")  # Slurm wants a character device, and only looks at it
+        (folder / "mail.sh").write_text(f'#!/bin/bash\n# What Slurm would mail goes into a file: -s SUBJECT ADDRESS\necho "to $3: $2" >>{folder}/mail\n')
+        (folder / "mail.sh").chmod(0o755)
         (folder / "gres.conf").write_text(f"NodeName={names} Name=gpu File={folder}/gpu[0-{gpus - 1}]\n" if gpus else "")
         _start_munge(folder)
         if accounting:
@@ -189,6 +197,7 @@ def _settings(folder: Path, ports: Sequence[int]) -> dict[str, object]:
         "PreemptType": "preempt/partition_prio",
         "PreemptMode": "REQUEUE",
         "JobRequeue": 1,
+        "MailProg": folder / "mail.sh",
         "ReturnToService": 2,  # a node that was down comes back by itself
     }
 
