@@ -38,7 +38,8 @@ def stop(run: RunDir) -> None:
         time.sleep(POLL)
     ended = [line["words"] for line in run.ledger("ended")]
     words = f" ({ended[-1]})" if ended else ""
-    print(f"{run.path}: the chain has ended{words}; the newest checkpoint is of step {run.saved_step()}. `python -m launch submit` with its config goes on")
+    saved = f"the newest checkpoint is of step {step}" if (step := run.saved_step()) else "there is no checkpoint yet"
+    print(f"{run.path}: the chain has ended{words}; {saved}. `python -m launch submit` with its config goes on")
 
 
 def drill(run: RunDir) -> None:

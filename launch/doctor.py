@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import EarwitnessError
+from slurm import cluster
 
 Finding = tuple[str, str, str]
 """What, verdict (ok, note, bad), details."""
@@ -71,8 +72,14 @@ def _device() -> Iterator[Finding]:
 
 def _programs() -> Iterator[Finding]:
     yield "FFmpeg", "ok" if shutil.which("ffmpeg") else "note", shutil.which("ffmpeg") or "not on the PATH: needed for M4A, AAC, MP4 and WebM clips only"
-    slurm = shutil.which("sbatch")
-    yield "Slurm", "ok" if slurm else "note", slurm or "no sbatch here: only `launch train` will work"
+    if not cluster.here():
+        yield "Slurm", "note", "no sbatch here: only `launch train` will work"
+        return
+    try:
+        partitions = cluster.run("sinfo", "--noheader", "--format=%R", seconds=10).split()
+        yield "Slurm", "ok", f"partitions {', '.join(dict.fromkeys(partitions))}"
+    except EarwitnessError as error:
+        yield "Slurm", "note", f"it does not answer: {str(error).splitlines()[-1]}"
 
 
 def _credentials() -> Iterator[Finding]:

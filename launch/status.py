@@ -23,6 +23,10 @@ from trainer.goodput import Attempt, attempts, begin, goodput
 
 WIDE = 180
 """Columns, where no terminal says how many it has."""
+PATIENCE = 10.0
+"""Seconds that Slurm may take to answer."""
+NEVER = ("PartitionNodeLimit", "PartitionTimeLimit", "PartitionConfig", "BadConstraints")
+"""Reasons of jobs that no node, free or busy, can take."""
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Report:
     step: int
     steps: int | None
     """Of how many."""
+    step_at: float | None
+    """When the ledger told of `step`, which it does at saves and with the points of the curves."""
     eta_seconds: float | None
     """Until the last step at the speed of now, evaluations left out; only while it is running."""
     validation_loss: float | None
@@ -73,7 +79,7 @@ def status(run: RunDir | None, *, as_json: bool) -> None:
 def queued_jobs(runs: Iterable[RunDir]) -> list[QueuedJob] | None:
     """Jobs of these runs that Slurm has in hand; None where its commands are not there, or do not answer."""
     try:
-        return cluster.queued(job for run in runs for job in chain_jobs(run))
+        return cluster.queued((job for run in runs for job in chain_jobs(run)), seconds=PATIENCE)
     except EarwitnessError:
         return None
 
@@ -93,10 +99,12 @@ def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
     start: dict[str, Any] = next((line for line in reversed(lines) if line["event"] == "start"), {})
     step = next((row.last for row in reversed(rows) if row.last is not None), 0)
     speed = next((row.samples_per_second for row in reversed(rows) if row.samples_per_second), None)
+    told = next((line["time"] for line in reversed(lines) if line["event"] in ("progress", "checkpoint", "start")), None)
     left = (start["of"] - step) * start["global_size"] if state == "running" and "global_size" in start else None
     losses = [line["validation/loss"] for line in lines if line["event"] == "evaluation" and "validation/loss" in line]
     return Report(
-        str(run.path), state, words, _next(run, state, on_slurm=bool(mine)), step, start.get("of"), left / speed if left is not None and speed else None,
+        str(run.path), state, words, _next(run, state, on_slurm=bool(mine)), step, start.get("of"), told,
+        left / speed if left is not None and speed else None,
         losses[-1] if losses else None, since,
         {name: {"seconds": round(seconds, 3), "share": round(seconds / (sum(spent.values()) or 1), 5)} for name, seconds in spent.items()},
         _notices(lines), rows,
@@ -119,7 +127,7 @@ def _state(lines: list[dict[str, Any]], rows: list[Attempt], jobs: list[QueuedJo
         if job.state != "PENDING":
             return "starting", f"job {job.job} on {job.nodes} ({job.state.lower()})"
     if jobs:
-        return "waiting", ", ".join(f"job {job.job}: {job.reason}" for job in jobs)
+        return "waiting", ", ".join(f"job {job.job}: {_reason(job)}" for job in jobs)
     if last and last.cause == Cause.FINISHED.name.lower():
         return "finished", last.words
     told = [line["why"] for line in lines if line["event"] == "chain_ended" and line["time"] >= (last.begin if last else 0)]
@@ -131,6 +139,12 @@ def _state(lines: list[dict[str, Any]], rows: list[Attempt], jobs: list[QueuedJo
         return "ended", last.words
     index = [line["index_log"] for line in lines if line.get("index_log")]
     return "ended", "no job of it is in the queue, and none has begun" + (f"; was it the indexing? Its log: {index[-1]}" if index else "")
+
+
+def _reason(job: QueuedJob) -> str:
+    if job.reason in NEVER:
+        return f"{job.reason}: it will not start on this cluster as it is; `launch stop`, and ask for less in the slurm section"
+    return "Slurm has not looked at it yet" if job.reason == "None" else job.reason
 
 
 def _next(run: RunDir, state: str, *, on_slurm: bool) -> str:
@@ -170,7 +184,8 @@ def _print_run(console: Console, report: Report) -> None:
     loss = "" if report.validation_loss is None else f", validation loss {report.validation_loss:.4f}"
     left = "" if report.eta_seconds is None else f", {_duration(report.eta_seconds)} left"
     words = "" if report.words == report.state else f": {report.words}"
-    console.print(f"{report.run}: {report.state}{words}\nstep {_steps(report)}{loss}{left}")
+    age = f" ({_duration(time.time() - report.step_at)} ago)" if report.step_at and report.state == "running" else ""
+    console.print(f"{report.run}: {report.state}{words}\nstep {_steps(report)}{age}{loss}{left}")
     table = Table("attempt", "job", "nodes", "start", "end", "cause", "steps", "samples/s", box=None)
     for row in report.attempts:
         steps = "" if row.first is None else f"{row.first}-{row.last}" + (f" ({row.repeated} lost)" if row.repeated else "")
@@ -178,7 +193,7 @@ def _print_run(console: Console, report: Report) -> None:
         nodes = f"{len(row.nodes)} x {row.ranks // len(row.nodes)}"
         table.add_row(str(row.attempt), row.job, nodes, _clock(row.begin), _clock(row.end), row.words, steps, speed)
     console.print(table)
-    if report.goodput:
+    if any(part["seconds"] for part in report.goodput.values()):
         total = sum(part["seconds"] for part in report.goodput.values())
         console.print(f"goodput: {report.goodput['training']['share']:.1%} of {_duration(total)} went into training that was kept")
         table = Table("", "time", "share", box=None, show_header=False)

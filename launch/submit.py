@@ -20,8 +20,8 @@ from data.dataset import list_shards
 from data.index import load_sidecar
 from data.sources import Shard
 from slurm import cluster
-from slurm.chain import chain_jobs
-from slurm.submit import FROZEN, index_script, submit, write_script
+from slurm.chain import Cause, chain_jobs
+from slurm.submit import FROZEN, index_script, look_ahead, submit, write_script
 
 ROOT = Path(__file__).parents[1]
 BYTES_PER_PARAMETER = 12
@@ -40,8 +40,7 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
         raise ConfigError(f"slurm.nodes={settings.nodes}: up to {high} processes, but a step has {size} samples (batch.global_size); some would be idle")
     if not dry_run and not cluster.here():
         raise ConfigError("no sbatch here: submit on a login node of the cluster, or train on this machine with `python -m launch train`")
-    run = RunDir.create(config)
-    run.slurm.mkdir(exist_ok=True)
+    run = RunDir(config.run.dir)
     if cluster.here() and (active := cluster.queued(chain_jobs(run))):
         jobs = ", ".join(f"{job.job} ({job.state.lower()})" for job in active)
         raise ConfigError(
@@ -51,10 +50,13 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
         Lease(run, now.attempt).release()
     elif now and now.alive:
         raise ConfigError(f"{run.path}: attempt {now.attempt} is at work on it on {now.host}; stop that one first")
+    _check_finished(config, run)
     _check_credentials(config)
     shards = list_shards(config)
     missing = _look_at_shards(config, shards)
 
+    run = RunDir.create(config)
+    run.slurm.mkdir(exist_ok=True)
     fetch_model(config, run)
     run.ask(config)
     (run.slurm / "stop").unlink(missing_ok=True)
@@ -63,6 +65,8 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
         print(line, file=sys.stderr)
     if missing:
         print(f"{missing} of {len(shards)} shards are not indexed: a job without GPUs does that first", file=sys.stderr)
+    if cluster.here() and (said := look_ahead(script)):
+        print(f"NOTE: no nodes here, free or busy, could take this job ({said}): it waits until there are some", file=sys.stderr)
     if dry_run:
         print(script.read_text())
         print(f"not submitted: `sbatch {script}` would", file=sys.stderr)
@@ -75,7 +79,7 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
         print(f"job {index} indexes the shards; its log: {about['index_log']}")
     job = submit(script, *options)
     run.record("submitted", job=job, nodes=settings.nodes, tasks_per_node=settings.tasks, **about)
-    print(f"submitted job {job}: {config.run.name}, {settings.nodes} nodes of {settings.tasks} processes")
+    print(f"submitted job {job}: {config.run.name}, nodes: {settings.nodes}, processes on each: {settings.tasks}")
     print(f"  python -m launch status {run.path}    attempts, causes, goodput\n  python -m launch stop {run.path}      save, and end the chain")
     print(f"  tail -F {run.slurm / f'{job}.log'}    what the job says; the ranks' own logs are in {run.logs}\n  tensorboard --logdir {run.path.parent}")
 
@@ -106,6 +110,16 @@ def fetch_model(config: RunConfig, run: RunDir) -> None:
         snapshot_download(name, local_dir=run.pretrained, allow_patterns=["*.json", "*.txt", "*.safetensors"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(f"model.name_or_path: {name}: no folder, and the hub does not give it: {str(error).splitlines()[0]}") from None
+
+
+def _check_finished(config: RunConfig, run: RunDir) -> None:
+    """Refuse a run that is finished and is asked for no more steps."""
+    ended = run.ledger("ended")
+    if ended and Cause.told(ended[-1]["cause"]) is Cause.FINISHED and run.read_config().optim == config.optim:
+        raise ConfigError(
+            f"{run.path}: finished at step {run.saved_step()}. More steps: optim.max_steps=N or optim.epochs=N; another run: run.name=NAME; "
+            f"what came of it: python -m tools.export {run.path} captioner"
+        )
 
 
 def _check_credentials(config: RunConfig) -> None:
@@ -150,6 +164,8 @@ def _about_checkpoints(config: RunConfig, run: RunDir) -> Iterator[str]:
     low = node_range(config.slurm.nodes)[0] * config.slurm.tasks
     yield f"a checkpoint has {size / 1e9:.2f} GB in {low} or more files; kept: the last {config.checkpoint.keep_last} and the best"
     seconds, how = (saved[-1]["total_seconds"], "the last one took") if saved else (size / _write_speed(run), "one process would take")
+    if seconds < 1:
+        seconds, how = 1.0, f"{how} less than"
     yield f"saving: {how} {seconds:.0f} s" + (
         f". That is more than half of slurm.signal_seconds={config.slurm.signal_seconds}: raise it" if seconds > config.slurm.signal_seconds / 2 else ""
     )

@@ -143,7 +143,9 @@ def find_end(run: RunDir, attempt: int, code: int | None = None, failure: Failur
     failure = failure or first_failure(run, job, attempt)
     if state in JOB_STATES:
         node = failure.node if failure and failure.cause is Cause.NODE_LOST else ""
-        return end(JOB_STATES[state], node or f"before it could save; the newest checkpoint is of step {saved}", node)
+        return end(
+            JOB_STATES[state], node or "before it could save; " + (f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint yet"), node
+        )
     if errors and not (failure and failure.by_signal and LOST_PEER.search(_first_line(errors[0]["message"]))):
         what = Cause.OUT_OF_MEMORY if "too little memory" in errors[0]["message"] else Cause.ERROR
         return end(what, f"rank {errors[0]['rank']}: {_first_line(errors[0]['message'])}", errors[0].get("node", ""))

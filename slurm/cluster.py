@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -28,13 +29,13 @@ def here() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def queued(jobs: Iterable[str]) -> list[QueuedJob]:
-    """Those of some jobs that have not ended."""
+def queued(jobs: Iterable[str], *, seconds: float = LONGEST) -> list[QueuedJob]:
+    """Those of some jobs that have not ended. seconds: how long Slurm may take to answer."""
     wanted = sorted(set(jobs))
     if not wanted:
         return []
     # One that is unknown by now must not hide the others: ask for all.
-    lines = run("squeue", "--noheader", "--format=%i|%T|%N|%r").splitlines()
+    lines = run("squeue", "--noheader", "--format=%i|%T|%N|%r", seconds=seconds).splitlines()
     found = (QueuedJob(*map(str.strip, line.split("|", 3))) for line in lines if line.count("|") >= 3)
     return [job for job in found if job.job in wanted]
 
@@ -55,13 +56,17 @@ def set_nodes(job: str, nodes: int, tasks: int) -> None:
     run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}-{nodes}", f"NumTasks={tasks}")
 
 
-def run(*command: str, environment: Mapping[str, str] | None = None) -> str:
-    """What a command of Slurm's prints. Raises EarwitnessError with its complaint."""
+def run(*command: str, environment: Mapping[str, str] | None = None, seconds: float = LONGEST) -> str:
+    """What a command of Slurm's prints within so many seconds. Raises EarwitnessError with its complaint."""
     try:
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=LONGEST).stdout
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=seconds).stdout
     except FileNotFoundError:
         raise EarwitnessError(f"{command[0]}: not found; this needs Slurm's commands, as on a login node") from None
     except subprocess.TimeoutExpired:
-        raise EarwitnessError(f"{' '.join(command)}: no answer within {LONGEST:.0f} s") from None
+        raise EarwitnessError(f"{' '.join(command)}: no answer within {seconds:.0f} s; is the cluster up{_where()}?") from None
     except subprocess.CalledProcessError as error:
         raise EarwitnessError(f"{' '.join(command)}: {error.stderr.strip() or f'exit code {error.returncode}'}") from None
+
+
+def _where() -> str:
+    return f" that SLURM_CONF={os.environ['SLURM_CONF']} names" if "SLURM_CONF" in os.environ else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from submitit.helpers import CommandFunction
 
 from configs.errors import ConfigError
 from configs.rundir import RunDir
-from configs.schema import RunConfig
+from configs.schema import RunConfig, Slurm, node_range
 
 BODY = Path(__file__).with_name("job.sh")
 FROZEN = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
@@ -80,7 +81,7 @@ def _parameters(config: RunConfig, run: RunDir, log: str) -> dict[str, Any]:
     flags = {
         "job_name": config.run.name, "output": f"{folder.replace('%', '%%')}/{log}", "chdir": str(Path.cwd()), "open-mode": "append",
         "partition": settings.partition, "account": settings.account, "qos": settings.qos, "constraint": settings.constraint,
-        "reservation": settings.reservation, "nodes": settings.nodes, "ntasks_per_node": settings.tasks, "cpus_per_task": settings.cpus_per_task,
+        "reservation": settings.reservation, "nodes": settings.nodes, **_tasks(settings), "cpus_per_task": settings.cpus_per_task,
         "gres": f"gpu:{settings.gpus_per_node}" if on_gpus and settings.gpu_request == "gres" else None,
         "gpus_per_node": settings.gpus_per_node if on_gpus and settings.gpu_request == "gpus_per_node" else None,
         "mem": f"{settings.memory_gb}G" if settings.memory_gb else None, "time": settings.time_minutes,
@@ -92,6 +93,19 @@ def _parameters(config: RunConfig, run: RunDir, log: str) -> dict[str, Any]:
     escaped = {name: value.replace("\\", "\\\\") if isinstance(value, str) else value for name, value in flags.items() if value is not None}
     options = [f"#SBATCH {option}" for option in settings.sbatch]
     return {"use_srun": False, "wckey": None, "stderr_to_stdout": True, "setup": options, "additional_parameters": escaped}
+
+
+def _tasks(settings: Slurm) -> dict[str, int]:
+    """Room for the processes of a node. Of a range, --ntasks-per-node would take no more nodes than the fewest nodes have tasks."""
+    low, high = node_range(settings.nodes)
+    return {"ntasks_per_node": settings.tasks} if low == high else {"mincpus": settings.tasks * (settings.cpus_per_task or 1)}
+
+
+def look_ahead(script: Path) -> str | None:
+    """What Slurm says of a script that none of its nodes, free or busy, could take; None if some could, or for complaints that `submit` will hear, too."""
+    with _clean_environment():
+        done = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True, check=False)
+    return "Requested node configuration is not available" if "node configuration is not available" in done.stderr else None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +33,7 @@ SHOWN = 12
 """Held-out clips in the table at the end, wrong ones first."""
 
 
-def demo() -> None:
+def demo(data_only: Annotated[bool, typer.Option("--data-only", help="Only make the clips, the shards and the model.")] = False) -> None:
     """Make, pack, index, train on two processes, stop, resume on one, export, and caption what was held out."""
     began = time.monotonic()
     os.chdir(ROOT)
@@ -49,6 +51,8 @@ def demo() -> None:
     for split in captions:
         _run("tools.pack", table, FOLDER / "shards" / split, "--where", f"split={split}")
     _run("tools.index", CONFIG)
+    if data_only:
+        return
 
     half = (config.optim.max_steps or 0) // 2
     _say(f"Training on two processes (DeepSpeed ZeRO-2), and stopping with Ctrl-C half way, at step {half}")
@@ -125,7 +129,7 @@ def _show(rows: list[tuple[str, str, str]]) -> None:
 def main() -> None:
     """The demo, which Ctrl-C may end at any time."""
     try:
-        demo()
+        typer.run(demo)
     except KeyboardInterrupt:  # the commands that it runs have it from the terminal, too
         raise EarwitnessError("stopped; `make demo` begins anew") from None
 

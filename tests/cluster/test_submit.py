@@ -79,11 +79,13 @@ def test_refused_before_it_costs_an_allocation(chain: Chain, tmp_path: Path, ove
     done = run_program("launch", "submit", chain.config, f"run.dir={tmp_path}/run", *overrides, env=environment)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not chain.jobs()
+    if "partition" not in said and "characters" not in said:
+        assert not (tmp_path / "run/config.next.yaml").exists()
 
 
 def test_missing_indexes_are_made_by_a_job_without_gpus_first(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
     values = config_values("run", tmp_path, model, shards, optim={"max_steps": 4}, evaluate={"captions": 0})
-    values["slurm"] = {"gpus_per_node": 0}
+    values["slurm"] = {"gpus_per_node": 0, "nodes": "1-3"}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
     chain = Chain(cluster, config, RunDir(tmp_path / "run"))
@@ -91,3 +93,11 @@ def test_missing_indexes_are_made_by_a_job_without_gpus_first(cluster: Cluster, 
     assert done.returncode == 0 and "indexes the shards" in done.stdout and "2 of 2 shards are not indexed" in done.stderr, done.stderr
     assert chain.finished() == "finished"
     assert chain.audit().keys() == set(range(4))
+    assert len(chain.nodes()) == 3  # a range takes what there is
+    done = chain.launch("submit", config)
+    assert done.returncode == 2 and "finished at step 4" in done.stderr, done.stderr
+
+
+def test_a_job_that_no_node_can_take_is_told_of(chain: Chain, tmp_path: Path) -> None:
+    done = chain.launch("submit", chain.config, f"run.dir={tmp_path}/run", "slurm.cpus_per_task=64", "--dry-run")
+    assert done.returncode == 0 and "no nodes here, free or busy, could take this job" in done.stderr

@@ -33,7 +33,8 @@ def slurm_cluster(
     print(f"""{nodes} nodes are idle. Use them:
   export {_as_exports(cluster.environment)}
   sinfo
-  python -m launch submit configs/demo.yaml
+  python -m tools.demo --data-only                             (what configs/demo.yaml needs, if `make demo` has not made it)
+  python -m launch submit configs/demo.yaml run.name=on-slurm
 Take {min(2, nodes)} of them away: partition high preempts jobs of low, the default:
   sbatch -p high -N{min(2, nodes)} --exclusive --wrap 'sleep 5'
 Stop the cluster and all of its jobs, and remove its folder:
@@ -41,11 +42,13 @@ Stop the cluster and all of its jobs, and remove its folder:
 
 
 @app.command()
-def stop(dir: Annotated[Path, typer.Argument(help="The cluster's folder.", metavar="DIR")]) -> None:
+def stop(dir: Annotated[Path, typer.Argument(help="The cluster's folder.", metavar="[DIR]")] = FOLDER) -> None:
     """Stop a Slurm cluster, with all of its jobs, and remove its folder."""
     from tools.sandbox import slurm
 
+    there = dir.exists()
     slurm.stop(dir)
+    print(f"{dir}: stopped and removed" if there else f"{dir}: there is no cluster")
 
 
 @app.command("s3")
