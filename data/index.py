@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from data.decode import AUDIO_ENDINGS, BadSample, probe
 from data.sources import Shard
 from data.tar import Damage, Member, walk
 
-VERSION = 1
+VERSION = 2
 QUICK_BLOCK = 64 << 10  # bytes per read when only headers are wanted
 FULL_BLOCK = 8 << 20
 
@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
         ("audio_size", pa.int64()),
         ("text_offset", pa.int64()),
         ("text_size", pa.int64()),
-        ("crc32", pa.int64()),  # of the audio; -1 in a quick index
+        ("crc32", pa.int64()),  # of the audio, then the text; -1 in a quick index
         ("seconds", pa.float32()),  # NaN in a quick index
         ("caption_characters", pa.int32()),  # -1 in a quick index
         ("problem", pa.string()),  # "" for a sound sample
@@ -57,6 +57,8 @@ class Sidecar:
     full: bool
     damage: str
     """Why the shard could not be read to its end, or ""."""
+    tag: str
+    """Of the shard, as `storage.Stat` has it."""
 
     def loss(self) -> str:
         """What is kept and what is lost of a damaged shard, in words."""
@@ -80,13 +82,13 @@ def load_sidecar(shard: Shard, index_dir: Path) -> Sidecar | None:
     now = storage.stat(shard.location)
     if (about["size"], about["tag"]) != (now.size, now.tag):
         return None
-    return Sidecar(table, about["full"], about["damage"])
+    return Sidecar(table, about["full"], about["damage"], now.tag)
 
 
 def index_shard(shard: Shard, index_dir: Path, *, full: bool) -> Sidecar:
     """Index a shard and keep the result in `index_dir`. Raises DataError if the shard cannot be read at all."""
     now = storage.stat(shard.location)
-    read = _Blocks(shard.location, now.size, FULL_BLOCK if full else QUICK_BLOCK)
+    read = _Blocks(replace(shard.location, tag=now.tag), now.size, FULL_BLOCK if full else QUICK_BLOCK)
     members, damage = [], ""
     try:
         for member in walk(read, now.size):
@@ -107,7 +109,7 @@ def index_shard(shard: Shard, index_dir: Path, *, full: bool) -> Sidecar:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     pq.write_table(table.replace_schema_metadata({"earwitness": json.dumps(about)}), temporary)
     temporary.replace(path)
-    return Sidecar(table, full, damage)
+    return Sidecar(table, full, damage, now.tag)
 
 
 class _Blocks:
@@ -172,7 +174,7 @@ def _inspect(row: dict[str, Any], read: _Blocks, shard: Shard) -> None:
     places = {name: (row[f"{name}_offset"], row[f"{name}_offset"] + row[f"{name}_size"]) for name in ("audio", "text")}
     content = {name: read(*place) for name, place in sorted(places.items(), key=lambda item: item[1])}  # forwards: one block is held
     audio = content["audio"]
-    row["crc32"] = zlib.crc32(audio)
+    row["crc32"] = zlib.crc32(content["text"], zlib.crc32(audio))
     try:
         caption = find_caption(content["text"], shard.source.caption_key)
         row["caption_characters"] = len(caption)
@@ -195,7 +197,7 @@ class Index:
         self.digest: str = self.table.schema.metadata[b"digest"].decode()
         by_name = {source.name: source for source in sources}
         listed = json.loads(self.table.schema.metadata[b"shards"])
-        self.shards = [Shard(by_name[name], storage.Location(url, json.dumps(by_name[name].storage_options, sort_keys=True))) for name, url in listed]
+        self.shards = [Shard(by_name[name], storage.Location(url, json.dumps(by_name[name].storage_options, sort_keys=True), tag)) for name, url, tag in listed]
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -235,7 +237,7 @@ def merge(shards: Sequence[Shard], sidecars: Sequence[Sidecar], path: Path, *, v
     present = set(np.unique(merged.column("source").to_numpy()).tolist())
     if not validation and (empty := [name for i, name in enumerate(sources) if i not in present]):
         raise DataError(f"no sample to train on in source {', '.join(empty)}: see its shards with `python -m tools.index`, which names every problem")
-    listed = [[shard.source.name, shard.location.url] for shard in shards]
+    listed = [[shard.source.name, shard.location.url, sidecar.tag] for shard, sidecar in zip(shards, sidecars, strict=True)]
     merged = merged.replace_schema_metadata({"digest": _digest(merged, shards), "shards": json.dumps(listed)})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

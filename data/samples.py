@@ -76,8 +76,11 @@ class Samples:
 
     def load(self, row: int, step: int = 0) -> Sample | Rejected:
         """Read and decode one sample by itself."""
+        return self.build(row, *self._read(row), step)
+
+    def _read(self, row: int) -> tuple[bytes, bytes]:
         place = self.place(row)
-        return self.build(row, storage.read(place.location, *place.audio), storage.read(place.location, *place.text), step)
+        return storage.read(place.location, *place.audio), storage.read(place.location, *place.text)
 
     def build(self, row: int, audio: bytes, text: bytes, step: int) -> Sample | Rejected:
         """Decode a sample from its bytes; a random crop depends on seed, step and sample alone.
@@ -89,11 +92,14 @@ class Samples:
         key = index.identity(row)
         if key in self.poisoned:
             return Rejected(key, POISONED, bad=True)
-        if expected >= 0 and zlib.crc32(audio) != expected:
-            raise DataError(
-                f"{shard.location.url}: the audio of sample {index.text('key', row)!r} is not what was indexed (CRC32 differs). "
-                "The shard was changed or damaged: restore it, or index it again with `python -m tools.index`."
-            )
+        if expected >= 0 and zlib.crc32(text, zlib.crc32(audio)) != expected:
+            audio, text = self._read(row)  # a bit may have flipped on its way
+            storage.STATS["reread"] += 1
+            if zlib.crc32(text, zlib.crc32(audio)) != expected:
+                raise DataError(
+                    f"{shard.location.url}: sample {index.text('key', row)!r} is not what was indexed (CRC32 differs, read twice). "
+                    "The shard was changed or damaged: restore it, or index it again with `python -m tools.index`."
+                )
         try:
             caption = find_caption(text, shard.source.caption_key)
             tokens = self.encoder.encode(caption, shard.source.style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -9,7 +10,7 @@ import shutil
 import tarfile
 import threading
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from queue import Queue
@@ -21,7 +22,7 @@ from transformers import GenerationConfig, WhisperProcessor
 
 from configs.errors import DataError, EarwitnessError
 from configs.load import validate
-from data import dataset
+from data import dataset, storage
 from data.captions import CaptionEncoder, prefix_tokens
 from data.in_hand import InHand
 from data.index import index_shard
@@ -29,6 +30,8 @@ from data.loader import Loader, Step
 from data.order import Order, rank_lanes
 from data.samples import Samples
 from tests.making import WINDOW_SECONDS, config_values
+from tools.sandbox import faults, s3
+from tools.sandbox.faults import Fault, Proxy
 
 BATCH, STEPS = 7, range(24)  # two epochs and a half: 60 clips, some held out, each 1.5 times per epoch; 7 do not divide by 2 or 3
 Opened = tuple[Samples, Order]
@@ -240,3 +243,36 @@ def test_undecoded_bytes_stay_within_the_read_ahead(opened: Open, tmp_path: Path
     held = [tracemalloc.get_traced_memory()[0] for _ in loader(found, steps=range(40), threads=1, read_ahead_mb=1)]
     tracemalloc.stop()
     assert max(held) < 5 << 20, "1 MB, the two steps that are being decoded, and what those take"
+
+
+@pytest.fixture
+def behind_a_proxy(shards: str, s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Proxy]]:
+    """The shards on S3, and the proxy before it."""
+    client = s3_server.client()
+    with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+        client.create_bucket(Bucket="flips")
+    for shard in Path(shards).parent.glob("*.tar"):
+        client.upload_file(str(shard), "flips", shard.name)
+    monkeypatch.setattr(storage, "_open", {})
+    storage.STATS.clear()
+    with faults.serve(s3_server.endpoint) as proxy:
+        for name, value in {**s3_server.environment, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        yield "s3://flips/*.tar", proxy
+
+
+def test_a_bit_that_flips_on_its_way_is_seen_and_the_sample_is_read_again(shards: str, opened: Open, behind_a_proxy: tuple[str, Proxy]) -> None:
+    url, proxy = behind_a_proxy
+    expected = content(list(loader(opened(shards, full=True))))
+    found = opened(url, full=True)
+    proxy.set(Fault("flip", after=3000, times=3))
+    assert content(list(loader(found))) == expected
+    assert storage.STATS["reread"] == sum(proxy.hits.values()) == 3
+
+
+def test_bits_that_flip_always_end_it_with_the_shard_and_the_sample(opened: Open, behind_a_proxy: tuple[str, Proxy]) -> None:
+    url, proxy = behind_a_proxy
+    found = opened(url, full=True)
+    proxy.set(Fault("flip", after=1000, times=0))
+    with pytest.raises(DataError, match=r"s3://flips/shard-00000\d.tar: sample 'clip\d+' is not what was indexed \(CRC32 differs, read twice\)"):
+        list(loader(found))

@@ -21,6 +21,8 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipe
 
 from configs.rundir import RunDir
 from tests.making import ROOT, audit, caption_of, config_values, make_clips, make_model, run_program, sound_of
+from tools.sandbox import faults
+from tools.sandbox.faults import Fault
 from trainer.checkpoint import Reader, find
 
 
@@ -227,10 +229,15 @@ def test_from_s3_the_same_samples_come_in_the_same_order(finished, tmp_path: Pat
     )
     unindexed = launch(config, env=s3_server.environment)
     assert unindexed.returncode == 3 and "python -m tools.index" in unindexed.stderr
-    indexed = run_program("tools.index", config, "--quick", env=s3_server.environment)
+    indexed = run_program("tools.index", config, env=s3_server.environment)
     assert indexed.returncode == 0 and "60 samples" in indexed.stdout, indexed.stdout + indexed.stderr
-    done = train(config, "--procs", 2, env=s3_server.environment)  # fsspec cannot be forked
-    assert done.returncode == 0, done.stderr
+    failing = [Fault(kind, times=0, share=0.01, after=after) for kind, after in (("reset", 5000), ("close", 5000), ("503", 0), ("500", 0), ("flip", 5000))]
+    with faults.serve(s3_server.endpoint, failing) as proxy:  # one in twenty requests fails
+        # fsspec cannot be forked; a request for each sample
+        done = train(config, "data.read_ahead_mb=1", "--procs", 2, env={**s3_server.environment, "AWS_ENDPOINT_URL": proxy.endpoint})
+        assert done.returncode == 0, done.stderr
+        print(f"{sum(proxy.hits.values())} of {len(proxy.requests)} requests failed: {[(fault.kind, count) for fault, count in proxy.hits.items()]}")
+        assert sum(proxy.hits.values()) > 3
     assert audit(tmp_path / "run") == audit(finished[0])
     wrong = launch(config, "run.name=other", f"run.dir={tmp_path}/other", env={**s3_server.environment, "AWS_SECRET_ACCESS_KEY": "wrong"})
     assert wrong.returncode == 3 and "credentials" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -52,13 +52,18 @@ def stop(dir: Annotated[Path, typer.Argument(help="The cluster's folder.", metav
 
 
 @app.command("s3")
-def s3_server() -> None:
-    """Run an S3 server until Ctrl-C; what is stored goes with it."""
-    from tools.sandbox import s3
+def s3_server(
+    fault: Annotated[Optional[list[str]], typer.Option("--faults", help="As reset,after=1000000,times=6; several may be given.", metavar="FAULT")] = None,  # noqa: UP045
+) -> None:
+    """Run an S3 server until Ctrl-C, with a proxy before it that breaks answers as told; what is stored goes with it."""
+    from tools.sandbox import faults, s3
 
+    told = [faults.Fault.parse(text) for text in fault or []]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt), s3.serve() as server:
+    with suppress(KeyboardInterrupt), s3.serve() as server, faults.serve(server.endpoint, told) as proxy:
         print(f"An S3 server runs until Ctrl-C. In another shell:\n  export {_as_exports(server.environment)}", flush=True)
+        if told:
+            print(f"The same with faults:\n  export AWS_ENDPOINT_URL={proxy.endpoint}", flush=True)
         signal.pause()
 
 

@@ -1,0 +1,185 @@
+"""Whatever happens between a shard on S3 and its reader: the bytes are those that were indexed, or the message says why they did not come."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError, DataError, ShardError
+from data import storage
+from data.storage import Limits, Location
+from tools.sandbox import faults, s3
+from tools.sandbox.faults import Fault, Proxy
+
+MB = 1 << 20
+SIZE = 6 * MB
+START, END = 1000, SIZE - 5
+QUICK = Limits(answer=1.0, stall=0.6, window=0.8, rate=64e3, hedge=0.3, patience=4.0, tell=1.0, pause=(0.02, 0.1))
+
+
+@dataclass
+class Bucket:
+    """An object behind a proxy."""
+
+    server: s3.Server
+    proxy: Proxy
+    content: bytes
+
+    def location(self, name: str = "a.tar", tag: str = "", **options: object) -> Location:
+        keys = {"key": self.server.access_key, "secret": self.server.secret_key, "endpoint_url": self.proxy.endpoint, **options}
+        return Location(f"s3://faults/{name}", storage.json.dumps(keys), tag)
+
+    def put(self, name: str, content: bytes) -> str:
+        """Store an object; returns its ETag."""
+        return str(self.server.client().put_object(Bucket="faults", Key=name, Body=content)["ETag"])
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: s3.Server) -> Iterator[Bucket]:
+    s3_server.client().create_bucket(Bucket="faults")
+    with faults.serve(s3_server.endpoint) as proxy:
+        bucket = Bucket(s3_server, proxy, os.urandom(SIZE))
+        bucket.put("a.tar", bucket.content)
+        storage.read(bucket.location(), 0, 10)  # the session is there
+        yield bucket
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
+    monkeypatch.setattr(storage, "LIMITS", QUICK)
+    bucket.proxy.set()
+    storage.STATS.clear()
+
+
+PASSING = {
+    "reset in the body": (Fault("reset", after=MB), "resumed"),
+    "reset in the body, six times": (Fault("reset", after=MB // 2, times=6), "resumed"),
+    "reset at every MB": (Fault("reset", after=MB, times=0), "resumed"),
+    "reset before the body": (Fault("reset", times=3), "retries"),
+    "the end comes early": (Fault("close", after=3 * MB, times=2), "resumed"),
+    "no answer": (Fault("hang", seconds=10, times=1), "hedge_won"),
+    "no answer, four times": (Fault("hang", seconds=10, times=4), "retries"),
+    "the body stalls": (Fault("stall", after=2 * MB, seconds=10, times=2), "resumed"),
+    "one byte at a time": (Fault("trickle", after=MB, seconds=0.5, times=2), "resumed"),
+    "503, eight times": (Fault("503", times=8), "retries"),
+    "503, forty times": (Fault("503", times=40), "retries"),
+    "500, three times": (Fault("500", times=3), "retries"),
+    "a late first byte": (Fault("delay", seconds=3), "hedge_won"),
+    "nobody listens": (Fault("refuse", seconds=2), "retries"),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_passes_is_read_through(bucket: Bucket, name: str) -> None:
+    fault, shows = PASSING[name]
+    bucket.proxy.set(fault)
+    began = time.perf_counter()
+    assert storage.read(bucket.location(), START, END) == bucket.content[START:END]
+    print(f"{name:32} {time.perf_counter() - began:5.2f} s  {dict(storage.STATS)}")
+    assert bucket.proxy.hits[fault] >= (fault.times or 5) or shows == "hedge_won"
+    assert storage.STATS[shows] and storage.STATS["bytes"] == END - START  # no byte is fetched twice
+
+
+def test_no_byte_is_asked_for_again(bucket: Bucket) -> None:
+    bucket.proxy.set(Fault("reset", after=MB))
+    storage.read(bucket.location(), START, END)
+    first, second = [ranges for method, _, ranges in bucket.proxy.requests if method == "GET"]
+    assert first == f"bytes={START}-{END - 1}" and START < int(second.removeprefix("bytes=").partition("-")[0]) <= START + MB
+
+
+def test_of_many_readers_at_once_all_get_theirs_while_one_in_ten_requests_fails(bucket: Bucket) -> None:
+    kinds = [Fault("reset", times=0, share=0.04, after=20_000), Fault("503", times=0, share=0.04), Fault("delay", times=0, share=0.02, seconds=1)]
+    bucket.proxy.set(*kinds)
+    places = [(start, start + 60_000) for start in range(0, SIZE - 60_000, 30_000)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda place: storage.read(bucket.location(), *place), places))
+    assert found == [bucket.content[start:end] for start, end in places]
+    assert sum(bucket.proxy.hits.values()) > 5
+
+
+FINAL = {
+    "403": (Fault("403", times=0), "access denied (403 AccessDenied)", "credentials"),
+    "404": (Fault("404", times=0), "it does not exist", "bucket and name"),
+}
+
+
+@pytest.mark.parametrize("name", FINAL)
+def test_what_does_not_pass_is_told_at_once(bucket: Bucket, name: str) -> None:
+    fault, reason, advice = FINAL[name]
+    bucket.proxy.set(fault)
+    with pytest.raises(DataError) as caught:
+        storage.read(bucket.location(), START, END)
+    assert all(words in str(caught.value) for words in ("s3://faults/a.tar", reason, advice))
+    assert bucket.proxy.hits[fault] <= 2  # once more with keys that are read anew
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("none.tar", {}, "it does not exist"),
+        ("a.tar", {"secret": "wrong"}, "access denied (403 SignatureDoesNotMatch)"),
+        ("a.tar", {"key": "unknown"}, "access denied (403 InvalidAccessKeyId)"),
+    ],
+)
+def test_wrong_names_and_keys(bucket: Bucket, name: str, options: dict[str, str], said: str) -> None:
+    for look in (lambda where: storage.read(where, 0, 9), storage.stat):
+        with pytest.raises(DataError) as caught:
+            look(bucket.location(name, **options))
+        assert said.split(" (")[0] in str(caught.value) and "Traceback" not in str(caught.value)
+        assert "wrong" not in str(caught.value)  # no secret is told
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_never_mixed(bucket: Bucket) -> None:
+    old, new = os.urandom(2 * MB), os.urandom(2 * MB)
+    tag = bucket.put("b.tar", old)
+    assert storage.stat(bucket.location("b.tar")).tag == tag
+    assert storage.read(bucket.location("b.tar", tag), 0, MB) == old[:MB]
+    bucket.proxy.set(Fault("stall", after=MB // 2, seconds=10))
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(storage.read, bucket.location("b.tar", tag), 0, 2 * MB)
+        while not bucket.proxy.hits:
+            time.sleep(0.01)
+        bucket.put("b.tar", new)
+        with pytest.raises(DataError, match="replaced since it was indexed"):
+            reading.result()
+
+
+def test_an_object_that_became_shorter(bucket: Bucket) -> None:
+    with pytest.raises(DataError, match="shorter than it was"):
+        storage.read(bucket.location(), SIZE + 5, SIZE + 10)
+
+
+def test_where_nothing_comes_for_long_it_ends_with_what_was_tried(bucket: Bucket, capfd: pytest.CaptureFixture[str]) -> None:
+    bucket.proxy.set(Fault("503", times=0))
+    began = time.monotonic()
+    with pytest.raises(ShardError, match=r"s3://faults/a.tar: cannot read bytes 1000-\d+: \d s without progress, \d+ failures, the last: .*SlowDown"):
+        storage.read(bucket.location(), START, END)
+    assert QUICK.patience < time.monotonic() - began < QUICK.patience + 3
+    assert "goes on trying" in capfd.readouterr().err  # before it gives up
+
+
+def test_keys_that_were_changed_are_read_anew(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a rotation does: the file has other keys now, and those that were read at the start are refused."""
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(variable, raising=False)
+    place = Location("s3://faults/a.tar", storage.json.dumps({"endpoint_url": bucket.proxy.endpoint}))
+    file.write_text("[default]\naws_access_key_id = old\naws_secret_access_key = gone\n")
+    with pytest.raises(DataError, match="access denied"):
+        storage.read(place, START, START + 9)
+    file.write_text(f"[default]\naws_access_key_id = {bucket.server.access_key}\naws_secret_access_key = {bucket.server.secret_key}\n")
+    assert storage.read(place, START, START + 9) == bucket.content[START : START + 9]
+
+
+def test_a_fault_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    assert Fault.parse("reset,after=1000000,times=6") == Fault("reset", after=1_000_000, times=6)
+    for text in ("earthquake", "reset,when=now", "reset,after=soon"):
+        with pytest.raises(ConfigError, match="503 "):
+            Fault.parse(text)
