@@ -41,7 +41,7 @@ class Limits:
     """Until an answer begins."""
     stall: float = 10.0
     """Between two pieces of a body."""
-    window: float = 10.0
+    window: float = 5.0
     rate: float = 64e3
     """Bytes per second, over `window`, below which another connection is tried."""
     hedge: float = 1.0

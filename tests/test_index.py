@@ -184,7 +184,19 @@ def test_an_index_is_used_again_until_its_shard_changes(tmp_path: Path, capsys: 
     os.utime(path, (changed, changed))
     assert load_sidecar(one, tmp_path / "index") is None
     renewed, said = made(quick=False)
+    assert f"{path}: changed since it was indexed; it is indexed anew" in said
     assert renewed != full and f"{path}: a: no .json member" in said and "1 samples" in said
+
+
+def test_the_jobs_of_a_slurm_array_share_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(5):
+        shard(tmp_path / f"{number}.tar", clip("a"))
+    for number, count in ((1, 3), (3, 2)):  # as of --array=1-3:2
+        for name, value in (("MIN", 1), ("MAX", 3), ("STEP", 2), ("ID", number)):
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+        index_command([f"{tmp_path}/*.tar"], caption_key="caption", index_dir=tmp_path / "index", threads=1, quick=True)
+        assert f"{count} shards, {count} samples" in capsys.readouterr().out
+    assert len(list((tmp_path / "index").iterdir())) == 5
 
 
 @pytest.mark.parametrize(("caption_key", "member"), [("meta.en.text", ("a.json", b'{"meta": {"en": {"text": "A bell."}}}')), (".txt", ("a.TXT", b"A bell.\n"))])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.errors import ExitCode
 from configs.lease import claim
@@ -130,6 +131,11 @@ def test_bad_audio_and_captions_are_named_and_the_others_are_trained_on(tmp_path
     assert "cannot be decoded" in quarantined["nothing"] and "cannot be decoded" in quarantined["cut"] and "cannot be decoded" in quarantined["page"]
     assert quarantined["mute"] == "the caption is empty"
     assert quarantined["hours"] == "the audio has 10800.0 s, 2 s fit (data.overlong: crop would take a part)"
+    told = run_program("tools.inspect", tmp_path / "run").stdout
+    assert "source sounds: 1 x the audio has N s, N s fit (data.overlong: crop would take a part); e.g. sounds/shard-000000.tar/hours" in told
+    curves = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    curves.Reload()
+    assert curves.Scalars("unusable_samples/sounds")[-1].value == 4  # not what is left out for its length
     assert "1 of 31 samples are left out, e.g. because of this: the audio is empty (0 bytes)" in done.stdout
     assert "sounds/shard-000000.tar/wordy: its caption is" in done.stdout and "tokens too long; they are cut off" in done.stdout
     trained = [key for file in (tmp_path / "run/audit").iterdir() for line in map(json.loads, file.read_text().splitlines()) for key in line["keys"]]

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.errors import run_command
 from configs.schema import Data
-from data.index import Sidecar, index_shard, load_sidecar
+from data.index import Sidecar, index_shard, load_sidecar, sidecar_path
 from data.sources import Shard, expand
+from data.storage import STATS
 from tools.arguments import named_sources
+
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 def index(
@@ -23,20 +31,33 @@ def index(
     index_dir: Annotated[Path, typer.Option(help="Where the indexes go (for SHARDS).")] = Data.model_fields["index_dir"].default,
     threads: Annotated[int, typer.Option(min=1, help="Shards at a time.")] = 8,
 ) -> None:
-    """Index shards, and name every problem. What is there already and current is not done again."""
+    """Index shards, and name every problem. What is there already and current is not done again. In a Slurm array each job takes its share."""
     sources, config = named_sources(shards, caption_key)
     index_dir = config.data.index_dir if config else index_dir
-    todo = [shard for source in sources for shard in expand(source)]
+    todo = _share([shard for source in sources for shard in expand(source)])
     totals: Counter[str] = Counter()
-    with ThreadPoolExecutor(threads) as pool:
-        for shard, sidecar in zip(todo, pool.map(lambda shard: _current(shard, index_dir, full=not quick), todo), strict=True):
+    began = time.monotonic()
+    with ThreadPoolExecutor(threads) as pool, Progress(*COLUMNS, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        found = pool.map(lambda shard: _current(shard, index_dir, full=not quick), todo)
+        for shard, sidecar in zip(progress.track(todo, description="shards"), found, strict=True):
             totals += _report(shard, sidecar)
     hours = "" if quick else f", {totals['seconds'] / 3600:.2f} h"
     print(f"{index_dir}: {len(todo)} shards, {totals['samples']} samples{hours}, {totals['problems']} with a problem, {totals['damaged']} shards damaged")
+    if STATS["requests"]:
+        print(f"read from elsewhere: {STATS['bytes'] / 1e9:.3f} GB in {STATS['requests']:,} requests, {time.monotonic() - began:.0f} s")
+
+
+def _share(shards: list[Shard]) -> list[Shard]:
+    """All shards, or those of this job of a Slurm array."""
+    first, last, step, number = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("MAX", 0), ("STEP", 1), ("ID", 0)))
+    jobs = range(first, last + 1, step)
+    return shards[jobs.index(number) :: len(jobs)]
 
 
 def _current(shard: Shard, index_dir: Path, *, full: bool) -> Sidecar:
     sidecar = load_sidecar(shard, index_dir)
+    if sidecar is None and sidecar_path(shard, index_dir).exists():
+        print(f"{shard.location.url}: changed since it was indexed; it is indexed anew", flush=True)
     return sidecar if sidecar and (sidecar.full or not full) else index_shard(shard, index_dir, full=full)
 
 

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from data.batch import Batch
 from data.decode import SAMPLE_RATE
 from data.loader import Step
+from data.storage import STATS
 from trainer.engines import Update
 from trainer.evaluate import PanelClip
 from trainer.flops import peak_flops, step_flops
@@ -28,6 +29,8 @@ from trainer.session import Session, Watch
 
 SPIKE_WINDOW = 100
 """Steps that a loss is compared with; the first SPIKE_WINDOW / 5 of an attempt are only collected."""
+STORAGE = ("bytes", "requests", "retries", "hedged", "reread")
+"""What is shown of the reads from elsewhere, by all ranks since the attempt began."""
 NOTE_EVERY = 30.0
 """Seconds after which the ledger is told where the time went: so much of it a kill can hide."""
 
@@ -101,10 +104,15 @@ class Monitor:
 
     def _report(self, step: int, update: Update, lr: float) -> None:
         world, count = self.session.world, len(self.names)
-        summed = world.sum([*self.losses.tolist(), *self.tokens.tolist(), self.samples, self.seconds, self.waited])
+        bad = Counter(one.key.partition("/")[0] for one in self.session.quarantined.values() if one.bad)
+        stored = [float(STATS[name]) for name in STORAGE]
+        summed = world.sum(
+            [*self.losses.tolist(), *self.tokens.tolist(), *(float(bad[name]) for name in self.names), *stored, self.samples, self.seconds, self.waited]
+        )
         if self.writer is None:
             return
-        losses, tokens, (samples, audio, waited) = summed[:count], summed[count : 2 * count], summed[2 * count :]
+        losses, tokens, unusable = (summed[start : start + count] for start in (0, count, 2 * count))
+        stored, (samples, audio, waited) = summed[3 * count : -3], summed[-3:]
         seconds = time.perf_counter() - self.began
         scalars = {f"loss/{name}": loss / n for name, loss, n in zip(self.names, losses, tokens, strict=True) if n}
         scalars["loss"] = sum(losses) / max(1.0, sum(tokens))
@@ -114,6 +122,8 @@ class Monitor:
         if self.peak and samples:
             flops = step_flops(self.session.captioner.config, self.session.order.frames // 2, sum(tokens) / samples)
             scalars["speed/mfu"] = flops * samples / seconds / (self.peak * world.size)
+        scalars |= {f"unusable_samples/{name}": value for name, value in zip(self.names, unusable, strict=True) if value}
+        scalars |= {f"storage/{name}": value for name, value in zip(STORAGE, stored, strict=True) if stored[0]}
         scalars["memory/host_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         if world.device.type == "cuda":
             scalars["memory/device_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9
