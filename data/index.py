@@ -30,8 +30,10 @@ from data.sources import Shard
 from data.tar import Damage, Member, walk
 
 VERSION = 2
-QUICK_BLOCK = 64 << 10  # bytes per read when only headers are wanted
-FULL_BLOCK = 8 << 20
+QUICK_BLOCK, FULL_BLOCK = 64 << 10, 8 << 20
+"""Bytes per read when only headers are wanted, and when all are."""
+NEAR = 1 << 20
+"""Bytes between two headers that are read along: a request costs as much time."""
 
 SCHEMA = pa.schema(
     [
@@ -113,14 +115,16 @@ def index_shard(shard: Shard, index_dir: Path, *, full: bool) -> Sidecar:
 
 
 class _Blocks:
-    """Bytes of a shard by position, read block by block; one block is held."""
+    """Bytes of a shard by position, read block by block; one block is held. Blocks grow as long as what is wanted is near."""
 
     def __init__(self, location: storage.Location, size: int, block: int) -> None:
-        self.location, self.size, self.block = location, size, block
+        self.location, self.size, self.least, self.block = location, size, block, block
         self.start, self.held = 0, b""
 
     def __call__(self, start: int, end: int) -> bytes:
         if not (self.start <= start and end <= self.start + len(self.held)):
+            near = bool(self.held) and 0 <= start - self.start - len(self.held) <= NEAR
+            self.block = min(2 * self.block, FULL_BLOCK) if near else self.least
             self.held = storage.read(self.location, start, min(max(end, start + self.block), self.size))
             self.start = start
         return self.held[start - self.start : end - self.start]

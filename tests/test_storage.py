@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 
 from configs.errors import ConfigError, DataError, ShardError
+from configs.schema import Source
 from data import storage
+from data.index import index_shard
+from data.sources import Shard
 from data.storage import Limits, Location
 from tools.sandbox import faults, s3
 from tools.sandbox.faults import Fault, Proxy
@@ -179,6 +184,19 @@ def test_keys_that_were_changed_are_read_anew(bucket: Bucket, tmp_path: Path, mo
         storage.read(place, START, START + 9)
     file.write_text(f"[default]\naws_access_key_id = {bucket.server.access_key}\naws_secret_access_key = {bucket.server.secret_key}\n")
     assert storage.read(place, START, START + 9) == bucket.content[START : START + 9]
+
+
+def test_a_quick_index_does_not_ask_for_each_header(bucket: Bucket, tmp_path: Path) -> None:
+    content = BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for number in range(200):
+            for ending, size in (("flac", 70_000), ("json", 20)):
+                member = tarfile.TarInfo(f"clip{number}.{ending}")
+                member.size = size
+                archive.addfile(member, BytesIO(bytes(size)))
+    bucket.put("clips.tar", content.getvalue())
+    sidecar = index_shard(Shard(Source(name="sounds", shards=["x"]), bucket.location("clips.tar")), tmp_path, full=False)
+    assert len(sidecar.table) == 200 and storage.STATS["requests"] < 15
 
 
 def test_a_fault_that_does_not_exist_is_refused_with_those_that_do() -> None:
