@@ -261,11 +261,8 @@ class _Range:
         bucket, key, version = filesystem.split_path(path)
         wanted = {"Bucket": bucket, "Key": key, "Range": f"bytes={self.position}-{self.end - 1}", **filesystem.req_kw}
         wanted |= ({"VersionId": version} if version else {}) | ({"IfMatch": self.location.tag} if self.location.tag else {})
-
-        async def ask() -> Any:
-            return await (await filesystem.set_session()).get_object(**wanted)
-
-        answer = await _hedged(ask)
+        client = await filesystem.set_session()
+        answer = await _hedged(lambda: client.get_object(**wanted))
         body = answer["Body"]
         try:
             if not str(answer.get("ContentRange", "")).startswith(f"bytes {self.position}-"):
