@@ -186,6 +186,18 @@ def test_keys_that_were_changed_are_read_anew(bucket: Bucket, tmp_path: Path, mo
     assert storage.read(place, START, START + 9) == bucket.content[START : START + 9]
 
 
+def test_over_http_what_passes_is_tried_again_and_what_does_not_is_told(bucket: Bucket) -> None:
+    def place(name: str) -> Location:
+        url = bucket.server.client().generate_presigned_url("get_object", Params={"Bucket": "faults", "Key": name})
+        return Location(url.replace(bucket.server.endpoint, bucket.proxy.endpoint))
+
+    bucket.proxy.set(Fault("reset", after=1000, times=2), Fault("503", times=2))
+    assert storage.read(place("a.tar"), START, START + 50_000) == bucket.content[START : START + 50_000]
+    assert storage.STATS["retries"] == 4
+    with pytest.raises(DataError, match=r"none\.tar\?.* it does not exist"):
+        storage.read(place("none.tar"), 0, 9)
+
+
 def test_a_quick_index_does_not_ask_for_each_header(bucket: Bucket, tmp_path: Path) -> None:
     content = BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
