@@ -337,7 +337,10 @@ def _final(error: Exception) -> tuple[str, bool]:
     elif isinstance(cause, ClientResponseError):
         status = cause.status
     if status == 412:
-        return "it was replaced since it was indexed (its ETag is another one): index it again with `python -m tools.index`", False
+        return (
+            "it was replaced since it was indexed (its ETag is another one): index it again with `python -m tools.index`, or start `tools.stage` again",
+            False,
+        )
     if status == 416:
         return "it is shorter than it was when it was indexed: index it again with `python -m tools.index`", False
     if status in (401, 403) or code in EXPIRED or isinstance(error, PermissionError):
