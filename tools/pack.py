@@ -40,19 +40,20 @@ def _write(table: Path, output: Output, caption_key: str, shard_bytes: int, wher
     seen: dict[str, str] = {}
     rejected = []
     pattern = str(output.folder).replace("%", "%%") + "/shard-%06d.tar"
-    # Closed by hand: a `with` would call `post` with the half of a shard when the block fails.
-    writer = ShardWriter(pattern, maxcount=10**9, maxsize=shard_bytes, post=lambda file: output.complete(Path(file)), verbose=0, mtime=0, user="", group="")
-    for line, row in _rows(table, where):
-        sample = _sample(row, table.parent, caption_key, seen)
-        if isinstance(sample, str):
-            print(f"{table}, line {line}: {row.get('file') or '(no file)'}: {sample}")
-            rejected.append([line, row.get("file", ""), sample])
-        else:
-            writer.write(sample)
+    with ShardWriter(pattern, maxcount=10**9, maxsize=shard_bytes, verbose=0, mtime=0, user="", group="") as writer:
+        for line, row in _rows(table, where):
+            sample = _sample(row, table.parent, caption_key, seen)
+            if isinstance(sample, str):
+                print(f"{table}, line {line}: {row.get('file') or '(no file)'}: {sample}")
+                rejected.append([line, row.get("file", ""), sample])
+            else:
+                shard = writer.fname
+                writer.write(sample)
+                if writer.fname != shard:  # that one is full
+                    output.complete(Path(shard))
+        shards = writer.shard
     if not seen:
         raise DataError(f"{table}: no row could be packed: {len(rejected)} were rejected, of those {f'with {where}' if where else 'that it has'}")
-    shards = writer.shard
-    writer.close()
     if rejected:
         with (output.folder / REJECTED).open("w", newline="") as file:
             csv.writer(file).writerows([["line", "file", "reason"], *rejected])
