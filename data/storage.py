@@ -104,7 +104,7 @@ def stat(location: Location) -> Stat:
         found = filesystem.info(path)
         return Stat(int(found["size"] or 0), str(found.get("ETag") or found.get("mtime") or found.get("LastModified") or ""))
 
-    return _retry(location, "its size", info)
+    return retry(location, "read its size", info)
 
 
 def glob(location: Location) -> list[Location]:
@@ -115,7 +115,7 @@ def glob(location: Location) -> list[Location]:
         found = filesystem.glob(path)
         return [Location(name if location.is_local else filesystem.unstrip_protocol(name), location.options) for name in found]
 
-    return _retry(location, "the list of shards", match)
+    return retry(location, "read the list of shards", match)
 
 
 def read(location: Location, start: int, end: int) -> bytes:
@@ -135,7 +135,7 @@ def read(location: Location, start: int, end: int) -> bytes:
             raise EOFError(f"got {len(found)} of {end - start} bytes")
         return found
 
-    return _retry(location, f"bytes {start}-{end}", from_disk)
+    return retry(location, f"read bytes {start}-{end}", from_disk)
 
 
 _open: dict[tuple[str, str], AbstractFileSystem] = {}
@@ -169,7 +169,7 @@ def _renew(location: Location) -> None:
 
 
 class _Trouble:
-    """Of one thing that is read: what failed so far, and whether it is tried again."""
+    """Of one thing that is done: what failed so far, and whether it is tried again."""
 
     def __init__(self, location: Location, what: str) -> None:
         self.location, self.what = location, what
@@ -182,7 +182,7 @@ class _Trouble:
 
     def failed(self, error: Exception) -> float:
         """Seconds to wait before the next try. Raises DataError for what does not pass, ShardError once it lasts too long."""
-        place = f"{self.location.url}: cannot read {self.what}"
+        place = f"{self.location.url}: cannot {self.what}"
         self.failures += 1
         STATS["retries"] += 1
         reason, credentials = _final(error)
@@ -203,7 +203,11 @@ class _Trouble:
         return random.uniform(0, min(LIMITS.pause[1], LIMITS.pause[0] * 2 ** min(self.failures, 10)))
 
 
-def _retry(location: Location, what: str, action: Callable[[], T]) -> T:
+def retry(location: Location, what: str, action: Callable[[], T]) -> T:
+    """The result of an action, as `read its size`, that is tried again while what hinders it may pass.
+
+    Raises DataError where trying again would not help, ShardError when it has not helped for long.
+    """
     trouble = _Trouble(location, what)
     while True:
         try:
@@ -220,7 +224,7 @@ class _Range:
         self.position = start
         """Of the next byte that is wanted."""
         self._parts: list[bytes] = []
-        self._trouble, self._mark = _Trouble(location, f"bytes {start}-{end}"), start
+        self._trouble, self._mark = _Trouble(location, f"read bytes {start}-{end}"), start
 
     async def fetch(self) -> bytes:
         """All of it."""
@@ -330,7 +334,10 @@ def _final(error: Exception) -> tuple[str, bool]:
     elif isinstance(cause, ClientResponseError):
         status = cause.status
     if status == 412:
-        return "it was replaced since it was indexed (its ETag is another one): index it again with `python -m tools.index`", False
+        return (
+            "it was replaced since it was indexed (its ETag is another one): index it again with `python -m tools.index`, or start `tools.stage` again",
+            False,
+        )
     if status == 416:
         return "it is shorter than it was when it was indexed: index it again with `python -m tools.index`", False
     if status in (401, 403) or code in EXPIRED or isinstance(error, PermissionError):

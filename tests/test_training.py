@@ -219,6 +219,19 @@ def test_an_export_is_not_written_over_a_folder(finished, tmp_path: Path) -> Non
     assert done.returncode == 2 and "not empty" in done.stderr and (tmp_path / "out/mine.txt").exists()
 
 
+def test_an_export_to_s3_is_the_export_to_a_folder(finished, tmp_path: Path, s3_server) -> None:
+    client = s3_server.client()
+    client.create_bucket(Bucket="exports")
+    for out in (tmp_path / "out", "s3://exports/out"):
+        done = run_program("tools.export", finished[0], out, env=s3_server.environment)
+        assert done.returncode == 0 and f"{out}: step" in done.stdout, done.stderr
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    found = [item["Key"] for item in client.list_objects_v2(Bucket="exports")["Contents"]]
+    assert {key.removeprefix("out/"): client.get_object(Bucket="exports", Key=key)["Body"].read() for key in found} == files
+    refused = run_program("tools.export", finished[0], "s3://exports/out", env=s3_server.environment)
+    assert refused.returncode == 2 and "not empty" in refused.stderr
+
+
 def test_from_s3_the_same_samples_come_in_the_same_order(finished, tmp_path: Path, model: Path, shards: str, s3_server, launch) -> None:
     client = s3_server.client()
     client.create_bucket(Bucket="clips")

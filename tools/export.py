@@ -1,4 +1,4 @@
-"""`python -m tools.export RUN|CHECKPOINT OUT`: a checkpoint -> a folder that `from_pretrained` loads. CPU only, tensor by tensor."""
+"""`python -m tools.export RUN|CHECKPOINT OUT`: a checkpoint -> a folder (or s3://...) that `from_pretrained` loads. CPU only, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Dtype(StrEnum):
 
 def export(
     source: Annotated[Path, typer.Argument(help="Folder of a run (its newest checkpoint) or of one checkpoint.", metavar="RUN|CHECKPOINT")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
+    out: Annotated[str, typer.Argument(help="Folder or s3://BUCKET/PREFIX to make.", metavar="OUT")],
     dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = Dtype.fp32,
     best: Annotated[bool, typer.Option("--best", help="The checkpoint with the best evaluate.best_metric instead of the newest.")] = False,
 ) -> None:
@@ -43,12 +43,12 @@ def export(
     torch.set_num_threads(1)  # comparing tensors with more takes 4 times as long where cores are shared
     run, folder = resolve(source, best=best)
     reader = checkpoint.Reader(folder)
-    with new_folder(out) as temporary:
+    with new_folder(out, last="config.json") as output:  # without which from_pretrained refuses
         weights = Weights(run, reader)
-        _write_weights(weights, temporary / "model.safetensors", dtype.torch)
-        _write_rest(run, reader, temporary, dtype)
-        _compare(weights, temporary, dtype.torch)
-    size = sum(file.stat().st_size for file in out.iterdir())
+        _write_weights(weights, output.folder / "model.safetensors", dtype.torch)
+        _write_rest(run, reader, output.folder, dtype)
+        _compare(weights, output.folder, dtype.torch)
+        size = sum(file.stat().st_size for file in output.folder.iterdir())
     print(f"{out}: step {reader.manifest.step} of {run.path}, {dtype.value}, {size / 1e6:.0f} MB, loaded and compared")
 
 

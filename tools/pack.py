@@ -1,4 +1,4 @@
-"""`python -m tools.pack CSV OUT`: clips and captions -> tar shards. OUT is complete or absent."""
+"""`python -m tools.pack CSV OUT`: clips and captions -> tar shards. OUT, a folder or s3://..., is complete or absent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from webdataset import ShardWriter
 
 from configs.errors import ConfigError, DataError, run_command
 from data.decode import AUDIO_ENDINGS, BadSample, probe
-from tools.output import new_folder
+from tools.output import Output, new_folder
 
 REJECTED = "rejected.csv"
 
 
 def pack(
     table: Annotated[Path, typer.Argument(help="CSV with the columns file (relative to the CSV) and caption; others go into the JSON, too.", metavar="CSV")],
-    out: Annotated[Path, typer.Argument(help="Folder to make, with shard-000000.tar ...", metavar="OUT")],
+    out: Annotated[str, typer.Argument(help="Folder or s3://BUCKET/PREFIX to make, with shard-000000.tar ...", metavar="OUT")],
     caption_key: Annotated[str, typer.Option(help="The JSON field that holds the caption.")] = "caption",
     shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes per shard.")] = 256,
     where: Annotated[Optional[str], typer.Option(help="Take only rows with COLUMN=VALUE, e.g. split=train.")] = None,  # noqa: UP045 (typer)
@@ -30,30 +30,34 @@ def pack(
         raise ConfigError(f"--where {where}: is written COLUMN=VALUE, e.g. --where split=train")
     if "." in caption_key:
         raise ConfigError(f"--caption-key {caption_key}: names one field of the JSON, without dots")
-    with new_folder(out) as folder:
-        packed, rejected = _write(table, folder, caption_key, shard_mb << 20, where)
-    shards = len(list(out.glob("*.tar")))
-    print(f"{out}: {packed} samples in {shards} shard{'s' * (shards != 1)}, {rejected} rows rejected" + (f" (see {out / REJECTED})" if rejected else ""))
+    with new_folder(out) as output:
+        packed, rejected, shards = _write(table, output, caption_key, shard_mb << 20, where)
+    print(f"{out}: {packed} samples in {shards} shard{'s' * (shards != 1)}, {rejected} rows rejected" + (f" (see {out}/{REJECTED})" if rejected else ""))
 
 
-def _write(table: Path, folder: Path, caption_key: str, shard_bytes: int, where: str | None) -> tuple[int, int]:
-    """Write shards into a folder; (rows packed, rows rejected)."""
+def _write(table: Path, output: Output, caption_key: str, shard_bytes: int, where: str | None) -> tuple[int, int, int]:
+    """Write shards; (rows packed, rows rejected, shards)."""
     seen: dict[str, str] = {}
     rejected = []
-    with ShardWriter(str(folder).replace("%", "%%") + "/shard-%06d.tar", maxcount=10**9, maxsize=shard_bytes, verbose=0, mtime=0, user="", group="") as writer:
+    pattern = str(output.folder).replace("%", "%%") + "/shard-%06d.tar"
+    with ShardWriter(pattern, maxcount=10**9, maxsize=shard_bytes, verbose=0, mtime=0, user="", group="") as writer:
         for line, row in _rows(table, where):
             sample = _sample(row, table.parent, caption_key, seen)
             if isinstance(sample, str):
                 print(f"{table}, line {line}: {row.get('file') or '(no file)'}: {sample}")
                 rejected.append([line, row.get("file", ""), sample])
             else:
+                shard = writer.fname
                 writer.write(sample)
+                if writer.fname != shard:  # that one is full
+                    output.complete(Path(shard))
+        shards = writer.shard
     if not seen:
         raise DataError(f"{table}: no row could be packed: {len(rejected)} were rejected, of those {f'with {where}' if where else 'that it has'}")
     if rejected:
-        with (folder / REJECTED).open("w", newline="") as file:
+        with (output.folder / REJECTED).open("w", newline="") as file:
             csv.writer(file).writerows([["line", "file", "reason"], *rejected])
-    return len(seen), len(rejected)
+    return len(seen), len(rejected), shards
 
 
 def _rows(table: Path, where: str | None) -> Iterator[tuple[int, dict[str, str]]]:

@@ -18,19 +18,17 @@ from pathlib import Path
 from aiohttp import ClientError
 from botocore.exceptions import BotoCoreError
 from botocore.exceptions import ClientError as BotoClientError
-from fsspec.core import split_protocol
 
 from configs.errors import CheckpointError, ConfigError
 from configs.lease import Superseded
 from configs.rundir import RunDir
 from configs.schema import RunConfig
 from data.storage import Location, open_filesystem
+from data.upload import upload
 from trainer import checkpoint
 from trainer.checkpoint import MANIFEST, NAME, Manifest, Reader
 
 FAULTS = (OSError, BotoCoreError, BotoClientError, ClientError)
-OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
-"""They have no folders: to make one would at most make a bucket that nobody asked for."""
 
 
 class Mirror:
@@ -41,7 +39,6 @@ class Mirror:
         self.url = f"{(config.checkpoint.mirror or '').rstrip('/')}/{config.run.name}"
         self._run, self._settings, self._metric = run, config.checkpoint, config.evaluate.best_metric
         self._filesystem, self._root = open_filesystem(Location(self.url))
-        self._has_folders = split_protocol(self.url)[0] not in OBJECT_STORES
         self._fence = fence
         self._begun_at: int | None = None
         self.copying: Path | None = None
@@ -110,7 +107,7 @@ class Mirror:
                 pass  # the loop says so
             except Exception as error:  # whatever it is, training goes on
                 if folder.is_dir():  # else newer ones have made it superfluous in the meantime
-                    said = str(error) or type(error).__name__
+                    said = (str(error) or type(error).__name__).rstrip(".")
                     print(f"{self.url}: {folder.name} could not be copied: {said}. Training goes on; the next checkpoint is tried again.", flush=True)
                     with contextlib.suppress(OSError):
                         self._run.record("mirror_failed", folder=folder.name, mirror=self.url, message=said)
@@ -179,9 +176,7 @@ class Mirror:
         return sorted((name for name, _ in found if NAME.fullmatch(name)), reverse=True)
 
     def _put(self, file: Path, name: str) -> None:
-        if self._has_folders:
-            self._filesystem.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
-        self._filesystem.put_file(str(file), f"{self._root}/{name}")
+        upload(file, Location(f"{self.url}/{name}"))
 
     def _get(self, name: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -135,6 +135,8 @@ class Proxy:
         head = await reader.readuntil(b"\r\n\r\n")
         method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
         headers = _headers(head)
+        if "expect" in headers:
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         self.requests.append((method, path, headers.get("range", "")))
         fault = self._choose(method, path)
@@ -155,7 +157,8 @@ class Proxy:
         above, below = await asyncio.open_connection(*self.target, limit=1 << 20)
         try:
             below.write(request)
-            answer = await above.readuntil(b"\r\n\r\n")
+            while (answer := await above.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 "):
+                pass  # it was said already
             headers = _headers(answer)
             if headers.get("transfer-encoding") == "chunked":  # lists: as it comes, to its end
                 writer.write(answer)

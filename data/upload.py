@@ -1,0 +1,37 @@
+"""Files that go to any URL that fsspec opens: an object is there whole, or as it was before."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from fsspec.asyn import get_loop
+from fsspec.core import split_protocol
+
+from data.storage import Location, open_filesystem, retry
+
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+"""They have no folders: to make one would at most make a bucket that nobody asked for."""
+
+
+def upload(file: Path, location: Location) -> None:
+    """Copy a file to a URL, a large one to an object store in several parts at a time; what is there already is replaced.
+
+    Raises DataError where trying again would not help (no bucket, denied), ShardError when it has not helped for long.
+    """
+
+    def put() -> None:
+        filesystem, path = open_filesystem(location)
+        if split_protocol(location.url)[0] not in OBJECT_STORES:
+            filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if not filesystem.async_impl:
+            filesystem.put_file(str(file), path)
+            return
+        copying = asyncio.run_coroutine_threadsafe(filesystem._put_file(str(file), path), get_loop())
+        try:
+            copying.result()
+        except BaseException:
+            copying.cancel()  # else it would go on in fsspec's thread after Ctrl-C
+            raise
+
+    retry(location, "write it", put)

@@ -1,0 +1,128 @@
+"""What a tool writes to S3 is there whole, or not there at all, and says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data import storage
+from tests.making import ROOT, make_clips, run_program
+from tools.output import new_folder
+from tools.sandbox import faults, s3
+
+MB = 1 << 20
+
+
+class Bucket:
+    """What lies in a bucket of its own, complete and begun."""
+
+    def __init__(self, server: s3.Server) -> None:
+        self.client, self.environment = server.client(), server.environment
+        self.client.create_bucket(Bucket="written")
+
+    def objects(self, prefix: str) -> dict[str, bytes]:
+        listed = self.client.list_objects_v2(Bucket="written", Prefix=f"{prefix}/").get("Contents", [])
+        return {item["Key"].removeprefix(f"{prefix}/"): self.client.get_object(Bucket="written", Key=item["Key"])["Body"].read() for item in listed}
+
+    def begun(self, prefix: str) -> list[str]:
+        """Keys of multipart uploads that were neither completed nor aborted."""
+        return [item["Key"] for item in self.client.list_multipart_uploads(Bucket="written", Prefix=f"{prefix}/").get("Uploads", [])]
+
+    def empty(self, prefix: str) -> bool:
+        return not self.objects(prefix) and not self.begun(prefix)
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: s3.Server) -> Bucket:
+    return Bucket(s3_server)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "_open", {})
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips for four shards, and one that is rejected."""
+    table = make_clips(tmp_path_factory.mktemp("clips"), range(60), ("wav",))
+    with table.open("a") as file:
+        file.write("absent.wav,A bell.,CC0\n")
+    return table
+
+
+def test_a_pack_on_s3_is_the_pack_in_a_folder(bucket: Bucket, table: Path, tmp_path: Path) -> None:
+    for out in (tmp_path / "out", "s3://written/pack/"):
+        done = run_program("tools.pack", table, out, "--shard-mb", 1)
+        assert done.returncode == 0 and "60 samples in 4 shards, 1 rows rejected" in done.stdout, done.stderr
+    assert bucket.objects("pack") == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_pack_that_fails_after_a_shard_was_uploaded_leaves_nothing(bucket: Bucket, table: Path, s3_server: s3.Server) -> None:
+    broken = table.with_name("broken.csv")
+    broken.write_bytes(table.read_bytes() + b" " * 100_000 + b"\nb.wav,caf\xe9,CC0\n")  # found to be no UTF-8 after rows were packed
+    with faults.serve(s3_server.endpoint) as proxy:
+        done = run_program("tools.pack", broken, "s3://written/broken", "--shard-mb", 1, env={"AWS_ENDPOINT_URL": proxy.endpoint})
+        assert ("PUT", "/written/broken/shard-000000.tar") in {request[:2] for request in proxy.requests}
+    assert done.returncode == 3 and "UTF-8" in done.stderr and bucket.empty("broken")
+
+
+def test_what_is_there_already_is_not_written_over(bucket: Bucket, table: Path) -> None:
+    bucket.client.put_object(Bucket="written", Key="full/mine.txt", Body=b"precious")
+    done = run_program("tools.pack", table, "s3://written/full")
+    assert done.returncode == 2 and "s3://written/full: exists and is not empty (mine.txt, ...); choose another place" in done.stderr
+    assert bucket.objects("full") == {"mine.txt": b"precious"}
+
+
+def test_where_nothing_can_be_written_no_row_is_packed(table: Path) -> None:
+    for out, env, said in (
+        ("s3://no-bucket/a", {}, "s3://no-bucket/a: cannot read what is there: it does not exist (NoSuchBucket)"),
+        ("s3://written/a", {"AWS_SECRET_ACCESS_KEY": "wrong"}, "s3://written/a: cannot read what is there: access denied (403 SignatureDoesNotMatch)"),
+        ("gs://bucket/a", {}, "gs://bucket/a: is written to a folder or to s3://"),
+    ):
+        done = run_program("tools.pack", table, out, env=env)
+        assert done.returncode in (2, 3) and said in done.stderr and "absent.wav" not in done.stdout and "Traceback" not in done.stderr, done.stderr
+
+
+def test_the_last_file_is_uploaded_last_and_large_ones_in_parts(bucket: Bucket, s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run that was killed has begun there is aborted."""
+    bucket.client.create_multipart_upload(Bucket="written", Key="export/model.safetensors")
+    with faults.serve(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with new_folder("s3://written/export", last="config.json") as output:
+            assert bucket.empty("export")
+            (output.folder / "config.json").write_text("{}")
+            with (output.folder / "model.safetensors").open("wb") as file:
+                file.truncate(110 * MB)
+            (output.folder / "vocab.json").write_text("[]")
+        sent = [path.removeprefix("/written/export/").partition("?")[0] for method, path, _ in proxy.requests if method == "PUT"]
+    assert sent == ["model.safetensors"] * (len(sent) - 2) + ["vocab.json", "config.json"] and len(sent) > 4
+    assert {name: len(content) for name, content in bucket.objects("export").items()} == {"config.json": 2, "model.safetensors": 110 * MB, "vocab.json": 2}
+    assert not bucket.begun("export") and not output.folder.exists()
+
+
+PROGRAM = """
+from tools.output import new_folder
+with new_folder("s3://written/stopped", last="config.json") as output:
+    (output.folder / "a.json").write_text("{}")
+    with (output.folder / "model.safetensors").open("wb") as file:
+        file.truncate(1 << 30)
+    (output.folder / "config.json").write_text("{}")
+"""
+
+
+def test_ctrl_c_in_the_middle_of_an_upload_leaves_nothing(bucket: Bucket) -> None:
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL) as process:
+        while "stopped/model.safetensors" not in bucket.begun("stopped"):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+    assert process.returncode and bucket.empty("stopped")

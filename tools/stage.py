@@ -1,0 +1,158 @@
+"""`python -m tools.stage SHARDS...|CONFIG DIR`: copy shards to a disk that compute nodes see, where they reach no bucket."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Event, Lock
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from configs.errors import ConfigError, DataError, ShardError, run_command
+from configs.schema import RunConfig, Source
+from data import storage
+from data.sources import Shard, expand
+from tools.arguments import named_sources
+
+BLOCK = 8 << 20
+STAGED = ".staged.json"
+"""In each folder, what its complete copies are of: {file name: {"size": bytes, "tag": of the original, "crc32": of the bytes}}."""
+
+
+def stage(
+    shards: Annotated[list[str], typer.Argument(help="Shards (paths, URLs, globs, braces), or one config: all its sources.", metavar="SHARDS...|CONFIG")],
+    folder: Annotated[Path, typer.Argument(help="Where the copies go: a config's into a folder per source.", metavar="DIR")],
+    threads: Annotated[int, typer.Option(min=1, help="Shards at a time.")] = 8,
+) -> None:
+    """Copy shards, verify every copy, and say what to put into the config. What is there already and current is not copied again."""
+    sources, config = named_sources(shards, "caption")
+    folder = folder.absolute()
+    stop = Event()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            copies = [copy for source in sources for copy in _copies(source, folder / source.name if config else folder)]
+            todo = [copy for copy, current in zip(copies, pool.map(_Copy.look, copies), strict=True) if not current]
+            _check_space(todo, folder)
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            with Progress(*columns) as progress:
+                task = progress.add_task(f"{len(todo)} shards", total=sum(copy.stat.size for copy in todo))
+                for done in as_completed([pool.submit(copy.make, lambda count: progress.advance(task, count), stop) for copy in todo]):
+                    done.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    print(f"{folder}: {len(copies)} shards, {sum(copy.stat.size for copy in copies) / 1e9:.2f} GB; {len(todo)} copied now, each verified")
+    print(_advice(shards, copies, config))
+
+
+@dataclass
+class _Copy:
+    """One shard and the folder where its copy goes."""
+
+    shard: Shard
+    folder: Path
+    stat: storage.Stat = field(init=False)
+    """When it was looked at."""
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.shard.location.name
+
+    def look(self) -> bool:
+        """Whether it is there and current; takes the shard's size and tag, and removes what a copy that was cut off has left."""
+        self.stat = storage.stat(self.shard.location)
+        self._part.unlink(missing_ok=True)
+        known = _staged(self.folder).get(self.path.name, {})
+        return self.path.is_file() and (self.path.stat().st_size, known.get("size"), known.get("tag")) == (self.stat.size, self.stat.size, self.stat.tag)
+
+    def make(self, advance: Callable[[int], object], stop: Event) -> None:
+        """Read, write, sync, verify, rename. Raises DataError if the shard is replaced meanwhile, ShardError if the disk gives back other bytes."""
+        location = replace(self.shard.location, tag=self.stat.tag)
+        crc = 0
+        with self._part.open("wb") as file:
+            for start in range(0, self.stat.size, BLOCK):
+                if stop.is_set():
+                    return
+                block = storage.read(location, start, min(start + BLOCK, self.stat.size))
+                crc = zlib.crc32(block, crc)
+                file.write(block)
+                advance(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the memory
+        if storage.stat(location) != self.stat:  # what has no If-Match is found here
+            raise DataError(f"{location.url}: was replaced while it was copied; start again")
+        if _crc32(self._part) != crc:
+            raise ShardError(f"{self._part}: does not hold what was written to it; look over this disk and start again")
+        self._part.replace(self.path)
+        _note(self.folder, {self.path.name: {"size": self.stat.size, "tag": self.stat.tag, "crc32": crc}})
+
+    @property
+    def _part(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.part")
+
+
+def _copies(source: Source, folder: Path) -> list[_Copy]:
+    """Where a source's shards go. Raises ConfigError if the folder cannot be made, or holds shards that are not the source's."""
+    copies = [_Copy(shard, folder / "validation" if shard.validation else folder) for shard in expand(source)]
+    for place in {copy.folder for copy in copies}:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{place}: cannot be made: {error.strerror}") from None
+        if others := sorted({path.name for path in place.glob("*.tar")} - {copy.path.name for copy in copies if copy.folder == place}):
+            raise ConfigError(
+                f"{place}: holds {', '.join(others[:3])}, not of source {source.name}, which a glob would take, too; remove it or choose another DIR"
+            )
+    return copies
+
+
+def _check_space(todo: Sequence[_Copy], folder: Path) -> None:
+    needed, free = sum(copy.stat.size for copy in todo), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(f"{folder}: {needed / 1e9:.2f} GB are to be copied, {free / 1e9:.2f} GB are free; make room or choose another DIR")
+
+
+def _advice(shards: Sequence[str], copies: Sequence[_Copy], config: RunConfig | None) -> str:
+    """What to type or write to train on the copies, in one line."""
+    if config is None:
+        return f"in the config: shards: {copies[0].folder}/*.tar"
+    keys = [f"data.sources.{copy.shard.source.name}.{'validation.' * copy.shard.validation}shards=[{copy.folder}/*.tar]" for copy in copies]
+    return " ".join([f"python -m launch train {shards[0]}", *map(shlex.quote, dict.fromkeys(keys))])
+
+
+_noting = Lock()
+
+
+def _staged(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / STAGED
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _note(folder: Path, entry: dict[str, Any]) -> None:
+    with _noting:
+        temporary = folder / f"{STAGED}.tmp"
+        temporary.write_text(json.dumps(_staged(folder) | entry, indent=1))
+        temporary.replace(folder / STAGED)
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+if __name__ == "__main__":
+    run_command(lambda: typer.run(stage))
