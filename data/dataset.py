@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.errors import DataError
@@ -104,6 +105,8 @@ def build(config: RunConfig, folder: Path, longest: float) -> list[str]:
     lines = left_out(config, shards, sidecars, limit)
     inputs = _inputs(config, limit, shards, [sidecar.origin for sidecar in sidecars])
     merge(shards, sidecars, folder, longest=limit, about={"inputs": inputs, "left_out": json.dumps(lines)})
+    del sidecars
+    pa.default_memory_pool().release_unused()  # 3.1 million samples: 0.6 GB, which the process would keep
     return lines
 
 

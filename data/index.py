@@ -212,9 +212,9 @@ class Index:
         with pa.memory_map(str(path)) as file:
             self.table = pa.ipc.open_file(file).read_all()
         self.digest: str = self.table.schema.metadata[b"digest"].decode()
-        by_name = {source.name: source for source in sources}
-        listed = json.loads(self.table.schema.metadata[b"shards"])
-        self.shards = [Shard(by_name[name], storage.Location(url, json.dumps(by_name[name].storage_options, sort_keys=True), tag)) for name, url, tag in listed]
+        named = {source.name: (source, json.dumps(source.storage_options, sort_keys=True)) for source in sources}
+        listed = ((*named[name], url, tag) for name, url, tag in json.loads(self.table.schema.metadata[b"shards"]))
+        self.shards = [Shard(source, storage.Location(url, options, tag)) for source, options, url, tag in listed]
 
     def __len__(self) -> int:
         return int(self.table.num_rows)

@@ -33,7 +33,8 @@ def cut_runs(shard: npt.ArrayLike, size: npt.ArrayLike, global_batch: int) -> In
     if not len(sizes):
         return np.zeros(1, np.int64)
     limit = max(1, min(RUN_BYTES, int(sizes.sum()) // (RUNS_PER_LANE * global_batch)))
-    before = np.cumsum(sizes) - sizes
+    before = np.cumsum(sizes)
+    before -= sizes
     first = np.flatnonzero(np.r_[True, shards[1:] != shards[:-1]])
     last = np.r_[first[1:], len(sizes)] - 1
     more = (before[last] - before[first]) // limit  # runs of a shard after its first one; they begin where so many times the limit is reached

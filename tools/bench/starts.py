@@ -35,11 +35,11 @@ Figures = dict[str, float]
 def make(work: Path, samples: int, shards: int, held_out: float) -> None:
     """Sidecars of empty shards, as full indexes have them, and a config: a sample in 1,000 has a problem, one in 20 is too long."""
     folder, total = work / "shards", sum(SHARES.values())
-    folder.mkdir()
     for name, share in SHARES.items():
+        (folder / name).mkdir(parents=True)
         for number in range(max(1, shards * share // total)):
-            (folder / f"{name}-{number:06d}.tar").touch()
-    sources = [{"name": name, "shards": f"{folder}/{name}-*.tar", "validation": held_out} for name in SHARES]
+            (folder / name / f"{name}-{number:06d}.tar").touch()
+    sources = [{"name": name, "shards": f"{folder}/{name}/*.tar", "validation": held_out} for name in SHARES]
     sections = {"run": {"name": "bench"}, "model": {"name_or_path": "none"}, "optim": {"epochs": 1}, "batch": {"global_size": 64}}
     config = RunConfig.model_validate({**sections, "data": {"sources": sources, "index_dir": work / "index"}})
     (work / "config.json").write_text(config.model_dump_json())
