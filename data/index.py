@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from configs.errors import DataError
@@ -30,6 +32,7 @@ from data.sources import Shard
 from data.tar import Damage, Member, walk
 
 VERSION = 2
+TRAINING, VALIDATION = "index-training.arrow", "index-validation.arrow"
 QUICK_BLOCK, FULL_BLOCK = 64 << 10, 8 << 20
 """Bytes per read when only headers are wanted, and when all are."""
 NEAR = 1 << 20
@@ -61,6 +64,8 @@ class Sidecar:
     """Why the shard could not be read to its end, or ""."""
     tag: str
     """Of the shard, as `storage.Stat` has it."""
+    origin: str
+    """As `origin` gives it."""
 
     def loss(self) -> str:
         """What is kept and what is lost of a damaged shard, in words."""
@@ -79,12 +84,19 @@ def load_sidecar(shard: Shard, index_dir: Path) -> Sidecar | None:
     path = sidecar_path(shard, index_dir)
     if not path.exists():
         return None
-    table = pq.read_table(path)
-    about = json.loads(table.schema.metadata[b"earwitness"])
     now = storage.stat(shard.location)
-    if (about["size"], about["tag"]) != (now.size, now.tag):
-        return None
-    return Sidecar(table, about["full"], about["damage"], now.tag)
+    came_from = origin(now, path)  # before it is read: if another one takes its place meanwhile, the next start sees that
+    with pq.ParquetFile(path) as file:
+        about = json.loads(file.schema_arrow.metadata[b"earwitness"])
+        if (about["size"], about["tag"]) != (now.size, now.tag):
+            return None
+        return Sidecar(file.read(use_threads=False), about["full"], about["damage"], now.tag, came_from)
+
+
+def origin(shard: storage.Stat, sidecar: Path) -> str:
+    """What changes when a shard is replaced, or its sidecar is written anew."""
+    file = sidecar.stat()
+    return f"{shard.size} {shard.tag} {file.st_ino} {file.st_mtime_ns} {file.st_size}"
 
 
 def index_shard(shard: Shard, index_dir: Path, *, full: bool) -> Sidecar:
@@ -104,14 +116,19 @@ def index_shard(shard: Shard, index_dir: Path, *, full: bool) -> Sidecar:
     if full:
         for row in rows:
             _inspect(row, read, shard)
-    table = pa.Table.from_pylist(rows, SCHEMA)
-    about = {"url": shard.location.url, "size": now.size, "tag": now.tag, "full": full, "damage": damage}
+    return save_sidecar(shard, index_dir, pa.Table.from_pylist(rows, SCHEMA), now, full=full, damage=damage)
+
+
+def save_sidecar(shard: Shard, index_dir: Path, table: pa.Table, stat: storage.Stat, *, full: bool, damage: str) -> Sidecar:
+    """Keep the index of a shard in `index_dir`; stat: of the shard that was indexed."""
+    about = {"url": shard.location.url, "size": stat.size, "tag": stat.tag, "full": full, "damage": damage}
     path = sidecar_path(shard, index_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     pq.write_table(table.replace_schema_metadata({"earwitness": json.dumps(about)}), temporary)
+    sidecar = Sidecar(table, full, damage, stat.tag, origin(stat, temporary))
     temporary.replace(path)
-    return Sidecar(table, full, damage, now.tag)
+    return sidecar
 
 
 class _Blocks:
@@ -199,9 +216,9 @@ class Index:
         with pa.memory_map(str(path)) as file:
             self.table = pa.ipc.open_file(file).read_all()
         self.digest: str = self.table.schema.metadata[b"digest"].decode()
-        by_name = {source.name: source for source in sources}
-        listed = json.loads(self.table.schema.metadata[b"shards"])
-        self.shards = [Shard(by_name[name], storage.Location(url, json.dumps(by_name[name].storage_options, sort_keys=True), tag)) for name, url, tag in listed]
+        named = {source.name: (source, json.dumps(source.storage_options, sort_keys=True)) for source in sources}
+        listed = ((*named[name], url, tag) for name, url, tag in json.loads(self.table.schema.metadata[b"shards"]))
+        self.shards = [Shard(source, storage.Location(url, options, tag)) for source, options, url, tag in listed]
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -221,43 +238,73 @@ class Index:
         return f"{shard.source.name}/{shard.location.name}/{self.text('key', row)}"
 
 
-def merge(shards: Sequence[Shard], sidecars: Sequence[Sidecar], path: Path, *, validation: bool, longest: float = float("inf")) -> None:
-    """Merge the sound samples of all shards (either for training or for validation) into an Arrow file at `path`.
+def read_metadata(path: Path) -> dict[bytes, bytes]:
+    """What is kept with a merged index, nothing if there is none that can be read."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            return dict(pa.ipc.open_file(file).schema.metadata)
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return {}
 
-    Samples known to be longer than `longest` seconds are left out. Raises DataError if a source has no sample for training.
+
+def merge(shards: Sequence[Shard], sidecars: Sequence[Sidecar], folder: Path, *, longest: float = float("inf"), about: Mapping[str, str] | None = None) -> None:
+    """Merge the sound samples of all shards into two Arrow files in `folder`, TRAINING and VALIDATION.
+
+    Samples known to be longer than `longest` seconds are left out. `about` is kept with both files. Raises DataError if a source has no
+    sample for training.
     """
-    tables = []
-    sources = list(dict.fromkeys(shard.source.name for shard in shards))
-    for number, (shard, sidecar) in enumerate(zip(shards, sidecars, strict=True)):
-        table = sidecar.table
-        keys = table.column("key").to_pylist()
-        held_out = np.array([shard.validation or is_held_out(key, shard.source) for key in keys], bool)
-        sound = np.array([problem == "" for problem in table.column("problem").to_pylist()], bool)
-        fits = ~(table.column("seconds").to_numpy() > longest)
-        table = table.drop_columns(["problem", "caption_characters"]).filter(pa.array(sound & fits & (held_out == validation)))
-        table = table.append_column("source", pa.array(np.full(len(table), sources.index(shard.source.name), np.int16)))
-        tables.append(table.append_column("shard", pa.array(np.full(len(table), number, np.int32))))
-    merged = pa.concat_tables(table.replace_schema_metadata(None) for table in tables).combine_chunks()
-    present = set(np.unique(merged.column("source").to_numpy()).tolist())
-    if not validation and (empty := [name for i, name in enumerate(sources) if i not in present]):
-        raise DataError(f"no sample to train on in source {', '.join(empty)}: see its shards with `python -m tools.index`, which names every problem")
+    table = pa.concat_tables(sidecar.table.replace_schema_metadata(None) for sidecar in sidecars)
+    lengths, names = [len(sidecar.table) for sidecar in sidecars], [shard.source.name for shard in shards]
+    sources = list(dict.fromkeys(names))
+    numbers: dict[str, npt.NDArray[Any]] = {
+        "source": np.repeat(np.array([sources.index(name) for name in names], np.int16), lengths),
+        "shard": np.repeat(np.arange(len(shards), dtype=np.int32), lengths),
+    }
+    usable = pc.equal(table["problem"], "").to_numpy() & ~(table["seconds"].to_numpy() > longest)
+    validation = np.concatenate([_held_out(shard, sidecar) for shard, sidecar in zip(shards, sidecars, strict=True)])
+    table = table.drop_columns(["problem", "caption_characters"])
     listed = [[shard.source.name, shard.location.url, sidecar.tag] for shard, sidecar in zip(shards, sidecars, strict=True)]
-    merged = merged.replace_schema_metadata({"digest": _digest(merged, shards), "shards": json.dumps(listed)})
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, chosen in ((TRAINING, usable & ~validation), (VALIDATION, usable & validation)):
+        # Column by column: one of the sidecars' and one of the merged index at a time is copied.
+        columns = {name: table[name].filter(pa.array(chosen)).combine_chunks() for name in table.column_names}
+        merged = pa.table({**columns, **{name: column[chosen] for name, column in numbers.items()}})
+        counts = np.bincount(merged["source"].to_numpy(), minlength=len(sources))
+        if file == TRAINING and (empty := [name for name, count in zip(sources, counts, strict=True) if not count]):
+            raise DataError(f"no sample to train on in source {', '.join(empty)}: see its shards with `python -m tools.index`, which names every problem")
+        metadata = {**(about or {}), "digest": _digest(merged, shards), "shards": json.dumps(listed)}
+        _write(merged.replace_schema_metadata(metadata), folder / file)
+
+
+def _write(merged: pa.Table, path: Path) -> None:
+    """Write an Arrow file whose columns are in one piece each; it is on disk before it takes the place of another one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, merged.schema) as writer:
-        writer.write_table(merged, max_chunksize=max(1, len(merged)))
+    with temporary.open("wb") as file:
+        with pa.ipc.new_file(file, merged.schema) as writer:
+            writer.write_table(merged, max_chunksize=max(1, len(merged)))
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
+def _held_out(shard: Shard, sidecar: Sidecar) -> npt.NDArray[np.bool_]:
+    """(samples,) which of a shard's samples are for validation."""
+    if shard.validation or not shard.source.validation.fraction:
+        return np.full(len(sidecar.table), shard.validation)
+    return held_out(sidecar.table["key"].to_pylist(), shard.source)
+
+
+def held_out(keys: Sequence[str], source: Source) -> npt.NDArray[np.bool_]:
+    """(keys,) which samples belong to the validation part: by SHA-256 of the key alone (or of the part that `group` matches)."""
+    if source.validation.group:
+        found = map(re.compile(source.validation.group).search, keys)
+        keys = [(match[1 if match.re.groups else 0] if match else None) or key for match, key in zip(found, keys, strict=True)]
+    hashes = b"".join(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8] for key in keys)
+    return np.frombuffer(hashes, ">u8") < np.uint64(math.ceil(source.validation.fraction * 2**64))
+
+
 def is_held_out(key: str, source: Source) -> bool:
-    """Whether a sample belongs to the validation part: by SHA-256 of its key alone (or of the part that `group` matches)."""
-    if not source.validation.fraction:
-        return False
-    found = re.search(source.validation.group, key) if source.validation.group else None
-    hashed = (found.group(1 if found.re.groups else 0) if found else None) or key
-    number = int.from_bytes(hashlib.sha256(hashed.encode("utf-8", "surrogateescape")).digest()[:8], "big")
-    return number < source.validation.fraction * 2**64
+    """Whether one sample belongs to the validation part."""
+    return bool(held_out([key], source)[0])
 
 
 def _digest(merged: pa.Table, shards: Sequence[Shard]) -> str:
@@ -269,6 +316,9 @@ def _digest(merged: pa.Table, shards: Sequence[Shard]) -> str:
     digest = hashlib.sha256()
     digest.update(json.dumps([[shard.source.name, shard.location.name] for shard in shards]).encode())
     for name in ("shard", "audio_size", "text_size"):
-        digest.update(np.ascontiguousarray(merged.column(name).to_numpy()).tobytes())
-    digest.update("\n".join(merged.column("key").to_pylist()).encode("utf-8", "surrogateescape"))
+        digest.update(merged[name].to_numpy().tobytes())
+    for number, keys in enumerate(merged["key"].chunks):
+        whole = pa.ListArray.from_arrays(pa.array([0, len(keys)], pa.int32()), keys)
+        digest.update(b"\n" * (number > 0))
+        digest.update(pc.binary_join(whole, "\n")[0].as_buffer())
     return digest.hexdigest()

@@ -33,12 +33,14 @@ def cut_runs(shard: npt.ArrayLike, size: npt.ArrayLike, global_batch: int) -> In
     if not len(sizes):
         return np.zeros(1, np.int64)
     limit = max(1, min(RUN_BYTES, int(sizes.sum()) // (RUNS_PER_LANE * global_batch)))
+    before = np.cumsum(sizes)
+    before -= sizes
     first = np.flatnonzero(np.r_[True, shards[1:] != shards[:-1]])
-    before = np.cumsum(sizes) - sizes
-    within = before - np.repeat(before[first], np.diff(np.r_[first, len(sizes)]))  # bytes of the shard's samples before this one
-    part = within // limit
-    new = np.r_[True, (shards[1:] != shards[:-1]) | (part[1:] != part[:-1])]
-    return np.r_[np.flatnonzero(new), len(sizes)].astype(np.int64)
+    last = np.r_[first[1:], len(sizes)] - 1
+    more = (before[last] - before[first]) // limit  # runs of a shard after its first one; they begin where so many times the limit is reached
+    times = np.arange(1, more.sum() + 1) - np.repeat(np.cumsum(more) - more, more)
+    later = np.searchsorted(before, np.repeat(before[first], more) + limit * times)
+    return np.unique(np.r_[first, later, len(sizes)]).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -94,18 +96,23 @@ class Order:
         runs = runs[self._random(1, epoch).permutation(len(runs))]
         lengths = self._lengths()[runs]
         total = int(lengths.sum())
-        samples = np.repeat(self.runs[runs] - (np.cumsum(lengths) - lengths), lengths) + np.arange(total)
-        steps = -(-total // self.global_batch)
-        out = np.full((len(lanes), steps), EMPTY, np.int64)
+        cuts = [lane * total // self.global_batch for lane in range(lanes.start, lanes.stop + 1)]
+        first, last = np.searchsorted(np.cumsum(lengths), [cuts[0], cuts[-1]], "right")
+        begin, runs, lengths = int(lengths[:first].sum()), runs[first : last + 1], lengths[first : last + 1]  # those that these lanes touch
+        samples = np.repeat(self.runs[runs] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        out = np.full((len(lanes), -(-total // self.global_batch)), EMPTY, np.int64)
         for row, lane in enumerate(lanes):
-            stretch = samples[lane * total // self.global_batch : (lane + 1) * total // self.global_batch]
+            stretch = samples[cuts[row] - begin : cuts[row + 1] - begin]
             out[row, : len(stretch)] = self._shuffled(stretch, epoch, lane)
         return out
 
     def _shuffled(self, stretch: Ints, epoch: int, lane: int) -> Ints:
         """Shuffle a lane inside windows of `shuffle_window` samples."""
-        window = np.arange(len(stretch)) // self.shuffle_window
-        return stretch[np.lexsort((self._random(2, epoch, lane).random(len(stretch)), window))]
+        window = min(self.shuffle_window, max(1, len(stretch)))
+        keys = np.full((-(-len(stretch) // window), window), np.inf)  # a short last window is filled up, at its end
+        keys.flat[: len(stretch)] = self._random(2, epoch, lane).random(len(stretch))
+        places = keys.argsort(axis=1, kind="stable") + window * np.arange(len(keys))[:, None]
+        return stretch[places.ravel()[: len(stretch)]]
 
     def _runs_in(self, epoch: int) -> Ints:
         """Runs of an epoch, unshuffled: each `floor(weight)` times, and of the rest the epoch's slice of a fixed cycle through all runs."""

@@ -13,8 +13,8 @@ SAVE = {"blocking_seconds", "total_seconds", "gigabytes"}
 TRAINING, WAITING = SAVE | {"hidden_seconds", "step_seconds"}, SAVE | {"cpu_seconds_per_gigabyte"}
 
 
-def bench(folder: Path, what: str) -> dict:
-    done = run_program("tools.bench", what, "--model", "sandbox", "--rounds", 1, "--dir", folder, "--json")
+def bench(folder: Path, what: str, *options: object) -> dict:
+    done = run_program("tools.bench", what, *(options or ("--model", "sandbox")), "--rounds", 1, "--dir", folder, "--json")
     assert done.returncode == 0, done.stderr
     assert not list(folder.iterdir())
     return json.loads(done.stdout)
@@ -41,3 +41,11 @@ def test_exports_are_measured(tmp_path: Path) -> None:
     for about in found["export"].values():
         assert set(about["median"]) == {"total_seconds", "import_seconds", "work_seconds", "peak_gigabytes"} and positive(about["median"])
     assert set(found["aims"]) == {"export time", "export work", "export memory"}
+
+
+@pytest.mark.slow
+def test_starts_are_measured(tmp_path: Path) -> None:
+    found = bench(tmp_path, "index", "--samples", 2000, "--shards", 20, "--procs", 2)
+    assert set(found["first start"]["merge"]["median"]) == {"seconds", "peak_megabytes"}
+    assert set(found["later start"]) == {"ranks 1", "ranks 2"}
+    assert all(about["median"][aim] > 0 for about in found["later start"].values() for aim in found["aims"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,10 @@ from transformers import WhisperProcessor
 
 from configs.errors import ConfigError, DataError
 from configs.load import validate
+from configs.schema import RunConfig
 from data import dataset
 from data.captions import CaptionEncoder
+from data.index import TRAINING, VALIDATION, index_shard
 from tests.making import config_values
 
 
@@ -26,6 +31,61 @@ def test_too_many_samples_known_to_be_bad_end_the_run_before_it_starts(tmp_path:
     values["data"]["sources"] = [{**values["data"]["sources"][0], "caption_key": ".txt"}]  # there are only .json members
     with pytest.raises(DataError, match=r"no \.txt member[\s\S]*60 of 60 samples cannot be used, more than data\.max_bad_fraction"):
         dataset.build(validate(values, "test"), tmp_path, 2.0)
+
+
+def _index_fully(config: RunConfig) -> None:
+    for shard in dataset.list_shards(config):
+        index_shard(shard, config.data.index_dir, full=True)
+
+
+def _replace_a_shard(config: RunConfig) -> None:
+    path = Path(dataset.list_shards(config)[0].location.url)
+    os.utime(path, (later := path.stat().st_mtime + 5, later))
+
+
+CHANGES: dict[str, Callable[[RunConfig], object]] = {
+    "a sidecar": _index_fully,
+    "a shard": _replace_a_shard,
+    "fewer shards": lambda config: Path(dataset.list_shards(config)[-1].location.url).unlink(),
+    "a damaged merged index": lambda config: os.truncate(config.run.dir / VALIDATION, 1000),
+    "no merged index": lambda config: (config.run.dir / TRAINING).unlink(),
+}
+SETTINGS = {
+    "limit": {"max_seconds": 1.0}, "cropped": {"overlong": "crop"}, "bad samples": {"max_bad_fraction": 0.5},
+    "share": {"sources": {"validation": 0.3}}, "group": {"sources": {"validation": {"fraction": 0.15, "group": "clip.."}}}, "name": {"sources": {"name": "x"}},
+    "caption key": {"sources": {"caption_key": "licence"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["nothing", "window", *CHANGES, *SETTINGS])
+def test_indexes_are_merged_again_where_something_changed_and_only_there(tmp_path: Path, model: Path, shards: str, change: str) -> None:
+    shutil.copytree(Path(shards).parent, tmp_path / "shards")
+    values = config_values("run", tmp_path, model, f"{tmp_path}/shards/*.tar")
+
+    def build(seconds: float = 1.2) -> tuple[list[str], list[int]]:
+        lines = dataset.build(config, config.run.dir, seconds)
+        return lines, [(config.run.dir / name).stat().st_mtime_ns for name in (TRAINING, VALIDATION)]
+
+    config = validate(values, "test")
+    _index_fully(config)
+    lines, made = build()
+    assert "left out, for more than 1.2 s" in lines[0]
+    assert build() == (lines, made), "what is left out is told at every start"
+    if change in CHANGES:
+        CHANGES[change](config)
+    elif change in SETTINGS:
+        (source,) = values["data"]["sources"]
+        settings = {**SETTINGS[change]}
+        values["data"] |= settings | {"sources": [{**source, **settings.get("sources", {})}]}
+        config = validate(values, "test")
+    again = build(2.0 if change == "window" else 1.2)
+    assert (again == (lines, made)) == (change == "nothing")
+    if change != "nothing":
+        assert not set(again[1]) & set(made)
+        fresh = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path / "fresh"})})
+        dataset.build(fresh, fresh.run.dir, 2.0 if change == "window" else 1.2)
+        one, other = (dataset.open_dataset(config, folder) for folder in (config.run.dir, fresh.run.dir))
+        assert (one.training.digest, one.validation.digest) == (other.training.digest, other.validation.digest)
 
 
 def test_a_control_token_written_in_a_caption_is_text(model: Path) -> None:

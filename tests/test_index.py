@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import os
+import re
 import shutil
 import tarfile
 import zlib
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 from hypothesis import given, settings
@@ -15,8 +20,9 @@ from hypothesis import strategies as st
 
 from configs.errors import DataError
 from configs.schema import Source
-from data.index import Index, index_shard, is_held_out, load_sidecar, merge, sidecar_path
-from data.sources import expand
+from data.index import SCHEMA, TRAINING, VALIDATION, Index, Sidecar, index_shard, is_held_out, load_sidecar, merge, sidecar_path
+from data.sources import Shard, expand
+from data.storage import Location
 from tests.making import run_program, sound_of
 from tools.index import index as index_command
 
@@ -59,8 +65,8 @@ def rows(path: Path, *, full: bool = True, **options: object) -> dict[str, dict]
 
 def merged(folder: Path, *sources: Source, full: bool = True, held_out: bool = False) -> Index:
     shards = [shard for one in sources for shard in expand(one)]
-    merge(shards, [index_shard(one, folder, full=full) for one in shards], folder / f"{held_out}.arrow", validation=held_out)
-    return Index(folder / f"{held_out}.arrow", sources)
+    merge(shards, [index_shard(one, folder, full=full) for one in shards], folder)
+    return Index(folder / (VALIDATION if held_out else TRAINING), sources)
 
 
 def keys(index: Index) -> set[str]:
@@ -264,6 +270,51 @@ def test_a_source_without_a_sound_sample_is_named(tmp_path: Path) -> None:
     good, bad = shard(tmp_path / "a.tar", clip("a")), shard(tmp_path / "b.tar", [("b.json", words())])
     with pytest.raises(DataError, match=r"no sample to train on in source poor.*tools\.index"):
         merged(tmp_path, source(good), source(bad, name="poor"))
+
+
+def rows_of(seed: int, samples: int) -> list[dict[str, object]]:
+    """Rows of a sidecar, some with a problem, some long, some of unknown length."""
+    random = np.random.default_rng(seed)
+    return [
+        {
+            "key": f"rec{random.integers(9)}_ü{seed}.{n}", "ending": "wav", "audio_offset": 512 * n, "audio_size": int(random.integers(1, 1 << 40)),
+            "text_offset": 7, "text_size": int(random.integers(99)), "crc32": int(random.integers(-1, 1 << 32)),
+            "seconds": float(np.float32(random.choice([np.nan, 1.5, 30.0, 99.0]))), "caption_characters": n, "problem": str(random.choice(["", "", "bad"])),
+        }
+        for n in range(samples)
+    ]  # fmt: skip
+
+
+sides = st.sampled_from([{}, {"fraction": 0.4}, {"fraction": 0.4, "group": r"^(rec\d+)_"}, {"fraction": 0.4, "group": r"5|7"}])
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.lists(st.tuples(sides, st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=3)), max_size=3), st.sampled_from([30.0, math.inf]))
+def test_merging_takes_the_usable_rows_in_turn(tmp_path_factory: pytest.TempPathFactory, given: list, longest: float) -> None:
+    folder = tmp_path_factory.mktemp("merged")
+    sources = [source("x", name=f"s{n}", validation=side) for n, (side, _) in enumerate([({}, []), *given])]
+    shards, tables, expected = [], [], {True: [], False: []}
+    for number, (one, parts) in enumerate(zip(sources, [[(40, False)], *(parts for _, parts in given)], strict=True)):
+        for samples, for_validation in [(40, False), *parts]:
+            shards.append(Shard(one, Location(f"/{number}/{len(shards)}.tar"), for_validation))
+            tables.append(rows_of(len(shards), samples))
+            for row in tables[-1]:
+                hashed = row["key"]
+                if one.validation.group and (found := re.search(one.validation.group, row["key"])):
+                    hashed = found[1] if found.re.groups else found[0]
+                share = int.from_bytes(hashlib.sha256(hashed.encode()).digest()[:8], "big") / 2**64
+                if row["problem"] == "" and not row["seconds"] > longest:
+                    kept = {name: value for name, value in row.items() if name not in ("problem", "caption_characters")}
+                    expected[for_validation or share < one.validation.fraction].append({**kept, "source": number, "shard": len(shards) - 1})
+    merge(shards, [Sidecar(pa.Table.from_pylist(table, SCHEMA), True, "", "tag", "") for table in tables], folder, longest=longest)
+    for held_out, name in ((False, TRAINING), (True, VALIDATION)):
+        index, rows = Index(folder / name, sources), expected[held_out]
+        assert repr(index.table.to_pylist()) == repr(rows), "NaN is NaN"
+        digest = hashlib.sha256(json.dumps([[one.source.name, one.location.name] for one in shards]).encode())
+        for column, kind in (("shard", np.int32), ("audio_size", np.int64), ("text_size", np.int64)):
+            digest.update(np.array([row[column] for row in rows], kind).tobytes())
+        digest.update("\n".join(row["key"] for row in rows).encode())
+        assert index.digest == digest.hexdigest(), "checkpoints hold it"
 
 
 def test_the_digest_follows_the_content_and_not_the_place(tmp_path: Path) -> None:

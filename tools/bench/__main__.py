@@ -1,4 +1,4 @@
-"""`python -m tools.bench checkpoint|export`: what checkpoints cost on this machine, in turn with DeepSpeed's and PyTorch's own.
+"""`python -m tools.bench checkpoint|export|index`: what checkpoints cost on this machine, in turn with DeepSpeed's and PyTorch's own; and what starts cost.
 
 `checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2 and save the same state, the fp32 weights and AdamW's two moments,
 in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds the BF16 weights) and PyTorch's DCP async_save (each rank's fragments
@@ -14,6 +14,16 @@ page cache: as many ranks as saved it, and one more, which DeepSpeed refuses.
 `export`: tools.export and DeepSpeed's zero_to_fp32, each in a fresh process, with the checkpoint's files in the page cache. total is the whole
 process, work what is left without start, imports and exit; peak is VmHWM, mapped files included. Ours also checks digests, fsyncs, loads what it has written
 and compares it. zero_to_fp32 writes pytorch_model.bin: its --safe_serialization fails on Whisper's tied weights.
+
+`index`: sidecars of empty shards, as full indexes have them, of seven sources; then, in fresh processes that have imported what they need, the
+first start of a run, which merges them, and later ones, with one rank and with several at a time. The files are in the page cache.
+
+    merge         from the list of shards to the merged indexes; peak is VmHWM, less what there was after the imports
+    check         the same at a later start: rank 0 looks whether shards, sidecars and settings are what they were
+    open          every rank maps the merged indexes, and cuts the samples into runs; the slowest one
+    plan          the first batch from the start, the middle and the end of an epoch, with all that is to be read for it
+    first batch   check, open and the slowest plan
+    memory        of all ranks together, more than after the imports: private, and PSS, which counts once what ranks share; peak: of one rank but rank 0
 """
 
 from __future__ import annotations
@@ -40,6 +50,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import EarwitnessError, run_command
+from tools.bench import starts
 from tools.bench.ranks import SECONDS
 from tools.sandbox.whisper import make_whisper
 
@@ -47,6 +58,8 @@ ROOT = Path(__file__).parents[2]
 SAVERS = ("earwitness", "deepspeed", "dcp", "earwitness sync", "dcp sync")
 AIMS = {"blocking": 0.05, "load": 1.0, "export time": 0.5, "export work": 0.5, "export memory": 0.5}
 """Largest share of what DeepSpeed takes."""
+INDEX_AIMS = {"ready_seconds": 2.0, "first_batch_seconds": 2.0, "node_megabytes": 500.0}
+"""Of a later start: check and open; check, open and plan; PSS of all ranks."""
 EXPORT = """
 import json, time
 from pathlib import Path
@@ -80,7 +93,7 @@ class Shape(StrEnum):
         return {"width": width, "layers": layers, "vocabulary": 400 if self.value == "sandbox" else 51_865}
 
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Measure checkpoints and exports on this machine.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Measure checkpoints, exports and starts on this machine.")
 Procs = Annotated[int, typer.Option(min=1, help="Ranks that save.")]
 Model = Annotated[Shape, typer.Option(help="Shape of the Whisper.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each, in turn.")]
@@ -105,7 +118,9 @@ def bench_checkpoint(procs: Procs = 2, model: Model = Shape.small, rounds: Round
         "blocking": saves["earwitness"]["median"]["blocking_seconds"] / saves["deepspeed"]["median"]["blocking_seconds"],
         "load": max(loading[f"earwitness {procs} -> {ranks}"]["median"]["seconds"] for ranks in (procs, procs + 1)) / native,
     }
-    _report({"model": model.value, "parameters": saved["parameters"], "procs": procs}, {"save": saves, "load": loading}, ratios, as_json)
+    _report(
+        {"model": model.value, "parameters": saved["parameters"], "procs": procs}, {"save": saves, "load": loading}, _shares(ratios), " of DeepSpeed's", as_json
+    )
 
 
 @app.command("export")
@@ -123,7 +138,36 @@ def bench_export(procs: Procs = 2, model: Model = Shape.small, rounds: Rounds = 
     ours, theirs = (exports[name]["median"] for name in ("earwitness", "deepspeed"))
     measures = {"time": "total_seconds", "work": "work_seconds", "memory": "peak_gigabytes"}
     ratios = {f"export {name}": ours[measure] / theirs[measure] for name, measure in measures.items()}
-    _report({"model": model.value, "parameters": saved["parameters"], "procs": procs}, {"export": exports}, ratios, as_json)
+    _report({"model": model.value, "parameters": saved["parameters"], "procs": procs}, {"export": exports}, _shares(ratios), " of DeepSpeed's", as_json)
+
+
+@app.command("index")
+def bench_index(
+    samples: Annotated[int, typer.Option(min=1000, help="Samples in all sources.")] = 3_100_000,
+    shards: Annotated[int, typer.Option(min=7, help="Shards in all sources.")] = 3000,
+    held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the samples that is for validation.")] = 0.01,
+    procs: Annotated[int, typer.Option(min=1, help="Ranks of the node; one rank is measured, too.")] = 8,
+    rounds: Rounds = 3,
+    dir: Dir = Path(),
+    as_json: Json = False,
+) -> None:
+    """The first and later starts, up to the first batch that is planned."""
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=dir) as name:
+        work = Path(name).resolve()
+        _say(f"sidecars of {samples:,} samples in {shards:,} shards")
+        starts.make(work, samples, shards, held_out)
+        found: dict[str, list[Figures]] = {}
+        for number in range(rounds):
+            _say(f"round {number + 1} of {rounds}")
+            found.setdefault("merge", []).append(starts.measure_merge(work))
+            for ranks in dict.fromkeys((1, procs)):
+                found.setdefault(f"ranks {ranks}", []).append(starts.measure_start(work, ranks))
+        megabytes = sum(file.stat().st_size for file in (work / "run").iterdir()) / 1e6
+    tables = {name: _summary(rows) for name, rows in found.items()}
+    worst = {aim: max(about["median"][aim] for name, about in tables.items() if name != "merge") for aim in INDEX_AIMS}
+    aims = {name: {"value": value, "at_most": INDEX_AIMS[name], "met": value <= INDEX_AIMS[name]} for name, value in worst.items()}
+    about = {"samples": samples, "shards": shards, "held_out": held_out, "procs": procs, "file_megabytes": round(megabytes, 1)}
+    _report(about, {"first start": {"merge": tables.pop("merge")}, "later start": tables}, aims, "", as_json)
 
 
 @contextmanager
@@ -191,15 +235,18 @@ def _summary(rows: Sequence[Figures]) -> dict[str, Any]:
     return {"median": {name: statistics.median(row[name] for row in rows) for name in rows[0]}, "rounds": rows}
 
 
-def _report(about: dict[str, Any], tables: dict[str, dict[str, Any]], ratios: Figures, as_json: bool) -> None:
+def _shares(ratios: Figures) -> dict[str, dict[str, Any]]:
+    return {name: {"ratio": ratio, "at_most": AIMS[name], "met": ratio <= AIMS[name]} for name, ratio in ratios.items()}
+
+
+def _report(about: dict[str, Any], tables: dict[str, dict[str, Any]], aims: dict[str, dict[str, Any]], unit: str, as_json: bool) -> None:
     """Print what was found, and how it compares to what Earwitness aims at."""
-    versions = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+    versions = {name: version(name) for name in ("torch", "deepspeed", "transformers", "pyarrow", "numpy")}
     about = {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "python": platform.python_version()} | versions | about
-    aims = {name: {"ratio": ratio, "at_most": AIMS[name], "met": ratio <= AIMS[name]} for name, ratio in ratios.items()}
     if as_json:
         print(json.dumps(about | tables | {"aims": aims}))
         return
-    print(", ".join(f"{name} {value:,}" if name == "parameters" else f"{name} {value}" for name, value in about.items()))
+    print(", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in about.items()))
     for title, methods in tables.items():
         columns = list(dict.fromkeys(name for found in methods.values() for name in found["median"]))
         table = Table(*(name.replace("_", "\n") for name in (title, *columns)), title=f"{title}: median (lowest - highest)", title_justify="left")
@@ -211,7 +258,7 @@ def _report(about: dict[str, Any], tables: dict[str, dict[str, Any]], ratios: Fi
                 table.add_row("  first", *(f"{first[name]:.3f}" if name in first else "" for name in columns))
         Console(width=160).print(table)
     for name, aim in aims.items():
-        print(f"{name}: {aim['ratio']:.3f} of DeepSpeed's; aim: at most {aim['at_most']:g}, {'met' if aim['met'] else 'NOT met'}")
+        print(f"{name}: {next(iter(aim.values())):.3f}{unit}; aim: at most {aim['at_most']:g}, {'met' if aim['met'] else 'NOT met'}")
 
 
 def _say(text: str) -> None:
