@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -28,7 +28,8 @@ from tools.sandbox.whisper import make_whisper
 
 READERS = {"earwitness": "data", "webdataset": "webdataset", "datasets": "torchcodec", "litdata": "litdata"}
 """Each with a package that it needs."""
-INSTALL = {"datasets": "pip install datasets torchcodec", "litdata": "pip install litdata"}
+INSTALL = {"datasets": "pip install datasets torchcodec==0.13.0", "litdata": "pip install litdata; pip uninstall torchvision"}
+"""What is tried with torch 2.13 for CPUs: later torchcodecs need CUDA, and transformers does not import beside the torchvision that litdata brings."""
 SHARDS = 8
 BUCKET = "bench"
 FAR = faults.Fault("far", times=0, seconds=0.05, rate=75e6)
@@ -77,20 +78,20 @@ def measure(folder: Path, clips: int, rounds: int, forms: Sequence[Form], places
         for form in forms:
             say(f"{clips} clips: {form.value}")
             made = _make(work / form.value, form, clips, chunks="litdata" in readers)
-            for file in filter(Path.is_file, work.glob(f"{form.value}/*/*")) if set(places) - {Place.local} else ():
-                client.upload_file(str(file), BUCKET, str(file.relative_to(work)))
+            if set(places) - {Place.local}:
+                for file in filter(Path.is_file, (work / form.value).glob("*/*")):
+                    client.upload_file(str(file), BUCKET, str(file.relative_to(work)))
             for place in places:
-                root = f"{work}" if place is Place.local else f"s3://{BUCKET}"
+                root = str(work) if place is Place.local else f"s3://{BUCKET}"
                 shards = [f"{root}/{file.relative_to(work)}" for file in sorted(made.shards.iterdir())]
                 about = {"model": str(model), "shards": shards, "chunks": f"{root}/{made.chunks.relative_to(work)}", "ending": form.shape[0]}
                 _run(["tools.index", *shards, "--index-dir", str(work / "index")], reach[place])
-                for number in range(rounds):
-                    for reader in readers:
-                        say(f"round {number + 1}: {form.value}, {place.value}, {reader}")
-                        with _folder(work / "run") as run:
-                            task = json.dumps(about | {"index_dir": str(work / "index"), "work": str(run)})
-                            found = _run(["tools.bench.readers", reader, task, str(clips), str(made.first)], reach[place] | {"HF_HOME": str(run)})
-                        rows.setdefault(f"{form.value}, {place.value}, {reader}", []).append(json.loads(found.splitlines()[-1]))
+                for number, reader in itertools.product(range(rounds), readers):
+                    say(f"round {number + 1}: {form.value}, {place.value}, {reader}")
+                    with tempfile.TemporaryDirectory(dir=work) as run:
+                        task = json.dumps(about | {"index_dir": str(work / "index"), "work": run})
+                        said = _run(["tools.bench.readers", reader, task, str(clips), str(made.first)], reach[place] | {"HF_HOME": run})
+                    rows.setdefault(f"{form.value}, {place.value}, {reader}", []).append(json.loads(said.splitlines()[-1]))
             shutil.rmtree(work / form.value)
     return {name: summary(found) for name, found in rows.items()}, {name: INSTALL[name] for name in READERS if name not in readers}
 
@@ -102,13 +103,6 @@ def _run(command: Sequence[str], variables: dict[str, str]) -> str:
     if done.returncode:
         raise EarwitnessError(f"{' '.join(command[:2])} failed:\n{done.stderr[-3000:]}")
     return done.stdout
-
-
-@contextmanager
-def _folder(path: Path) -> Iterator[Path]:
-    path.mkdir()
-    yield path
-    shutil.rmtree(path)
 
 
 def _make(folder: Path, form: Form, clips: int, *, chunks: bool) -> _Clips:

@@ -32,7 +32,7 @@ def read(task: Task) -> Iterator[Ready]:
     prepare = Preparation(task.model)
     downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # it has no setting for an endpoint without TLS
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]} if "://" in task.chunks else {}
-    samples = litdata.StreamingDataset(task.chunks, cache_dir=task.work, shuffle=True, seed=SEED, max_cache_size="64MB", storage_options=options)
+    samples = litdata.StreamingDataset(task.chunks, cache_dir=task.work, shuffle=True, seed=SEED, max_cache_size="16MB", storage_options=options)
     endless = itertools.chain.from_iterable(itertools.repeat(samples))
     while batch := list(itertools.islice(endless, BATCH)):
         yield prepare([decode(one["audio"]) for one in batch], [one["caption"] for one in batch], [one["key"] for one in batch])
