@@ -1,4 +1,4 @@
-"""`python -m tools.bench checkpoint|export|index`: what checkpoints cost on this machine, in turn with DeepSpeed's and PyTorch's own; and what starts cost.
+"""`python -m tools.bench checkpoint|export|data|index`: what checkpoints, data and starts cost on this machine, in turn with what others offer.
 
 `checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2 and save the same state, the fp32 weights and AdamW's two moments,
 in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds the BF16 weights) and PyTorch's DCP async_save (each rank's fragments
@@ -15,6 +15,17 @@ page cache: as many ranks as saved it, and one more, which DeepSpeed refuses.
 process, work what is left without start, imports and exit; peak is VmHWM, mapped files included. Ours also checks digests, fsyncs, loads what it has written
 and compares it. zero_to_fp32 writes pytorch_model.bin: its --safe_serialization fails on Whisper's tied weights.
 
+`data`: from shards to shuffled batches of 16 (log-mel of 30 s windows, 128 bins, on the CPU by one thread, and labels), each reader in a fresh process
+on the same clips. A first pass is left out, the second one is measured. The shards have their index, and litdata its chunks, before. So few
+clips are read by a request for each or a few of them, large sets in runs of 5 MB: that costs Earwitness more here.
+
+    samples per core second   samples by CPU second, user and system, of all threads and processes of the reader; not of servers and proxy
+    samples per second        by the clock, on a machine that the servers share
+    first batch               seconds from the construction (imports are done) to the first batch
+    distinct samples          in the first pass, of as many as there are
+    largest mel difference    to WhisperFeatureExtractor fed by soundfile and soxr, on one clip. Ours keeps waveforms as int16: what a file of
+                              16 bits and 16 kHz holds stays as it is, where a clip is resampled or was MP3 it differs; so do other decoders
+
 `index`: sidecars of empty shards, as full indexes have them, of seven sources; then, in fresh processes that have imported what they need, the
 first start of a run, which merges them, and later ones, with one rank and with several at a time. The files are in the page cache.
 
@@ -29,37 +40,33 @@ first start of a run, which merges them, and later ones, with one rank and with 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from configs.errors import EarwitnessError, run_command
-from tools.bench import starts
+from tools.bench import data, starts
+from tools.bench.data import Form, Place
 from tools.bench.ranks import SECONDS
+from tools.bench.report import ROOT, Figures, describe, environment, report, say, summary
 from tools.sandbox.whisper import make_whisper
 
-ROOT = Path(__file__).parents[2]
 SAVERS = ("earwitness", "deepspeed", "dcp", "earwitness sync", "dcp sync")
 AIMS = {"blocking": 0.05, "load": 1.0, "export time": 0.5, "export work": 0.5, "export memory": 0.5}
 """Largest share of what DeepSpeed takes."""
 INDEX_AIMS = {"ready_seconds": 2.0, "first_batch_seconds": 2.0, "node_megabytes": 500.0}
 """Of a later start: check and open; check, open and plan; PSS of all ranks."""
+OF_DEEPSPEED = " of DeepSpeed's"
 EXPORT = """
 import json, time
 from pathlib import Path
@@ -75,7 +82,6 @@ EXPORTS = {
     "earwitness": ("from tools.export import export", "export(Path({source!r}), Path({out!r}))"),
     "deepspeed": ("from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert", "convert({source!r}, {out!r})"),
 }
-Figures = dict[str, float]
 
 
 class Shape(StrEnum):
@@ -93,7 +99,9 @@ class Shape(StrEnum):
         return {"width": width, "layers": layers, "vocabulary": 400 if self.value == "sandbox" else 51_865}
 
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Measure checkpoints, exports and starts on this machine.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Measure checkpoints, exports, data and starts on this machine."
+)
 Procs = Annotated[int, typer.Option(min=1, help="Ranks that save.")]
 Model = Annotated[Shape, typer.Option(help="Shape of the Whisper.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each, in turn.")]
@@ -111,16 +119,14 @@ def bench_checkpoint(procs: Procs = 2, model: Model = Shape.small, rounds: Round
             for method, ranks in (("earwitness", procs), ("deepspeed", procs), ("earwitness", procs + 1)):
                 _warm(work / method)
                 loads.setdefault(f"{method} {procs} -> {ranks}", []).append({"seconds": _ranks(work, ranks, "load", method)["load"]})
-    saves = {method: _summary(rows[1:]) | {"first": rows[0]} for method, rows in saved["save"].items()}
-    loading = {name: _summary(rows) for name, rows in loads.items()}
+    saves = {method: summary(rows[1:]) | {"first": rows[0]} for method, rows in saved["save"].items()}
+    loading = {name: summary(rows) for name, rows in loads.items()}
     native = loading[f"deepspeed {procs} -> {procs}"]["median"]["seconds"]
     ratios = {
         "blocking": saves["earwitness"]["median"]["blocking_seconds"] / saves["deepspeed"]["median"]["blocking_seconds"],
         "load": max(loading[f"earwitness {procs} -> {ranks}"]["median"]["seconds"] for ranks in (procs, procs + 1)) / native,
     }
-    _report(
-        {"model": model.value, "parameters": saved["parameters"], "procs": procs}, {"save": saves, "load": loading}, _shares(ratios), " of DeepSpeed's", as_json
-    )
+    report(_about(model, saved, procs), {"save": saves, "load": loading}, _aims(ratios), OF_DEEPSPEED, as_json)
 
 
 @app.command("export")
@@ -134,11 +140,26 @@ def bench_export(procs: Procs = 2, model: Model = Shape.small, rounds: Rounds = 
             for name, source in sources.items():
                 _warm(source)
                 rows[name].append(_export(name, source, work / "out"))
-    exports = {name: _summary(found) for name, found in rows.items()}
+    exports = {name: summary(found) for name, found in rows.items()}
     ours, theirs = (exports[name]["median"] for name in ("earwitness", "deepspeed"))
     measures = {"time": "total_seconds", "work": "work_seconds", "memory": "peak_gigabytes"}
     ratios = {f"export {name}": ours[measure] / theirs[measure] for name, measure in measures.items()}
-    _report({"model": model.value, "parameters": saved["parameters"], "procs": procs}, {"export": exports}, _shares(ratios), " of DeepSpeed's", as_json)
+    report(_about(model, saved, procs), {"export": exports}, _aims(ratios), OF_DEEPSPEED, as_json)
+
+
+@app.command("data")
+def bench_data(
+    clips: Annotated[int, typer.Option(min=16, help="Clips of each format, rounded down to whole batches of 16.")] = 256,
+    format: Annotated[list[Form], typer.Option(help="Of the clips; may be given several times.")] = list(Form),  # noqa: B006
+    place: Annotated[list[Place], typer.Option(help="Where they lie; may be given several times.")] = list(Place),  # noqa: B006
+    rounds: Rounds = 3,
+    dir: Dir = Path(),
+    as_json: Json = False,
+) -> None:
+    """From shards to batches, in turn with webdataset, datasets and litdata."""
+    found, skipped = data.measure(dir, clips // 16 * 16, rounds, format, place)
+    about = describe("torch", "transformers", *(name for name in data.READERS if name != "earwitness" and name not in skipped)) | {"clips": clips}
+    report(about | {f"skipped {name}": f"({line})" for name, line in skipped.items()}, {"data": found}, {}, "", as_json)
 
 
 @app.command("index")
@@ -154,20 +175,20 @@ def bench_index(
     """The first and later starts, up to the first batch that is planned."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir=dir) as name:
         work = Path(name).resolve()
-        _say(f"sidecars of {samples:,} samples in {shards:,} shards")
+        say(f"sidecars of {samples:,} samples in {shards:,} shards")
         starts.make(work, samples, shards, held_out)
         found: dict[str, list[Figures]] = {}
         for number in range(rounds):
-            _say(f"round {number + 1} of {rounds}")
+            say(f"round {number + 1} of {rounds}")
             found.setdefault("merge", []).append(starts.measure_merge(work))
             for ranks in dict.fromkeys((1, procs)):
                 found.setdefault(f"ranks {ranks}", []).append(starts.measure_start(work, ranks))
         megabytes = sum(file.stat().st_size for file in (work / "run").iterdir()) / 1e6
-    tables = {name: _summary(rows) for name, rows in found.items()}
+    tables = {name: summary(rows) for name, rows in found.items()}
     worst = {aim: max(about["median"][aim] for name, about in tables.items() if name != "merge") for aim in INDEX_AIMS}
     aims = {name: {"value": value, "at_most": INDEX_AIMS[name], "met": value <= INDEX_AIMS[name]} for name, value in worst.items()}
-    about = {"samples": samples, "shards": shards, "held_out": held_out, "procs": procs, "file_megabytes": round(megabytes, 1)}
-    _report(about, {"first start": {"merge": tables.pop("merge")}, "later start": tables}, aims, "", as_json)
+    about = describe("pyarrow", "numpy") | {"samples": samples, "shards": shards, "held_out": held_out, "procs": procs, "file_megabytes": round(megabytes, 1)}
+    report(about, {"first start": {"merge": tables.pop("merge")}, "later start": tables}, aims, "", as_json)
 
 
 @contextmanager
@@ -181,15 +202,15 @@ def _workspace(folder: Path, shape: Shape) -> Iterator[Path]:
 
 def _ranks(work: Path, procs: int, *arguments: str) -> dict[str, Any]:
     """What rank 0 of `procs` fresh processes finds (tools/bench/ranks.py). Raises EarwitnessError if one of them fails."""
-    _say(f"{procs} ranks: {' '.join(arguments)}")
+    say(f"{procs} ranks: {' '.join(arguments)}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         job = {"WORLD_SIZE": procs, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
     command, started = [sys.executable, "-m", "tools.bench.ranks", str(work), *arguments], []
     for rank in range(procs):
-        environment = _environment() | {name: str(value) for name, value in (job | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        variables = environment() | {name: str(value) for name, value in (job | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         with (work / f"rank-{rank}.log").open("w") as log:
-            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+            started.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log))
     try:
         while None in (codes := [process.poll() for process in started]) and not any(codes):
             time.sleep(0.1)
@@ -205,21 +226,16 @@ def _ranks(work: Path, procs: int, *arguments: str) -> dict[str, Any]:
 
 def _export(name: str, source: Path, out: Path) -> Figures:
     """Export in a fresh process. Raises EarwitnessError if it fails."""
-    _say(f"export: {name}")
+    say(f"export: {name}")
     imports, work = EXPORTS[name]
     program = EXPORT.format(imports=imports, work=work.format(source=str(source), out=str(out)))
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - began
     if done.returncode:
         raise EarwitnessError(f"the export by {name} failed:\n{done.stderr[-3000:]}")
     shutil.rmtree(out)
     return {"total_seconds": seconds, **json.loads(done.stdout.splitlines()[-1])}
-
-
-def _environment() -> dict[str, str]:
-    # Large pages: page faults cost a step of `small` 2.5-4 s of system time per rank without them here, 0.9-2.7 s with them.
-    return os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def _warm(folder: Path) -> None:
@@ -231,38 +247,12 @@ def _warm(folder: Path) -> None:
                     pass
 
 
-def _summary(rows: Sequence[Figures]) -> dict[str, Any]:
-    return {"median": {name: statistics.median(row[name] for row in rows) for name in rows[0]}, "rounds": rows}
+def _about(model: Shape, saved: dict[str, Any], procs: int) -> dict[str, Any]:
+    return describe("torch", "deepspeed", "transformers") | {"model": model.value, "parameters": saved["parameters"], "procs": procs}
 
 
-def _shares(ratios: Figures) -> dict[str, dict[str, Any]]:
-    return {name: {"ratio": ratio, "at_most": AIMS[name], "met": ratio <= AIMS[name]} for name, ratio in ratios.items()}
-
-
-def _report(about: dict[str, Any], tables: dict[str, dict[str, Any]], aims: dict[str, dict[str, Any]], unit: str, as_json: bool) -> None:
-    """Print what was found, and how it compares to what Earwitness aims at."""
-    versions = {name: version(name) for name in ("torch", "deepspeed", "transformers", "pyarrow", "numpy")}
-    about = {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "python": platform.python_version()} | versions | about
-    if as_json:
-        print(json.dumps(about | tables | {"aims": aims}))
-        return
-    print(", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in about.items()))
-    for title, methods in tables.items():
-        columns = list(dict.fromkeys(name for found in methods.values() for name in found["median"]))
-        table = Table(*(name.replace("_", "\n") for name in (title, *columns)), title=f"{title}: median (lowest - highest)", title_justify="left")
-        for method, found in methods.items():
-            values = {name: [row[name] for row in found["rounds"]] for name in found["median"]}
-            cells = {name: f"{found['median'][name]:.3f} ({min(each):.3f} - {max(each):.3f})" for name, each in values.items()}
-            table.add_row(method, *(cells.get(name, "") for name in columns))
-            if first := found.get("first"):
-                table.add_row("  first", *(f"{first[name]:.3f}" if name in first else "" for name in columns))
-        Console(width=160).print(table)
-    for name, aim in aims.items():
-        print(f"{name}: {next(iter(aim.values())):.3f}{unit}; aim: at most {aim['at_most']:g}, {'met' if aim['met'] else 'NOT met'}")
-
-
-def _say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+def _aims(ratios: Figures) -> dict[str, dict[str, Any]]:
+    return {name: {"value": ratio, "at_most": AIMS[name], "met": ratio <= AIMS[name]} for name, ratio in ratios.items()}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ KINDS = {
     "delay": "the answer begins so many seconds later",
     "hang": "no answer comes for so many seconds; then the connection is closed",
     "pace": "the body comes at so many bytes per second",
+    "far": "the answer begins so many seconds later, and its body comes at so many bytes per second, as from another building",
     "refuse": "nobody listens for so many seconds",
     **{status: f"the answer is {status} {name}" for status, (name, _) in STATUS.items()},
 }
@@ -48,7 +49,7 @@ class Fault:
     """Bytes of the body that come through first; a shorter body comes through whole."""
     seconds: float = 5.0
     rate: float = 1e6
-    """Bytes per second of `pace`."""
+    """Bytes per second of `pace` and `far`."""
     key: str = ""
     """Only requests whose path contains this."""
     skip: int = 0
@@ -112,7 +113,7 @@ class Proxy:
         if method not in ("GET", "HEAD") or "list-type=" in path or "/" not in path.strip("/"):
             return None
         for fault in self.faults:
-            bytes_only = fault.kind not in ("403", "404", "refuse")  # what HEAD shows, too
+            bytes_only = fault.kind not in ("403", "404", "refuse", "far")  # what HEAD shows, too
             if fault.key not in path or (method == "HEAD" and bytes_only):
                 continue
             self.seen[fault] += 1
@@ -147,7 +148,7 @@ class Proxy:
         if fault and kind == "refuse":
             await self._refuse(fault.seconds)
             return False
-        if fault and kind in ("delay", "hang"):
+        if fault and kind in ("delay", "hang", "far"):
             await asyncio.sleep(fault.seconds)
             if kind == "hang":
                 return False
@@ -187,7 +188,8 @@ class Proxy:
 async def _body(above: asyncio.StreamReader, writer: asyncio.StreamWriter, size: int, fault: Fault | None) -> bool:
     """Pass on a body of so many bytes with what is to happen to it; False if the connection ends with it."""
     kind, after = (fault.kind, fault.after) if fault else ("", 0)
-    sent = 0
+    loop, sent = asyncio.get_running_loop(), 0
+    began = loop.time()
     while sent < size:
         chunk = await above.read(min(CHUNK, size - sent))
         if not chunk:
@@ -210,8 +212,8 @@ async def _body(above: asyncio.StreamReader, writer: asyncio.StreamWriter, size:
                         await writer.drain()
                         await asyncio.sleep(fault.seconds)
                 return False
-        if fault and kind == "pace":
-            await asyncio.sleep(len(chunk) / fault.rate)
+        if fault and kind in ("pace", "far"):
+            await asyncio.sleep(began + (sent + len(chunk)) / fault.rate - loop.time())
         writer.write(chunk)
         await writer.drain()
         sent += len(chunk)
