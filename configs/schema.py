@@ -119,6 +119,10 @@ class Data(Section):
     """The data sets; each epoch passes over all of them."""
     index_dir: Path = Path("index")
     """Where the shards' indexes are kept; runs may share it."""
+    cache_dir: Path | None = None
+    """A folder on each node's own disk that keeps what was read from a bucket; the ranks of the node share it, and so may runs."""
+    cache_gb: float = Field(100, gt=0)
+    """What it may hold, in gigabytes; what was not used for longest is removed."""
     max_seconds: float | None = Field(None, gt=0)
     """Longest clip, in seconds; default the model's window (30 for Whisper)."""
     overlong: Literal["skip", "crop"] = "skip"

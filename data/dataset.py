@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from configs.errors import DataError
 from configs.schema import RunConfig
 from data import storage
-from data.index import TRAINING, VALIDATION, VERSION, Index, Sidecar, index_shard, load_sidecar, merge, origin, read_metadata, sidecar_path
+from data.index import LAYOUT, TRAINING, VALIDATION, VERSION, Index, Sidecar, index_shard, load_sidecar, merge, origin, read_metadata, sidecar_path
 from data.order import Order, cut_runs
 from data.sources import Shard, expand
 
@@ -124,7 +124,7 @@ def _origins(config: RunConfig, shards: Sequence[Shard]) -> list[str]:
 def _inputs(config: RunConfig, limit: float, shards: Sequence[Shard], origins: Sequence[str]) -> str:
     """SHA-256 of all that merged indexes are made from."""
     listed = [(shard.location.url, shard.validation, origin) for shard, origin in zip(shards, origins, strict=True)]
-    return hashlib.sha256(json.dumps([VERSION, config.data.model_dump(mode="json"), limit, listed]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([VERSION, LAYOUT, config.data.model_dump(mode="json"), limit, listed]).encode()).hexdigest()
 
 
 def open_dataset(config: RunConfig, folder: Path) -> Dataset:

@@ -31,7 +31,8 @@ from data.decode import AUDIO_ENDINGS, BadSample, probe
 from data.sources import Shard
 from data.tar import Damage, Member, walk
 
-VERSION = 2
+VERSION, LAYOUT = 2, 2
+"""Of sidecars, and of merged indexes: with another one they are made anew."""
 TRAINING, VALIDATION = "index-training.arrow", "index-validation.arrow"
 QUICK_BLOCK, FULL_BLOCK = 64 << 10, 8 << 20
 """Bytes per read when only headers are wanted, and when all are."""
@@ -62,8 +63,8 @@ class Sidecar:
     full: bool
     damage: str
     """Why the shard could not be read to its end, or ""."""
-    tag: str
-    """Of the shard, as `storage.Stat` has it."""
+    shard: storage.Stat
+    """Of the shard."""
     origin: str
     """As `origin` gives it."""
 
@@ -90,7 +91,7 @@ def load_sidecar(shard: Shard, index_dir: Path) -> Sidecar | None:
         about = json.loads(file.schema_arrow.metadata[b"earwitness"])
         if (about["size"], about["tag"]) != (now.size, now.tag):
             return None
-        return Sidecar(file.read(use_threads=False), about["full"], about["damage"], now.tag, came_from)
+        return Sidecar(file.read(use_threads=False), about["full"], about["damage"], now, came_from)
 
 
 def origin(shard: storage.Stat, sidecar: Path) -> str:
@@ -126,7 +127,7 @@ def save_sidecar(shard: Shard, index_dir: Path, table: pa.Table, stat: storage.S
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     pq.write_table(table.replace_schema_metadata({"earwitness": json.dumps(about)}), temporary)
-    sidecar = Sidecar(table, full, damage, stat.tag, origin(stat, temporary))
+    sidecar = Sidecar(table, full, damage, stat, origin(stat, temporary))
     temporary.replace(path)
     return sidecar
 
@@ -217,8 +218,8 @@ class Index:
             self.table = pa.ipc.open_file(file).read_all()
         self.digest: str = self.table.schema.metadata[b"digest"].decode()
         named = {source.name: (source, json.dumps(source.storage_options, sort_keys=True)) for source in sources}
-        listed = ((*named[name], url, tag) for name, url, tag in json.loads(self.table.schema.metadata[b"shards"]))
-        self.shards = [Shard(source, storage.Location(url, options, tag)) for source, options, url, tag in listed]
+        listed = json.loads(self.table.schema.metadata[b"shards"])
+        self.shards = [Shard(named[name][0], storage.Location(url, named[name][1], tag, size)) for name, url, tag, size in listed]
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -263,7 +264,7 @@ def merge(shards: Sequence[Shard], sidecars: Sequence[Sidecar], folder: Path, *,
     usable = pc.equal(table["problem"], "").to_numpy() & ~(table["seconds"].to_numpy() > longest)
     validation = np.concatenate([_held_out(shard, sidecar) for shard, sidecar in zip(shards, sidecars, strict=True)])
     table = table.drop_columns(["problem", "caption_characters"])
-    listed = [[shard.source.name, shard.location.url, sidecar.tag] for shard, sidecar in zip(shards, sidecars, strict=True)]
+    listed = [[one.source.name, one.location.url, sidecar.shard.tag, sidecar.shard.size] for one, sidecar in zip(shards, sidecars, strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     for file, chosen in ((TRAINING, usable & ~validation), (VALIDATION, usable & validation)):
         # Column by column: one of the sidecars' and one of the merged index at a time is copied.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -23,6 +23,7 @@ PLAN_AHEAD = 64
 """Steps that are looked at for reading ahead, at most."""
 LARGEST_GAP = 64 << 10
 """Bytes between two wanted members that are read along rather than asked for separately."""
+Read = Callable[[storage.Location, int, int], bytes]
 
 
 @dataclass
@@ -73,8 +74,9 @@ class Loader(Iterator[Step]):
     All bookkeeping happens in the thread that calls `next`; threads only read and decode. A failure to read surfaces in `next`.
     """
 
-    def __init__(self, samples: Samples, order: Order, lanes: range, steps: range, *, threads: int, read_ahead_mb: int) -> None:
-        self.samples, self.order, self.lanes, self.end = samples, order, lanes, steps.stop
+    def __init__(self, samples: Samples, order: Order, lanes: range, steps: range, *, threads: int, read_ahead_mb: int, read: Read = storage.read) -> None:
+        """read: gives a range of a shard, as `storage.read` does."""
+        self._read, self.samples, self.order, self.lanes, self.end = read, samples, order, lanes, steps.stop
         self.budget = read_ahead_mb << 20
         self._readers = ThreadPoolExecutor(READERS, "reader")
         self._decoders = ThreadPoolExecutor(threads, "decoder")
@@ -124,7 +126,7 @@ class Loader(Iterator[Step]):
         for span in slot.spans:
             if span.content is None:
                 self._held += span.end - span.start
-                span.content = self._readers.submit(storage.read, span.location, span.start, span.end)
+                span.content = self._readers.submit(self._read, span.location, span.start, span.end)
 
     def _build(self, slot: _Slot, step: int) -> Sample | Rejected:
         audio, text = slot.spans

@@ -61,7 +61,7 @@ PIECE = 1 << 20
 CONNECTIONS = 64
 """To one endpoint: those of all readers, and their second requests."""
 STATS: Counter[str] = Counter()
-"""Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread."""
+"""Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and cached (bytes)."""
 PASSING = (OSError, EOFError, BotoCoreError, ClientError, HttpError)
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "InvalidToken", "TokenRefreshRequired", "AuthorizationHeaderMalformed"}
@@ -69,11 +69,12 @@ EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "InvalidTo
 
 @dataclass(frozen=True)
 class Location:
-    """One shard: its URL and the options that open it, as JSON. tag: of the content that is wanted (as `Stat.tag`); empty: whatever is there."""
+    """One shard: its URL, the options that open it, as JSON, and what is wanted of its content: tag (as `Stat.tag`; empty: whatever is there) and size."""
 
     url: str
     options: str = "{}"
     tag: str = field(default="", compare=False)
+    size: int = field(default=0, compare=False)
 
     @property
     def name(self) -> str:

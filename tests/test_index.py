@@ -22,7 +22,7 @@ from configs.errors import DataError
 from configs.schema import Source
 from data.index import SCHEMA, TRAINING, VALIDATION, Index, Sidecar, index_shard, is_held_out, load_sidecar, merge, sidecar_path
 from data.sources import Shard, expand
-from data.storage import Location
+from data.storage import Location, Stat
 from tests.making import run_program, sound_of
 from tools.index import index as index_command
 
@@ -306,7 +306,7 @@ def test_merging_takes_the_usable_rows_in_turn(tmp_path_factory: pytest.TempPath
                 if row["problem"] == "" and not row["seconds"] > longest:
                     kept = {name: value for name, value in row.items() if name not in ("problem", "caption_characters")}
                     expected[for_validation or share < one.validation.fraction].append({**kept, "source": number, "shard": len(shards) - 1})
-    merge(shards, [Sidecar(pa.Table.from_pylist(table, SCHEMA), True, "", "tag", "") for table in tables], folder, longest=longest)
+    merge(shards, [Sidecar(pa.Table.from_pylist(table, SCHEMA), True, "", Stat(1, "tag"), "") for table in tables], folder, longest=longest)
     for held_out, name in ((False, TRAINING), (True, VALIDATION)):
         index, rows = Index(folder / name, sources), expected[held_out]
         assert repr(index.table.to_pylist()) == repr(rows), "NaN is NaN"

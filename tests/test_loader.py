@@ -23,10 +23,11 @@ from transformers import GenerationConfig, WhisperProcessor
 from configs.errors import DataError, EarwitnessError
 from configs.load import validate
 from data import dataset, storage
+from data.cache import Cache
 from data.captions import CaptionEncoder, prefix_tokens
 from data.in_hand import InHand
 from data.index import index_shard
-from data.loader import Loader, Step
+from data.loader import Loader, Read, Step
 from data.order import Order, rank_lanes
 from data.samples import Samples
 from tests.making import WINDOW_SECONDS, config_values
@@ -60,9 +61,9 @@ def opened(model: Path, tmp_path: Path) -> Open:
     return opened
 
 
-def loader(opened: Opened, *, rank: int = 0, ranks: int = 1, steps: range = STEPS, threads: int = 2, read_ahead_mb: int = 512) -> Loader:
+def loader(opened: Opened, *, rank: int = 0, ranks: int = 1, steps: range = STEPS, threads: int = 2, read_ahead_mb: int = 512, **options: Read) -> Loader:
     samples, order = opened
-    return Loader(samples, order, rank_lanes(rank, ranks, order.global_batch), steps, threads=threads, read_ahead_mb=read_ahead_mb)
+    return Loader(samples, order, rank_lanes(rank, ranks, order.global_batch), steps, threads=threads, read_ahead_mb=read_ahead_mb, **options)
 
 
 def content(steps: list[Step]) -> list[list[tuple[object, ...]]]:
@@ -268,6 +269,17 @@ def test_a_bit_that_flips_on_its_way_is_seen_and_the_sample_is_read_again(shards
     proxy.set(Fault("flip", after=3000, times=3))
     assert content(list(loader(found))) == expected
     assert storage.STATS["reread"] == sum(proxy.hits.values()) == 3
+
+
+def test_with_a_cache_the_same_comes_and_a_second_time_nothing_is_asked_for(opened: Open, behind_a_proxy: tuple[str, Proxy], tmp_path: Path) -> None:
+    url, proxy = behind_a_proxy
+    found = opened(url, full=True)
+    expected = content(list(loader(found)))
+    for asks in (True, False):
+        proxy.set()
+        with contextlib.closing(loader(found, read=Cache(tmp_path / "cache", 1).read)) as cached:
+            assert content(list(cached)) == expected
+        assert any(method == "GET" for method, _, _ in proxy.requests) == asks
 
 
 def test_bits_that_flip_always_end_it_with_the_shard_and_the_sample(opened: Open, behind_a_proxy: tuple[str, Proxy]) -> None:

@@ -16,7 +16,7 @@ import yaml
 from configs.errors import ConfigError, DataError
 from configs.load import load
 from data import storage
-from data.index import Index, index_shard, merge
+from data.index import TRAINING, Index, index_shard, merge
 from data.sources import expand
 from tests.making import ROOT, config_values, make_clips, run_program
 from tools import stage
@@ -77,8 +77,8 @@ def held(folder: Path) -> dict[str, bytes]:
 
 def digest(config: Path, index: Path, *overrides: str) -> str:
     shards = [shard for source in load(config, overrides).data.sources for shard in expand(source)]
-    merge(shards, [index_shard(shard, index, full=False) for shard in shards], index / "merged.arrow", validation=False)
-    return Index(index / "merged.arrow", load(config).data.sources).digest
+    merge(shards, [index_shard(shard, index, full=False) for shard in shards], index)
+    return Index(index / TRAINING, load(config).data.sources).digest
 
 
 def test_a_run_takes_the_copies_for_what_they_are_copies_of(bucket: Bucket, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from trainer.session import Session, Watch
 
 SPIKE_WINDOW = 100
 """Steps that a loss is compared with; the first SPIKE_WINDOW / 5 of an attempt are only collected."""
-STORAGE = ("bytes", "requests", "retries", "hedged", "reread")
+STORAGE = ("bytes", "requests", "retries", "hedged", "reread", "cached")
 """What is shown of the reads from elsewhere, by all ranks since the attempt began."""
 NOTE_EVERY = 30.0
 """Seconds after which the ledger is told where the time went: so much of it a kill can hide."""
@@ -123,7 +123,7 @@ class Monitor:
             flops = step_flops(self.session.captioner.config, self.session.order.frames // 2, sum(tokens) / samples)
             scalars["speed/mfu"] = flops * samples / seconds / (self.peak * world.size)
         scalars |= {f"unusable_samples/{name}": value for name, value in zip(self.names, unusable, strict=True) if value}
-        scalars |= {f"storage/{name}": value for name, value in zip(STORAGE, stored, strict=True) if stored[0]}
+        scalars |= {f"storage/{name}": value for name, value in zip(STORAGE, stored, strict=True) if any(stored)}
         scalars["memory/host_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         if world.device.type == "cuda":
             scalars["memory/device_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9

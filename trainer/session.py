@@ -11,7 +11,9 @@ import torch
 from configs.lease import Lease
 from configs.rundir import RunDir, append_line
 from configs.schema import RunConfig
+from data import storage
 from data.batch import Sample
+from data.cache import Cache
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
 from data.in_hand import InHand
@@ -123,7 +125,8 @@ class Session:
         """The steps that are still to be taken."""
         data = self.config.data
         samples, steps = self.samples(validation=False), range(self.state.step, self.total_steps)
-        return Loader(samples, self.order, self.lanes, steps, threads=data.threads, read_ahead_mb=data.read_ahead_mb)
+        read = Cache(data.cache_dir, data.cache_gb).read if data.cache_dir else storage.read
+        return Loader(samples, self.order, self.lanes, steps, threads=data.threads, read_ahead_mb=data.read_ahead_mb, read=read)
 
     def quarantine(self, rejected: Sequence[Rejected], **about: Any) -> None:
         """Name samples that could not be used, each once per attempt."""

@@ -21,15 +21,14 @@ from data.loader import Loader
 from data.order import rank_lanes
 from data.samples import Samples
 from data.sources import Shard
+from tools.bench.report import ROOT, Figures
 
-ROOT = Path(__file__).parents[2]
 SHARES = {"audioset": 1760, "music": 236, "speech": 372, "events": 178, "freesound": 327, "effects": 175, "clips": 72}
 """Thousands of samples by source, in a set of 3.1 million."""
 FRAMES, SECONDS = 3000, 30.0
 POINTS = {"start": 0.0, "middle": 0.5, "end": 0.999}
 """Parts of an epoch that are over when planning begins."""
 NOTHING: Any = None
-Figures = dict[str, float]
 
 
 def make(work: Path, samples: int, shards: int, held_out: float) -> None:

@@ -1,0 +1,106 @@
+"""What was read from elsewhere, kept on a node's own disk. The ranks of a node share it, and runs may.
+
+Blocks of BLOCK bytes of a shard are files of their own, named by the shard's URL and tag and written by rename, so that a reader finds a whole
+block or none whoever dies meanwhile; a CRC32 before the content tells of damage. Nobody waits for anybody: where two ranks miss the same block,
+both read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+import time
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+from data import storage
+from data.storage import STATS, Location
+
+BLOCK = 1 << 20
+SHARE = 0.02
+"""Of the limit: after so much has been written, what is there is counted and cut down."""
+ABANDONED = 3600.0
+"""Seconds after which a file that is still being written counts as left behind."""
+
+
+class Cache:
+    """Safe to use from several threads and processes."""
+
+    def __init__(self, folder: Path, gigabytes: float) -> None:
+        self.folder, self.limit = folder, int(gigabytes * 1e9)
+        self._written, self._told, self._lock = 0, False, threading.Lock()
+
+    def read(self, location: Location, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a shard, as `storage.read` gives them. Raises what it raises; a disk that fails is told of once, and done without."""
+        if location.is_local or not location.size or start == end:
+            return storage.read(location, start, end)
+        numbers = range(start // BLOCK, (end - 1) // BLOCK + 1)
+        blocks = {number: self._load(location, number) for number in numbers}
+        missing = [number for number in numbers if not blocks[number]]
+        STATS["cached"] += sum(map(len, blocks.values()))
+        while missing:
+            following = next((place for place, number in enumerate(missing) if number != missing[0] + place), len(missing))
+            together, missing = missing[:following], missing[following:]
+            first = together[0] * BLOCK
+            content = storage.read(location, first, min((together[-1] + 1) * BLOCK, location.size))
+            for number in together:
+                blocks[number] = content[number * BLOCK - first : (number + 1) * BLOCK - first]
+                self._keep(location, number, blocks[number])
+        whole = b"".join(blocks.values())
+        return whole[start - numbers[0] * BLOCK : end - numbers[0] * BLOCK]
+
+    def _path(self, location: Location, number: int) -> Path:
+        name = hashlib.sha256(f"{location.url}\0{location.tag}".encode()).hexdigest()[:24]
+        return self.folder / name[:2] / f"{name}-{number}"
+
+    def _load(self, location: Location, number: int) -> bytes:
+        """A block; empty if it is not there, or damaged."""
+        path = self._path(location, number)
+        with suppress(OSError):
+            found = path.read_bytes()
+            content = found[4:]
+            if len(content) == min(BLOCK, location.size - number * BLOCK) and found[:4] == zlib.crc32(content).to_bytes(4, "little"):
+                os.utime(path)  # it is in use
+                return content
+        return b""
+
+    def _keep(self, location: Location, number: int, content: bytes) -> None:
+        path = self._path(location, number)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(zlib.crc32(content).to_bytes(4, "little") + content)
+            temporary.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            if not self._told:
+                self._told = True
+                print(f"data.cache_dir: {self.folder}: {error.strerror}; goes on without keeping what it reads", file=sys.stderr, flush=True)
+            return
+        with self._lock:
+            self._written += len(content)
+            if self._written < SHARE * self.limit:
+                return
+            self._written = 0
+        self._cut_down()
+
+    def _cut_down(self) -> None:
+        """Remove what was not used for longest until the rest fits, and what killed processes have left."""
+        found = []
+        for file in self.folder.glob("*/*"):
+            with suppress(FileNotFoundError):  # another rank is at it, too
+                about = file.stat()
+                if file.suffix != ".tmp":
+                    found.append((about.st_mtime, about.st_size, file))
+                elif time.time() - about.st_mtime > ABANDONED:
+                    file.unlink()
+        held = sum(size for _, size, _ in found)
+        for _, size, file in sorted(found):
+            if held <= (1 - SHARE) * self.limit:
+                return
+            file.unlink(missing_ok=True)
+            held -= size
