@@ -117,8 +117,8 @@ class Data(Section):
 
     sources: list[Source] = Field(min_length=1)
     """The data sets; each epoch passes over all of them."""
-    index_dir: Path = Path("index")
-    """Where the shards' indexes are kept; runs may share it."""
+    index_dir: str = "index"
+    """Where the shards' indexes are kept, which runs may share: a folder, `s3://BUCKET/PREFIX`, or `beside`: the shards, in a folder `index`."""
     cache_dir: Path | None = None
     """A folder on each node's own disk that keeps what was read from a bucket; the ranks of the node share it, and so may runs."""
     cache_gb: float = Field(100, gt=0)

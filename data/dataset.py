@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from configs.errors import DataError
 from configs.schema import RunConfig
 from data import storage
-from data.index import LAYOUT, TRAINING, VALIDATION, VERSION, Index, Sidecar, index_shard, load_sidecar, merge, origin, read_metadata, sidecar_path
+from data.index import LAYOUT, TRAINING, VALIDATION, VERSION, Index, Sidecar, index_shard, load_sidecar, merge, origin, read_metadata, sidecar_location
 from data.order import Order, cut_runs
 from data.sources import Shard, expand
 
@@ -42,6 +42,12 @@ def list_shards(config: RunConfig) -> list[Shard]:
     return [shard for source in config.data.sources for shard in expand(source)]
 
 
+def unindexed(config: RunConfig, shards: Sequence[Shard]) -> list[Shard]:
+    """Those that have no index, or changed since."""
+    with ThreadPoolExecutor(32) as pool:
+        return [shard for shard, sidecar in zip(shards, pool.map(lambda shard: load_sidecar(shard, config.data.index_dir), shards), strict=True) if not sidecar]
+
+
 def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
     """The sidecars of all shards. Local ones without an index get a quick one; for a bucket that is a job of its own.
 
@@ -50,7 +56,7 @@ def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
     with ThreadPoolExecutor(32) as pool:  # a request per shard
         sidecars = list(pool.map(lambda shard: load_sidecar(shard, config.data.index_dir), shards))
         missing = [shard for shard, sidecar in zip(shards, sidecars, strict=True) if sidecar is None]
-        changed = [shard for shard in missing if sidecar_path(shard, config.data.index_dir).exists()]
+        changed = [shard for shard in missing if storage.find(sidecar_location(shard, config.data.index_dir))]
         if remote := [shard for shard in missing if not shard.location.is_local]:
             stale = [shard for shard in changed if not shard.location.is_local]
             why = "changed since they were indexed" if stale else f"have no index in {config.data.index_dir}"
@@ -114,8 +120,8 @@ def _origins(config: RunConfig, shards: Sequence[Shard]) -> list[str]:
     """The origin of each shard's sidecar, "" where there is none."""
 
     def found(shard: Shard) -> str:
-        path = sidecar_path(shard, config.data.index_dir)
-        return origin(storage.stat(shard.location), path) if path.exists() else ""
+        kept = storage.find(sidecar_location(shard, config.data.index_dir))
+        return origin(storage.stat(shard.location), kept) if kept else ""
 
     with ThreadPoolExecutor(32) as pool:
         return list(pool.map(found, shards))

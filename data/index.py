@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.core import split_protocol
 
 from configs.errors import DataError
 from configs.schema import Source
@@ -30,9 +31,12 @@ from data.captions import find_caption
 from data.decode import AUDIO_ENDINGS, BadSample, probe
 from data.sources import Shard
 from data.tar import Damage, Member, walk
+from data.upload import write
 
-VERSION, LAYOUT = 2, 2
+VERSION, LAYOUT = 2, 3
 """Of sidecars, and of merged indexes: with another one they are made anew."""
+BESIDE = "beside"
+"""As `data.index_dir`: sidecars are kept beside the shards, in a folder `index`."""
 TRAINING, VALIDATION = "index-training.arrow", "index-validation.arrow"
 QUICK_BLOCK, FULL_BLOCK = 64 << 10, 8 << 20
 """Bytes per read when only headers are wanted, and when all are."""
@@ -73,34 +77,34 @@ class Sidecar:
         return f"DAMAGED: {self.damage}; {len(self.table)} samples before that are kept, what came after is lost"
 
 
-def sidecar_path(shard: Shard, index_dir: Path) -> Path:
-    """Where the index of a shard is kept: by URL and by what was taken from the samples."""
-    source = shard.source
-    identity = json.dumps([VERSION, shard.location.url, source.caption_key, source.audio])
-    return index_dir / f"{Path(shard.location.name).stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.parquet"
+def sidecar_location(shard: Shard, index_dir: str | Path) -> storage.Location:
+    """Where the index of a shard is kept, by URL and by what was taken from the samples. index_dir: as in a config's `data`."""
+    source, (url, options) = shard.source, (shard.location.url, shard.location.options)
+    place = f"{url.rpartition('/')[0]}/index" if str(index_dir) == BESIDE else str(index_dir)
+    identity = json.dumps([VERSION, url, source.caption_key, source.audio])
+    name = f"{Path(shard.location.name).stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.parquet"
+    return storage.Location(f"{place.rstrip('/')}/{name}", options if split_protocol(place)[0] == split_protocol(url)[0] else "{}")
 
 
-def load_sidecar(shard: Shard, index_dir: Path) -> Sidecar | None:
+def load_sidecar(shard: Shard, index_dir: str | Path) -> Sidecar | None:
     """The index of a shard, or None if there is none for the shard as it is now (size and ETag or modification time)."""
-    path = sidecar_path(shard, index_dir)
-    if not path.exists():
+    place = sidecar_location(shard, index_dir)
+    if (kept := storage.find(place)) is None:
         return None
     now = storage.stat(shard.location)
-    came_from = origin(now, path)  # before it is read: if another one takes its place meanwhile, the next start sees that
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(pa.BufferReader(storage.read(place, 0, kept.size))) as file:
         about = json.loads(file.schema_arrow.metadata[b"earwitness"])
         if (about["size"], about["tag"]) != (now.size, now.tag):
             return None
-        return Sidecar(file.read(use_threads=False), about["full"], about["damage"], now, came_from)
+        return Sidecar(file.read(use_threads=False), about["full"], about["damage"], now, origin(now, kept))
 
 
-def origin(shard: storage.Stat, sidecar: Path) -> str:
+def origin(shard: storage.Stat, sidecar: storage.Stat) -> str:
     """What changes when a shard is replaced, or its sidecar is written anew."""
-    file = sidecar.stat()
-    return f"{shard.size} {shard.tag} {file.st_ino} {file.st_mtime_ns} {file.st_size}"
+    return f"{shard.size} {shard.tag} {sidecar.size} {sidecar.tag}"
 
 
-def index_shard(shard: Shard, index_dir: Path, *, full: bool) -> Sidecar:
+def index_shard(shard: Shard, index_dir: str | Path, *, full: bool) -> Sidecar:
     """Index a shard and keep the result in `index_dir`. Raises DataError if the shard cannot be read at all."""
     now = storage.stat(shard.location)
     read = _Blocks(replace(shard.location, tag=now.tag), now.size, FULL_BLOCK if full else QUICK_BLOCK)
@@ -120,16 +124,13 @@ def index_shard(shard: Shard, index_dir: Path, *, full: bool) -> Sidecar:
     return save_sidecar(shard, index_dir, pa.Table.from_pylist(rows, SCHEMA), now, full=full, damage=damage)
 
 
-def save_sidecar(shard: Shard, index_dir: Path, table: pa.Table, stat: storage.Stat, *, full: bool, damage: str) -> Sidecar:
+def save_sidecar(shard: Shard, index_dir: str | Path, table: pa.Table, stat: storage.Stat, *, full: bool, damage: str) -> Sidecar:
     """Keep the index of a shard in `index_dir`; stat: of the shard that was indexed."""
     about = {"url": shard.location.url, "size": stat.size, "tag": stat.tag, "full": full, "damage": damage}
-    path = sidecar_path(shard, index_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(table.replace_schema_metadata({"earwitness": json.dumps(about)}), temporary)
-    sidecar = Sidecar(table, full, damage, stat, origin(stat, temporary))
-    temporary.replace(path)
-    return sidecar
+    place, content = sidecar_location(shard, index_dir), pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({"earwitness": json.dumps(about)}), content)
+    write(content.getvalue(), place)
+    return Sidecar(table, full, damage, stat, origin(stat, storage.stat(place)))
 
 
 class _Blocks:

@@ -98,11 +98,21 @@ class Stat:
 
 def stat(location: Location) -> Stat:
     """Size and tag of a shard. Raises DataError if it is not there or may not be read."""
+    if (found := find(location)) is None:
+        raise DataError(f"{location.url}: cannot read its size: it does not exist. {_advice(location)}")
+    return found
 
-    def info() -> Stat:
+
+def find(location: Location) -> Stat | None:
+    """Size and tag of an object, None if it is not there. Raises DataError if it may not be read."""
+
+    def info() -> Stat | None:
         filesystem, path = open_filesystem(location)
         filesystem.invalidate_cache(filesystem._parent(path))
-        found = filesystem.info(path)
+        try:
+            found = filesystem.info(path)
+        except FileNotFoundError:
+            return None
         return Stat(int(found["size"] or 0), str(found.get("ETag") or found.get("mtime") or found.get("LastModified") or ""))
 
     return retry(location, "read its size", info)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
 from pathlib import Path
 
 from fsspec.asyn import get_loop
@@ -35,3 +37,18 @@ def upload(file: Path, location: Location) -> None:
             raise
 
     retry(location, "write it", put)
+
+
+def write(content: bytes, location: Location) -> None:
+    """Write a small object, which is there whole or as it was before. Raises as `upload` does."""
+    if not location.is_local:
+        with tempfile.NamedTemporaryFile() as temporary:
+            temporary.write(content)
+            temporary.flush()
+            upload(Path(temporary.name), location)
+        return
+    path = Path(open_filesystem(location)[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part.write_bytes(content)
+    part.replace(path)

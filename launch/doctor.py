@@ -96,8 +96,7 @@ def _credentials() -> Iterator[Finding]:
 def _config(path: Path) -> Iterator[Finding]:
     from configs.load import load
     from data import storage
-    from data.dataset import list_shards
-    from data.index import load_sidecar
+    from data.dataset import list_shards, unindexed
 
     try:
         config = load(path)
@@ -108,7 +107,7 @@ def _config(path: Path) -> Iterator[Finding]:
             size = storage.stat(first.location).size
             count = sum(shard.source is source for shard in shards)
             yield f"source {source.name}", "ok", f"{count} shards; {first.location.url} has {size / 1e6:.1f} MB"
-        missing = sum(load_sidecar(shard, config.data.index_dir) is None for shard in shards)
+        missing = len(unindexed(config, shards))
         todo = f"{missing} of {len(shards)} shards are not indexed: python -m tools.index {path}"
         yield "index", "note" if missing else "ok", todo if missing else "complete"
     except EarwitnessError as error:

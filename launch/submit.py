@@ -16,8 +16,7 @@ from configs.lease import Lease, holder
 from configs.rundir import PACKAGES, RunDir
 from configs.schema import RunConfig, node_range
 from data import storage
-from data.dataset import list_shards
-from data.index import load_sidecar
+from data.dataset import list_shards, unindexed
 from data.sources import Shard
 from slurm import cluster
 from slurm.chain import Cause, chain_jobs
@@ -137,7 +136,7 @@ def _look_at_shards(config: RunConfig, shards: Sequence[Shard]) -> int:
     """Read a little of each source, and count the shards without an index. Raises DataError for what cannot be read."""
     for source in config.data.sources:
         storage.stat(next(shard for shard in shards if shard.source is source).location)
-    return sum(load_sidecar(shard, config.data.index_dir) is None for shard in shards)
+    return len(unindexed(config, shards))
 
 
 def _submit_index(config: RunConfig, run: RunDir) -> str:

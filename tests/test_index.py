@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from configs.errors import DataError
 from configs.schema import Source
-from data.index import SCHEMA, TRAINING, VALIDATION, Index, Sidecar, index_shard, is_held_out, load_sidecar, merge, sidecar_path
+from data.index import SCHEMA, TRAINING, VALIDATION, Index, Sidecar, index_shard, is_held_out, load_sidecar, merge, sidecar_location
 from data.sources import Shard, expand
 from data.storage import Location, Stat
 from tests.making import run_program, sound_of
@@ -178,8 +178,8 @@ def test_an_index_is_used_again_until_its_shard_changes(tmp_path: Path, capsys: 
     (one,) = expand(source(path))
 
     def made(**options: bool) -> tuple[int, str]:
-        index_command([str(path)], caption_key="caption", index_dir=tmp_path / "index", threads=2, **options)
-        return sidecar_path(one, tmp_path / "index").stat().st_ino, capsys.readouterr().out
+        index_command([str(path)], caption_key="caption", index_dir=str(tmp_path / "index"), threads=2, **options)
+        return Path(sidecar_location(one, tmp_path / "index").url).stat().st_ino, capsys.readouterr().out
 
     quick, _ = made(quick=True)
     full, said = made(quick=False)
@@ -200,7 +200,7 @@ def test_the_jobs_of_a_slurm_array_share_the_shards(tmp_path: Path, monkeypatch:
     for number, count in ((1, 3), (3, 2)):  # as of --array=1-3:2
         for name, value in (("MIN", 1), ("MAX", 3), ("STEP", 2), ("ID", number)):
             monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-        index_command([f"{tmp_path}/*.tar"], caption_key="caption", index_dir=tmp_path / "index", threads=1, quick=True)
+        index_command([f"{tmp_path}/*.tar"], caption_key="caption", index_dir=str(tmp_path / "index"), threads=1, quick=True)
         assert f"{count} shards, {count} samples" in capsys.readouterr().out
     assert len(list((tmp_path / "index").iterdir())) == 5
 

@@ -271,6 +271,20 @@ def test_a_bit_that_flips_on_its_way_is_seen_and_the_sample_is_read_again(shards
     assert storage.STATS["reread"] == sum(proxy.hits.values()) == 3
 
 
+@pytest.mark.parametrize(("index_dir", "prefix"), [("beside", "index/"), ("s3://flips/kept/elsewhere", "kept/elsewhere/")])
+def test_indexes_may_lie_in_a_bucket_too(
+    shards: str, opened: Open, behind_a_proxy: tuple[str, Proxy], s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch, index_dir: str, prefix: str
+) -> None:
+    url, proxy = behind_a_proxy
+    expected = content(list(loader(opened(shards, full=True))))
+    assert content(list(loader(opened(url, full=True, index_dir=index_dir)))) == expected
+    kept = s3_server.client().list_objects_v2(Bucket="flips", Prefix=prefix)["Contents"]
+    assert len(kept) == len(list(Path(shards).parent.glob("*.tar"))) and all(one["Key"].endswith(".parquet") for one in kept)
+    proxy.set()
+    opened(url, index_dir=index_dir)  # a later start
+    assert not [path for method, path, _ in proxy.requests if method in ("GET", "PUT") and "list-type" not in path], "looks at what is there, no more"
+
+
 def test_with_a_cache_the_same_comes_and_a_second_time_nothing_is_asked_for(opened: Open, behind_a_proxy: tuple[str, Proxy], tmp_path: Path) -> None:
     url, proxy = behind_a_proxy
     found = opened(url, full=True)

@@ -7,7 +7,6 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.errors import run_command
 from configs.schema import Data
-from data.index import Sidecar, index_shard, load_sidecar, sidecar_path
+from data.index import Sidecar, index_shard, load_sidecar, sidecar_location
 from data.sources import Shard, expand
-from data.storage import STATS
+from data.storage import STATS, find
 from tools.arguments import named_sources
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -28,7 +27,7 @@ def index(
     shards: Annotated[list[str], typer.Argument(help="Shards (paths, URLs, globs, braces), or one config: all its sources.", metavar="SHARDS...|CONFIG")],
     quick: Annotated[bool, typer.Option("--quick", help="Headers only: no CRC32, no seconds, no look at the content.")] = False,
     caption_key: Annotated[str, typer.Option(help="Where the caption is (for SHARDS).")] = "caption",
-    index_dir: Annotated[Path, typer.Option(help="Where the indexes go (for SHARDS).")] = Data.model_fields["index_dir"].default,
+    index_dir: Annotated[str, typer.Option(help="Where the indexes go (for SHARDS).")] = Data.model_fields["index_dir"].default,
     threads: Annotated[int, typer.Option(min=1, help="Shards at a time.")] = 8,
 ) -> None:
     """Index shards, and name every problem. What is there already and current is not done again. In a Slurm array each job takes its share."""
@@ -54,9 +53,9 @@ def _share(shards: list[Shard]) -> list[Shard]:
     return shards[jobs.index(number) :: len(jobs)]
 
 
-def _current(shard: Shard, index_dir: Path, *, full: bool) -> Sidecar:
+def _current(shard: Shard, index_dir: str, *, full: bool) -> Sidecar:
     sidecar = load_sidecar(shard, index_dir)
-    if sidecar is None and sidecar_path(shard, index_dir).exists():
+    if sidecar is None and find(sidecar_location(shard, index_dir)):
         print(f"{shard.location.url}: changed since it was indexed; it is indexed anew", flush=True)
     return sidecar if sidecar and (sidecar.full or not full) else index_shard(shard, index_dir, full=full)
 

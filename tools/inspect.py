@@ -39,7 +39,7 @@ def inspect(
     caption_key: Annotated[str, typer.Option(help="Where the caption is (for SHARDS).")] = "caption",
     tokenizer: Annotated[Optional[str], typer.Option(help="Model whose tokens are counted (for SHARDS); a config names its own.")] = None,  # noqa: UP045 (typer)
     samples: Annotated[int, typer.Option(min=0, help="Samples of each source to open, spread evenly over it; 0 opens all.")] = 1000,
-    index_dir: Annotated[Path, typer.Option(help="Where the indexes are (for SHARDS).")] = Data.model_fields["index_dir"].default,
+    index_dir: Annotated[str, typer.Option(help="Where the indexes are (for SHARDS).")] = Data.model_fields["index_dir"].default,
 ) -> None:
     """Show what shards hold (their samples are opened and decoded), or verify every byte of a checkpoint."""
     place = Path(what[0])
@@ -77,11 +77,11 @@ class _Look:
     caption: str = ""
 
 
-def _show_source(source: Source, index_dir: Path, wanted: int, measure: Callable[[str], int], unit: str) -> None:
+def _show_source(source: Source, index_dir: str, wanted: int, measure: Callable[[str], int], unit: str) -> None:
     shards = expand(source)
     with ThreadPoolExecutor(8) as pool:
         with tempfile.TemporaryDirectory() as passing:  # looking leaves no index behind, which a run would then use
-            sidecars = list(pool.map(lambda shard: load_sidecar(shard, index_dir) or index_shard(shard, Path(passing), full=False), shards))
+            sidecars = list(pool.map(lambda shard: load_sidecar(shard, index_dir) or index_shard(shard, passing, full=False), shards))
         known = [look for shard, sidecar in zip(shards, sidecars, strict=True) for look in _problems(shard, sidecar)]
         sound = [(number, row) for number, sidecar in enumerate(sidecars) for row in _sound_rows(sidecar)]
         chosen = sound if not wanted or not sound else [sound[i] for i in np.linspace(0, len(sound) - 1, min(wanted, len(sound))).astype(int)]
