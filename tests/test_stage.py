@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -173,3 +175,12 @@ def test_bytes_that_the_disk_does_not_give_back_are_named(bucket: Bucket, tmp_pa
     with pytest.raises(stage.ShardError, match=r"\.tar\.part: does not hold what was written"):
         stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")
     assert not (tmp_path / "disk" / stage.STAGED).exists() and json.dumps(sorted(held(tmp_path / "disk"))).count(".part") == len(held(tmp_path / "disk"))
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_of(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(stage.os, "fsync", full)
+    with pytest.raises(stage.ShardError, match=r"disk: cannot be written: No space left on device; mend it and start again"):
+        stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")

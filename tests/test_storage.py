@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 import time
@@ -38,7 +39,7 @@ class Bucket:
 
     def location(self, name: str = "a.tar", tag: str = "", **options: object) -> Location:
         keys = {"key": self.server.access_key, "secret": self.server.secret_key, "endpoint_url": self.proxy.endpoint, **options}
-        return Location(f"s3://faults/{name}", storage.json.dumps(keys), tag)
+        return Location(f"s3://faults/{name}", json.dumps(keys), tag)
 
     def put(self, name: str, content: bytes) -> str:
         """Store an object; returns its ETag."""
@@ -178,7 +179,7 @@ def test_keys_that_were_changed_are_read_anew(bucket: Bucket, tmp_path: Path, mo
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(variable, raising=False)
-    place = Location("s3://faults/a.tar", storage.json.dumps({"endpoint_url": bucket.proxy.endpoint}))
+    place = Location("s3://faults/a.tar", json.dumps({"endpoint_url": bucket.proxy.endpoint}))
     file.write_text("[default]\naws_access_key_id = old\naws_secret_access_key = gone\n")
     with pytest.raises(DataError, match="access denied"):
         storage.read(place, START, START + 9)
@@ -209,6 +210,21 @@ def test_a_quick_index_does_not_ask_for_each_header(bucket: Bucket, tmp_path: Pa
     bucket.put("clips.tar", content.getvalue())
     sidecar = index_shard(Shard(Source(name="sounds", shards=["x"]), bucket.location("clips.tar")), tmp_path, full=False)
     assert len(sidecar.table) == 200 and storage.STATS["requests"] < 15
+
+
+def test_several_buckets_with_several_owners_in_one_run(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"ours": (bucket.server.access_key, bucket.server.secret_key), "theirs": ("somebody", "else")}
+    profiles = [f"[{name}]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n" for name, (key, secret) in keys.items()]
+    (tmp_path / "credentials").write_text("\n".join(profiles))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(variable, raising=False)
+    ours, theirs = (Location("s3://faults/a.tar", json.dumps({"endpoint_url": bucket.proxy.endpoint, "profile": name})) for name in keys)
+    for _ in range(2):
+        assert storage.read(ours, 0, 9) == bucket.content[:9]
+        with pytest.raises(DataError, match="access denied") as caught:
+            storage.read(theirs, 0, 9)
+        assert "else" not in str(caught.value)
 
 
 def test_a_fault_that_does_not_exist_is_refused_with_those_that_do() -> None:

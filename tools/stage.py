@@ -47,9 +47,11 @@ def stage(
                 task = progress.add_task(f"{len(todo)} shards", total=sum(copy.stat.size for copy in todo))
                 for done in as_completed([pool.submit(copy.make, lambda count: progress.advance(task, count), stop) for copy in todo]):
                     done.result()
-        except BaseException:
+        except BaseException as error:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, OSError):
+                raise ShardError(f"{error.filename or folder}: cannot be written: {error.strerror}; mend it and start again: what is complete stays") from None
             raise
     print(f"{folder}: {len(copies)} shards, {sum(copy.stat.size for copy in copies) / 1e9:.2f} GB; {len(todo)} copied now, each verified")
     print(_advice(shards, copies, config))
