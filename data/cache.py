@@ -32,10 +32,11 @@ class Cache:
     def __init__(self, folder: Path, gigabytes: float) -> None:
         self.folder, self.limit = folder, int(gigabytes * 1e9)
         self._written, self._told, self._lock = 0, False, threading.Lock()
+        self._cut_down()
 
     def read(self, location: Location, start: int, end: int) -> bytes:
         """Bytes [start, end) of a shard, as `storage.read` gives them. Raises what it raises; a disk that fails is told of once, and done without."""
-        if location.is_local or not location.size or start == end:
+        if location.is_local or not (location.size and location.tag) or start == end:
             return storage.read(location, start, end)
         numbers = range(start // BLOCK, (end - 1) // BLOCK + 1)
         blocks = {number: self._load(location, number) for number in numbers}
@@ -53,7 +54,7 @@ class Cache:
         return whole[start - numbers[0] * BLOCK : end - numbers[0] * BLOCK]
 
     def _path(self, location: Location, number: int) -> Path:
-        name = hashlib.sha256(f"{location.url}\0{location.tag}".encode()).hexdigest()[:24]
+        name = hashlib.sha256(f"{location.url}\0{location.tag}\0{location.size}".encode()).hexdigest()[:24]
         return self.folder / name[:2] / f"{name}-{number}"
 
     def _load(self, location: Location, number: int) -> bytes:
@@ -63,7 +64,8 @@ class Cache:
             found = path.read_bytes()
             content = found[4:]
             if len(content) == min(BLOCK, location.size - number * BLOCK) and found[:4] == zlib.crc32(content).to_bytes(4, "little"):
-                os.utime(path)  # it is in use
+                with suppress(OSError):  # another user's, or a disk that may only be read
+                    os.utime(path)  # it is in use
                 return content
         return b""
 
@@ -92,7 +94,7 @@ class Cache:
         """Remove what was not used for longest until the rest fits, and what killed processes have left."""
         found = []
         for file in self.folder.glob("*/*"):
-            with suppress(FileNotFoundError):  # another rank is at it, too
+            with suppress(OSError):  # another rank is at it, too
                 about = file.stat()
                 if file.suffix != ".tmp":
                     found.append((about.st_mtime, about.st_size, file))
@@ -102,5 +104,6 @@ class Cache:
         for _, size, file in sorted(found):
             if held <= (1 - SHARE) * self.limit:
                 return
-            file.unlink(missing_ok=True)
-            held -= size
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+                held -= size

@@ -102,6 +102,8 @@ def build(config: RunConfig, folder: Path, longest: float) -> list[str]:
 
     Returns what is left out, a line per shard.
     """
+    for left in folder.glob(".index-*.tmp"):  # by an attempt that was killed
+        left.unlink(missing_ok=True)
     shards = list_shards(config)
     limit = min(longest, config.data.max_seconds or longest) if config.data.overlong == "skip" else float("inf")
     made = [read_metadata(folder / name) for name in (TRAINING, VALIDATION)]

@@ -92,11 +92,15 @@ def load_sidecar(shard: Shard, index_dir: str | Path) -> Sidecar | None:
     if (kept := storage.find(place)) is None:
         return None
     now = storage.stat(shard.location)
-    with pq.ParquetFile(pa.BufferReader(storage.read(place, 0, kept.size))) as file:
-        about = json.loads(file.schema_arrow.metadata[b"earwitness"])
-        if (about["size"], about["tag"]) != (now.size, now.tag):
-            return None
-        return Sidecar(file.read(use_threads=False), about["full"], about["damage"], now, origin(now, kept))
+    try:
+        with pq.ParquetFile(pa.BufferReader(storage.read(place, 0, kept.size))) as file:
+            about = json.loads(file.schema_arrow.metadata[b"earwitness"])
+            if (about["size"], about["tag"]) != (now.size, now.tag):
+                return None
+            return Sidecar(file.read(use_threads=False), about["full"], about["damage"], now, origin(now, kept))
+    except (pa.ArrowInvalid, KeyError, TypeError):  # cut off by a full disk, or a machine that lost power
+        print(f"{place.url}: this index is damaged; it is made anew", flush=True)
+        return None
 
 
 def origin(shard: storage.Stat, sidecar: storage.Stat) -> str:

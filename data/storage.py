@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import re
 import statistics
 import sys
 import time
@@ -23,9 +25,11 @@ import fsspec
 from aiohttp import ClientError as HttpError
 from aiohttp import ClientResponseError
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
+from botocore.parsers import ResponseParserError
 from fsspec import AbstractFileSystem
 from fsspec.asyn import get_loop
 from fsspec.core import split_protocol
+from fsspec.utils import glob_translate
 
 from configs.errors import DataError, ShardError
 
@@ -55,14 +59,18 @@ class Limits:
 
 
 LIMITS = Limits()
+TAGS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "xet_hash", "blob_id", "md5Hash")
+"""What file systems call that which changes with the content."""
 PROGRESS = 256 << 10
 PIECE = 1 << 20
 """Bytes that are taken at once at most: as a rule what has come meanwhile."""
+WHOLE = 4 << 20
+"""Bytes of a request to other file systems, which give an answer as a whole only: it has to come within the patience."""
 CONNECTIONS = 64
 """To one endpoint: those of all readers, and their second requests."""
 STATS: Counter[str] = Counter()
 """Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and cached (bytes)."""
-PASSING = (OSError, EOFError, BotoCoreError, ClientError, HttpError)
+PASSING = (OSError, EOFError, BotoCoreError, ClientError, HttpError, ResponseParserError)
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "InvalidToken", "TokenRefreshRequired", "AuthorizationHeaderMalformed"}
 
@@ -111,9 +119,12 @@ def find(location: Location) -> Stat | None:
         filesystem.invalidate_cache(filesystem._parent(path))
         try:
             found = filesystem.info(path)
-        except FileNotFoundError:
-            return None
-        return Stat(int(found["size"] or 0), str(found.get("ETag") or found.get("mtime") or found.get("LastModified") or ""))
+        except FileNotFoundError as error:  # fsspec's http says so of any failure
+            cause = error.__cause__
+            if cause is None or isinstance(cause, (FileNotFoundError, ClientError)) or getattr(cause, "status", 0) in (404, 410):
+                return None
+            raise cause from None
+        return Stat(int(found["size"] or 0), next((str(found[name]) for name in TAGS if found.get(name)), ""))
 
     return retry(location, "read its size", info)
 
@@ -123,10 +134,24 @@ def glob(location: Location) -> list[Location]:
 
     def match() -> list[Location]:
         filesystem, path = open_filesystem(location)
-        found = filesystem.glob(path)
+        found = _glob(filesystem, path, local=location.is_local)
         return [Location(name if location.is_local else filesystem.unstrip_protocol(name), location.options) for name in found]
 
     return retry(location, "read the list of shards", match)
+
+
+def _glob(filesystem: AbstractFileSystem, path: str, *, local: bool) -> list[str]:
+    """As the file system's own; which leaves out folders that cannot be listed where a folder's name is a pattern: here that is an error."""
+    root, _, _ = re.split(r"[*?[]", path, maxsplit=1)[0].rpartition("/")
+    if "/" not in path[len(root) + 1 :] or "http" in filesystem.protocol:
+        return list(filesystem.glob(path))
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files = [f"{folder}/{name}" for folder, _, names in os.walk(root, onerror=fail) for name in names] if local else filesystem.find(root)
+    wanted = re.compile(glob_translate(path))
+    return sorted(filter(wanted.match, files))
 
 
 def read(location: Location, start: int, end: int) -> bytes:
@@ -144,6 +169,8 @@ def read(location: Location, start: int, end: int) -> bytes:
         found: bytes = filesystem.cat_file(path, start=start, end=end)
         if len(found) != end - start:
             raise EOFError(f"got {len(found)} of {end - start} bytes")
+        if location.tag and stat(location).tag != location.tag:
+            raise DataError(f"{location.url}: was changed since the run began; a run on other samples is another run: put it back, or start anew")
         return found
 
     return retry(location, f"read bytes {start}-{end}", from_disk)
@@ -179,7 +206,7 @@ def _renew(location: Location) -> None:
         _open.pop((split_protocol(location.url)[0] or "file", location.options), None)
 
 
-class _Trouble:
+class Trouble:
     """Of one thing that is done: what failed so far, and whether it is tried again."""
 
     def __init__(self, location: Location, what: str) -> None:
@@ -213,18 +240,21 @@ class _Trouble:
             print(f"{place} for {waited:.0f} s now, and goes on trying for {LIMITS.patience:.0f}: {said}", file=sys.stderr, flush=True)
         return random.uniform(0, min(LIMITS.pause[1], LIMITS.pause[0] * 2 ** min(self.failures, 10)))
 
+    def through(self, action: Callable[[], T]) -> T:
+        """The result of an action, tried again as long as `failed` allows."""
+        while True:
+            try:
+                return action()
+            except PASSING as error:
+                time.sleep(self.failed(error))
+
 
 def retry(location: Location, what: str, action: Callable[[], T]) -> T:
     """The result of an action, as `read its size`, that is tried again while what hinders it may pass.
 
     Raises DataError where trying again would not help, ShardError when it has not helped for long.
     """
-    trouble = _Trouble(location, what)
-    while True:
-        try:
-            return action()
-        except PASSING as error:
-            time.sleep(trouble.failed(error))
+    return Trouble(location, what).through(action)
 
 
 class _Range:
@@ -235,7 +265,7 @@ class _Range:
         self.position = start
         """Of the next byte that is wanted."""
         self._parts: list[bytes] = []
-        self._trouble, self._mark = _Trouble(location, f"read bytes {start}-{end}"), start
+        self._trouble, self._mark = Trouble(location, f"read bytes {start}-{end}"), start
 
     async def fetch(self) -> bytes:
         """All of it."""
@@ -267,9 +297,14 @@ class _Range:
         if "s3" in filesystem.protocol:
             await self._stream(filesystem, path)
             return
-        seconds = LIMITS.answer + (self.end - self.position) / LIMITS.rate
         whole = filesystem._cat_file if filesystem.async_impl else lambda *place, **limits: asyncio.to_thread(filesystem.cat_file, *place, **limits)
-        self._take(await _within(seconds, f"not whole within {seconds:.0f} s", whole(path, start=self.position, end=self.end)))
+        while self.position < self.end:
+            end = min(self.end, self.position + WHOLE)
+            seconds = LIMITS.answer + (end - self.position) / LIMITS.rate
+            part = await _within(seconds, f"not whole within {seconds:.0f} s", whole(path, start=self.position, end=end))
+            if len(part) != end - self.position:
+                raise EOFError(f"{len(part)} bytes came, not those from {self.position} to {end}: does this server know ranges?")
+            self._take(part)
 
     async def _stream(self, filesystem: Any, path: str) -> None:
         """By s3fs's client, which its own reads wrap: they know neither If-Match nor a part of an answer."""
@@ -351,6 +386,8 @@ def _final(error: Exception) -> tuple[str, bool]:
         )
     if status == 416:
         return "it is shorter than it was when it was indexed: index it again with `python -m tools.index`", False
+    if code == "400":  # a HEAD, whose answer has no body that says more; it may be an expired token
+        return "", True
     if status in (401, 403) or code in EXPIRED or isinstance(error, PermissionError):
         return f"access denied ({' '.join(filter(None, [str(status or ''), code])) or error})", True
     if status == 404 or isinstance(error, FileNotFoundError):

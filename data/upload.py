@@ -8,9 +8,10 @@ import tempfile
 from pathlib import Path
 
 from fsspec.asyn import get_loop
+from fsspec.callbacks import Callback
 from fsspec.core import split_protocol
 
-from data.storage import Location, open_filesystem, retry
+from data.storage import Location, Trouble, open_filesystem
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 """They have no folders: to make one would at most make a bucket that nobody asked for."""
@@ -22,6 +23,12 @@ def upload(file: Path, location: Location) -> None:
     Raises DataError where trying again would not help (no bucket, denied), ShardError when it has not helped for long.
     """
 
+    trouble = Trouble(location, "write it")
+
+    class Progress(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            trouble.progressed()
+
     def put() -> None:
         filesystem, path = open_filesystem(location)
         if split_protocol(location.url)[0] not in OBJECT_STORES:
@@ -29,14 +36,14 @@ def upload(file: Path, location: Location) -> None:
         if not filesystem.async_impl:
             filesystem.put_file(str(file), path)
             return
-        copying = asyncio.run_coroutine_threadsafe(filesystem._put_file(str(file), path), get_loop())
+        copying = asyncio.run_coroutine_threadsafe(filesystem._put_file(str(file), path, callback=Progress()), get_loop())
         try:
             copying.result()
         except BaseException:
             copying.cancel()  # else it would go on in fsspec's thread after Ctrl-C
             raise
 
-    retry(location, "write it", put)
+    trouble.through(put)
 
 
 def write(content: bytes, location: Location) -> None:

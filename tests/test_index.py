@@ -18,7 +18,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError
 from configs.schema import Source
 from data.index import SCHEMA, TRAINING, VALIDATION, Index, Sidecar, index_shard, is_held_out, load_sidecar, merge, sidecar_location
 from data.sources import Shard, expand
@@ -202,7 +202,19 @@ def test_the_jobs_of_a_slurm_array_share_the_shards(tmp_path: Path, monkeypatch:
             monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
         index_command([f"{tmp_path}/*.tar"], caption_key="caption", index_dir=str(tmp_path / "index"), threads=1, quick=True)
         assert f"{count} shards, {count} samples" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")  # as of --array=1,2,3 with a step that is none
+    with pytest.raises(ConfigError, match="evenly spaced"):
+        index_command([f"{tmp_path}/*.tar"], caption_key="caption", index_dir=str(tmp_path / "index"), threads=1, quick=True)
     assert len(list((tmp_path / "index").iterdir())) == 5
+
+
+def test_a_damaged_index_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (one,) = expand(source(shard(tmp_path / "a.tar", clip("a"))))
+    index_shard(one, tmp_path / "index", full=True)
+    for content in (b"", b"PAR1 and so on"):
+        Path(sidecar_location(one, tmp_path / "index").url).write_bytes(content)
+        assert load_sidecar(one, tmp_path / "index") is None
+        assert "this index is damaged; it is made anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("caption_key", "member"), [("meta.en.text", ("a.json", b'{"meta": {"en": {"text": "A bell."}}}')), (".txt", ("a.TXT", b"A bell.\n"))])

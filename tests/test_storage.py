@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import tarfile
@@ -13,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from fsspec.callbacks import Callback
 
 from configs.errors import ConfigError, DataError, ShardError
 from configs.schema import Source
@@ -20,6 +22,7 @@ from data import storage
 from data.index import index_shard
 from data.sources import Shard
 from data.storage import Limits, Location
+from data.upload import upload
 from tools.sandbox import faults, s3
 from tools.sandbox.faults import Fault, Proxy
 
@@ -225,6 +228,57 @@ def test_several_buckets_with_several_owners_in_one_run(bucket: Bucket, tmp_path
         with pytest.raises(DataError, match="access denied") as caught:
             storage.read(theirs, 0, 9)
         assert "else" not in str(caught.value)
+
+
+def test_an_upload_that_goes_on_is_not_given_up(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is the time without progress, not how long it all takes."""
+    (tmp_path / "file").write_bytes(bucket.content)
+    took: list[str] = []
+    place = bucket.location("copy.tar")
+    filesystem, _ = storage.open_filesystem(place)
+    put = filesystem._put_file
+
+    async def slow(file: str, path: str, callback: Callback) -> None:
+        await asyncio.sleep(QUICK.patience / 2 + 0.2)
+        callback.relative_update(1)
+        took.append(path)
+        if len(took) < 3:
+            raise OSError("reset")
+        await put(file, path)
+
+    monkeypatch.setattr(filesystem, "_put_file", slow)
+    upload(tmp_path / "file", place)
+    assert len(took) == 3 and storage.read(place, 0, SIZE) == bucket.content
+
+
+def test_folders_that_match_are_listed_or_it_is_an_error(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one/a-1.tar", "one/b.txt", "two/a-2.tar", "two/deep/a-3.tar"):
+        bucket.put(f"sets/{name}", b"x")
+        (tmp_path / "sets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sets" / name).write_text("x")
+    for place in (bucket.location("sets/*/a-*.tar"), Location(f"{tmp_path}/sets/*/a-*.tar")):
+        found = storage.glob(place)
+        assert [one.url.rpartition("/sets/")[2] for one in found] == ["one/a-1.tar", "two/a-2.tar"] and {one.options for one in found} == {place.options}
+    everything = storage.glob(Location(f"{tmp_path}/sets/**/*.tar"))
+    assert [one.url.rpartition("/sets/")[2] for one in everything] == ["one/a-1.tar", "two/a-2.tar", "two/deep/a-3.tar"]
+
+    def unreadable(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(storage.os, "scandir", unreadable)
+    with pytest.raises(DataError, match="cannot read the list of shards: access denied"):
+        storage.glob(Location(f"{tmp_path}/sets/*/a-*.tar"))
+
+
+def test_a_local_shard_that_changes_under_a_run_is_told_of(tmp_path: Path) -> None:
+    file = tmp_path / "a.tar"
+    file.write_bytes(b"old")
+    place = Location(str(file), tag=storage.stat(Location(str(file))).tag)
+    assert storage.read(place, 0, 3) == b"old"
+    file.write_bytes(b"new")
+    os.utime(file, (1, 1))
+    with pytest.raises(DataError, match=r"a\.tar: was changed since the run began"):
+        storage.read(place, 0, 3)
 
 
 def test_a_fault_that_does_not_exist_is_refused_with_those_that_do() -> None:

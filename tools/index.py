@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from configs.errors import run_command
+from configs.errors import ConfigError, run_command
 from configs.schema import Data
 from data.index import Sidecar, index_shard, load_sidecar, sidecar_location
 from data.sources import Shard, expand
@@ -50,6 +50,8 @@ def _share(shards: list[Shard]) -> list[Shard]:
     """All shards, or those of this job of a Slurm array."""
     first, last, step, number = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("MAX", 0), ("STEP", 1), ("ID", 0)))
     jobs = range(first, last + 1, step)
+    if len(jobs) != int(os.environ.get("SLURM_ARRAY_TASK_COUNT", len(jobs))):
+        raise ConfigError("give the jobs of the array evenly spaced numbers, as --array=0-7: each takes its share by them")
     return shards[jobs.index(number) :: len(jobs)]
 
 
