@@ -40,7 +40,7 @@ def make(work: Path, samples: int, shards: int, held_out: float) -> None:
             (folder / name / f"{name}-{number:06d}.tar").touch()
     sources = [{"name": name, "shards": f"{folder}/{name}/*.tar", "validation": held_out} for name in SHARES]
     sections = {"run": {"name": "bench"}, "model": {"name_or_path": "none"}, "optim": {"epochs": 1}, "batch": {"global_size": 64}}
-    config = RunConfig.model_validate({**sections, "data": {"sources": sources, "index_dir": work / "index"}})
+    config = RunConfig.model_validate({**sections, "data": {"sources": sources, "index_dir": str(work / "index")}})
     (work / "config.json").write_text(config.model_dump_json())
     found = dataset.list_shards(config)
     for number, shard in enumerate(found):
