@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from data import storage
-from data.storage import STATS, Location
+from data.location import Location
+from data.patience import STATS
 
 BLOCK = 1 << 20
 SHARE = 0.02

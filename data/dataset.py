@@ -20,6 +20,9 @@ from data.index import LAYOUT, TRAINING, VALIDATION, VERSION, Index, Sidecar, in
 from data.order import Order, cut_runs
 from data.sources import Shard, expand
 
+REQUESTS = 32
+"""At a time, of those that each shard takes."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -42,10 +45,10 @@ def list_shards(config: RunConfig) -> list[Shard]:
     return [shard for source in config.data.sources for shard in expand(source)]
 
 
-def unindexed(config: RunConfig, shards: Sequence[Shard]) -> list[Shard]:
-    """Those that have no index, or changed since."""
-    with ThreadPoolExecutor(32) as pool:
-        return [shard for shard, sidecar in zip(shards, pool.map(lambda shard: load_sidecar(shard, config.data.index_dir), shards), strict=True) if not sidecar]
+def load_sidecars(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar | None]:
+    """The index of each shard; None for one that has none, or changed since."""
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(lambda shard: load_sidecar(shard, config.data.index_dir), shards))
 
 
 def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
@@ -53,19 +56,19 @@ def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
 
     Raises DataError for shards of a bucket that have no index, or changed since.
     """
-    with ThreadPoolExecutor(32) as pool:  # a request per shard
-        sidecars = list(pool.map(lambda shard: load_sidecar(shard, config.data.index_dir), shards))
-        missing = [shard for shard, sidecar in zip(shards, sidecars, strict=True) if sidecar is None]
-        changed = [shard for shard in missing if storage.find(sidecar_location(shard, config.data.index_dir))]
-        if remote := [shard for shard in missing if not shard.location.is_local]:
-            stale = [shard for shard in changed if not shard.location.is_local]
-            why = "changed since they were indexed" if stale else f"have no index in {config.data.index_dir}"
-            raise DataError(
-                f"{len(stale or remote)} of {len(shards)} shards {why}, e.g. {(stale or remote)[0].location.url}. "
-                "Index them once, on a machine without GPUs: python -m tools.index CONFIG"
-            )
-        for shard in changed:
-            print(f"{shard.location.url}: changed since it was indexed; it is indexed anew", flush=True)
+    sidecars = load_sidecars(config, shards)
+    missing = [shard for shard, sidecar in zip(shards, sidecars, strict=True) if sidecar is None]
+    changed = [shard for shard in missing if storage.find(sidecar_location(shard, config.data.index_dir))]
+    if remote := [shard for shard in missing if not shard.location.is_local]:
+        stale = [shard for shard in changed if not shard.location.is_local]
+        why = "changed since they were indexed" if stale else f"have no index in {config.data.index_dir}"
+        raise DataError(
+            f"{len(stale or remote)} of {len(shards)} shards {why}, e.g. {(stale or remote)[0].location.url}. "
+            "Index them once, on a machine without GPUs: python -m tools.index CONFIG"
+        )
+    for shard in changed:
+        print(f"{shard.location.url}: changed since it was indexed; it is indexed anew", flush=True)
+    with ThreadPoolExecutor(REQUESTS) as pool:
         return list(pool.map(lambda shard, sidecar: sidecar or index_shard(shard, config.data.index_dir, full=False), shards, sidecars))
 
 
@@ -125,7 +128,7 @@ def _origins(config: RunConfig, shards: Sequence[Shard]) -> list[str]:
         kept = storage.find(sidecar_location(shard, config.data.index_dir))
         return origin(storage.stat(shard.location), kept) if kept else ""
 
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(REQUESTS) as pool:
         return list(pool.map(found, shards))
 
 

@@ -29,6 +29,7 @@ from configs.schema import Source
 from data import storage
 from data.captions import find_caption
 from data.decode import AUDIO_ENDINGS, BadSample, probe
+from data.location import Location
 from data.sources import Shard
 from data.tar import Damage, Member, walk
 from data.upload import write
@@ -77,13 +78,13 @@ class Sidecar:
         return f"DAMAGED: {self.damage}; {len(self.table)} samples before that are kept, what came after is lost"
 
 
-def sidecar_location(shard: Shard, index_dir: str | Path) -> storage.Location:
+def sidecar_location(shard: Shard, index_dir: str | Path) -> Location:
     """Where the index of a shard is kept, by URL and by what was taken from the samples. index_dir: as in a config's `data`."""
     source, (url, options) = shard.source, (shard.location.url, shard.location.options)
     place = f"{url.rpartition('/')[0]}/index" if str(index_dir) == BESIDE else str(index_dir)
     identity = json.dumps([VERSION, url, source.caption_key, source.audio])
     name = f"{Path(shard.location.name).stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.parquet"
-    return storage.Location(f"{place.rstrip('/')}/{name}", options if split_protocol(place)[0] == split_protocol(url)[0] else "{}")
+    return Location(f"{place.rstrip('/')}/{name}", options if split_protocol(place)[0] == split_protocol(url)[0] else "{}")
 
 
 def load_sidecar(shard: Shard, index_dir: str | Path) -> Sidecar | None:
@@ -133,14 +134,14 @@ def save_sidecar(shard: Shard, index_dir: str | Path, table: pa.Table, stat: sto
     about = {"url": shard.location.url, "size": stat.size, "tag": stat.tag, "full": full, "damage": damage}
     place, content = sidecar_location(shard, index_dir), pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({"earwitness": json.dumps(about)}), content)
-    write(content.getvalue(), place)
+    write(content.getvalue().to_pybytes(), place)
     return Sidecar(table, full, damage, stat, origin(stat, storage.stat(place)))
 
 
 class _Blocks:
     """Bytes of a shard by position, read block by block; one block is held. Blocks grow as long as what is wanted is near."""
 
-    def __init__(self, location: storage.Location, size: int, block: int) -> None:
+    def __init__(self, location: Location, size: int, block: int) -> None:
         self.location, self.size, self.least, self.block = location, size, block, block
         self.start, self.held = 0, b""
 
@@ -224,7 +225,7 @@ class Index:
         self.digest: str = self.table.schema.metadata[b"digest"].decode()
         named = {source.name: (source, json.dumps(source.storage_options, sort_keys=True)) for source in sources}
         listed = json.loads(self.table.schema.metadata[b"shards"])
-        self.shards = [Shard(named[name][0], storage.Location(url, named[name][1], tag, size)) for name, url, tag, size in listed]
+        self.shards = [Shard(named[name][0], Location(url, named[name][1], tag, size)) for name, url, tag, size in listed]
 
     def __len__(self) -> int:
         return int(self.table.num_rows)

@@ -12,6 +12,7 @@ import numpy as np
 
 from data import storage
 from data.batch import Sample
+from data.location import Location
 from data.order import EMPTY, RUN_BYTES, Ints, Order
 from data.samples import Place, Rejected, Samples
 
@@ -23,7 +24,7 @@ PLAN_AHEAD = 64
 """Steps that are looked at for reading ahead, at most."""
 LARGEST_GAP = 64 << 10
 """Bytes between two wanted members that are read along rather than asked for separately."""
-Read = Callable[[storage.Location, int, int], bytes]
+Read = Callable[[Location, int, int], bytes]
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Step:
 class _Span:
     """A stretch of a shard that is fetched in one read, and how many samples still need it."""
 
-    location: storage.Location
+    location: Location
     start: int
     end: int
     uses: int = 0

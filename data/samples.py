@@ -15,6 +15,8 @@ from data.captions import CaptionEncoder, find_caption
 from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
 from data.in_hand import POISONED, InHand
 from data.index import Index
+from data.location import Location
+from data.patience import STATS
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Rejected:
 class Place:
     """Where a sample's bytes are in its shard: audio and text as (start, end)."""
 
-    location: storage.Location
+    location: Location
     shard: int
     audio: tuple[int, int]
     text: tuple[int, int]
@@ -94,7 +96,7 @@ class Samples:
             return Rejected(key, POISONED, bad=True)
         if expected >= 0 and zlib.crc32(text, zlib.crc32(audio)) != expected:
             audio, text = self._read(row)  # a bit may have flipped on its way
-            storage.STATS["reread"] += 1
+            STATS["reread"] += 1
             if zlib.crc32(text, zlib.crc32(audio)) != expected:
                 raise DataError(
                     f"{shard.location.url}: sample {index.text('key', row)!r} is not what was indexed (CRC32 differs, read twice). "

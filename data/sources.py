@@ -13,7 +13,8 @@ from fsspec.core import split_protocol
 
 from configs.errors import DataError
 from configs.schema import Source
-from data.storage import Location, glob
+from data.location import Location
+from data.storage import glob
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
 from pathlib import Path
 
 from fsspec.asyn import get_loop
 from fsspec.callbacks import Callback
 from fsspec.core import split_protocol
 
-from data.storage import Location, Trouble, open_filesystem
+from configs.rundir import write_atomic
+from data.location import Location, open_filesystem
+from data.patience import Trouble
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 """They have no folders: to make one would at most make a bucket that nobody asked for."""
@@ -22,7 +22,6 @@ def upload(file: Path, location: Location) -> None:
 
     Raises DataError where trying again would not help (no bucket, denied), ShardError when it has not helped for long.
     """
-
     trouble = Trouble(location, "write it")
 
     class Progress(Callback):
@@ -43,19 +42,14 @@ def upload(file: Path, location: Location) -> None:
             copying.cancel()  # else it would go on in fsspec's thread after Ctrl-C
             raise
 
-    trouble.through(put)
+    trouble.retry(put)
 
 
 def write(content: bytes, location: Location) -> None:
     """Write a small object, which is there whole or as it was before. Raises as `upload` does."""
-    if not location.is_local:
-        with tempfile.NamedTemporaryFile() as temporary:
-            temporary.write(content)
-            temporary.flush()
-            upload(Path(temporary.name), location)
-        return
-    path = Path(open_filesystem(location)[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    part.write_bytes(content)
-    part.replace(path)
+    filesystem, path = open_filesystem(location)
+    if location.is_local:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(path), content)
+    else:
+        Trouble(location, "write it").retry(lambda: filesystem.pipe_file(path, content))

@@ -96,7 +96,7 @@ def _credentials() -> Iterator[Finding]:
 def _config(path: Path) -> Iterator[Finding]:
     from configs.load import load
     from data import storage
-    from data.dataset import list_shards, unindexed
+    from data.dataset import list_shards, load_sidecars
 
     try:
         config = load(path)
@@ -107,7 +107,7 @@ def _config(path: Path) -> Iterator[Finding]:
             size = storage.stat(first.location).size
             count = sum(shard.source is source for shard in shards)
             yield f"source {source.name}", "ok", f"{count} shards; {first.location.url} has {size / 1e6:.1f} MB"
-        missing = len(unindexed(config, shards))
+        missing = load_sidecars(config, shards).count(None)
         todo = f"{missing} of {len(shards)} shards are not indexed: python -m tools.index {path}"
         yield "index", "note" if missing else "ok", todo if missing else "complete"
     except EarwitnessError as error:

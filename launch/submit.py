@@ -16,7 +16,7 @@ from configs.lease import Lease, holder
 from configs.rundir import PACKAGES, RunDir
 from configs.schema import RunConfig, node_range
 from data import storage
-from data.dataset import list_shards, unindexed
+from data.dataset import list_shards, load_sidecars
 from data.sources import Shard
 from slurm import cluster
 from slurm.chain import Cause, chain_jobs
@@ -136,7 +136,7 @@ def _look_at_shards(config: RunConfig, shards: Sequence[Shard]) -> int:
     """Read a little of each source, and count the shards without an index. Raises DataError for what cannot be read."""
     for source in config.data.sources:
         storage.stat(next(shard for shard in shards if shard.source is source).location)
-    return len(unindexed(config, shards))
+    return load_sidecars(config, shards).count(None)
 
 
 def _submit_index(config: RunConfig, run: RunDir) -> str:

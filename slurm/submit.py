@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,10 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import CommandFunction
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, EarwitnessError
 from configs.rundir import RunDir
 from configs.schema import RunConfig, Slurm, node_range
+from slurm import cluster
 
 BODY = Path(__file__).with_name("job.sh")
 FROZEN = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
@@ -103,9 +103,12 @@ def _tasks(settings: Slurm) -> dict[str, int]:
 
 def look_ahead(script: Path) -> str | None:
     """What Slurm says of a script that none of its nodes, free or busy, could take; None if some could, or for complaints that `submit` will hear, too."""
-    with _clean_environment():
-        done = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True, check=False)
-    return "Requested node configuration is not available" if "node configuration is not available" in done.stderr else None
+    try:
+        with _clean_environment():
+            cluster.run("sbatch", "--test-only", str(script))
+    except EarwitnessError as error:
+        return next((line.rpartition(": ")[2] for line in str(error).splitlines() if "node configuration is not available" in line), None)
+    return None
 
 
 @contextlib.contextmanager

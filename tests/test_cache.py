@@ -15,7 +15,7 @@ import pytest
 
 from data import cache, storage
 from data.cache import BLOCK, Cache
-from data.storage import Location
+from data.location import Location
 from tests.making import ROOT
 
 SIZE = 5 * BLOCK + 1234
@@ -98,10 +98,11 @@ import sys
 from pathlib import Path
 from data import storage
 from data.cache import BLOCK, Cache
+from data.location import Location
 content = Path(sys.argv[2]).read_bytes()
 storage.read = lambda location, start, end: content[start:end]
 kept = Cache(Path(sys.argv[1]), 4 * BLOCK / 1e9)
-shard = storage.Location("s3://bucket/a.tar", "{}", "tag", len(content))
+shard = Location("s3://bucket/a.tar", "{}", "tag", len(content))
 print("begins", flush=True)
 for number in range(int(sys.argv[3])):
     start = number * 7919 * 100 % (len(content) - BLOCK)

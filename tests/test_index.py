@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from configs.errors import ConfigError, DataError
 from configs.schema import Source
 from data.index import SCHEMA, TRAINING, VALIDATION, Index, Sidecar, index_shard, is_held_out, load_sidecar, merge, sidecar_location
+from data.location import Location
 from data.sources import Shard, expand
-from data.storage import Location, Stat
+from data.storage import Stat
 from tests.making import run_program, sound_of
 from tools.index import index as index_command
 

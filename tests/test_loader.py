@@ -22,13 +22,14 @@ from transformers import GenerationConfig, WhisperProcessor
 
 from configs.errors import DataError, EarwitnessError
 from configs.load import validate
-from data import dataset, storage
+from data import dataset, location
 from data.cache import Cache
 from data.captions import CaptionEncoder, prefix_tokens
 from data.in_hand import InHand
 from data.index import index_shard
 from data.loader import Loader, Read, Step
 from data.order import Order, rank_lanes
+from data.patience import STATS
 from data.samples import Samples
 from tests.making import WINDOW_SECONDS, config_values
 from tools.sandbox import faults, s3
@@ -254,8 +255,8 @@ def behind_a_proxy(shards: str, s3_server: s3.Server, monkeypatch: pytest.Monkey
         client.create_bucket(Bucket="flips")
     for shard in Path(shards).parent.glob("*.tar"):
         client.upload_file(str(shard), "flips", shard.name)
-    monkeypatch.setattr(storage, "_open", {})
-    storage.STATS.clear()
+    monkeypatch.setattr(location, "_open", {})
+    STATS.clear()
     with faults.serve(s3_server.endpoint) as proxy:
         for name, value in {**s3_server.environment, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
             monkeypatch.setenv(name, value)
@@ -268,7 +269,7 @@ def test_a_bit_that_flips_on_its_way_is_seen_and_the_sample_is_read_again(shards
     found = opened(url, full=True)
     proxy.set(Fault("flip", after=3000, times=3))
     assert content(list(loader(found))) == expected
-    assert storage.STATS["reread"] == sum(proxy.hits.values()) == 3
+    assert STATS["reread"] == sum(proxy.hits.values()) == 3
 
 
 @pytest.mark.parametrize(("index_dir", "prefix"), [("beside", "index/"), ("s3://flips/kept/elsewhere", "kept/elsewhere/")])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data import storage
+from data import location
 from tests.making import ROOT, make_clips, run_program
 from tools.output import new_folder
 from tools.sandbox import faults, s3
@@ -47,7 +47,7 @@ def bucket(s3_server: s3.Server) -> Bucket:
 def environment(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
     for name, value in bucket.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(storage, "_open", {})
+    monkeypatch.setattr(location, "_open", {})
 
 
 @pytest.fixture(scope="module")

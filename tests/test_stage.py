@@ -19,6 +19,7 @@ from configs.errors import ConfigError, DataError
 from configs.load import load
 from data import storage
 from data.index import TRAINING, Index, index_shard, merge
+from data.location import Location
 from data.sources import expand
 from tests.making import ROOT, config_values, make_clips, run_program
 from tools import stage
@@ -62,7 +63,7 @@ def bucket(s3_server: s3.Server, tmp_path_factory: pytest.TempPathFactory) -> It
 def environment(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
     for name, value in bucket.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(storage, "_open", {})
+    monkeypatch.setattr("data.location._open", {})
     bucket.proxy.set()
 
 
@@ -139,7 +140,7 @@ def test_a_shard_that_is_replaced_while_it_is_copied_is_not_mixed(bucket: Bucket
     client, read = bucket.server.client(), storage.read
     client.put_object(Bucket="staged", Key="mixed/a.tar", Body=b"1" * 1_000_000)
 
-    def replaced_after(location: storage.Location, start: int, end: int) -> bytes:
+    def replaced_after(location: Location, start: int, end: int) -> bytes:
         block = read(location, start, end)
         client.put_object(Bucket="staged", Key="mixed/a.tar", Body=b"2" * 1_000_000)
         return block

@@ -18,10 +18,11 @@ from fsspec.callbacks import Callback
 
 from configs.errors import ConfigError, DataError, ShardError
 from configs.schema import Source
-from data import storage
+from data import patience, storage
 from data.index import index_shard
+from data.location import Location, open_filesystem
+from data.patience import STATS, Limits
 from data.sources import Shard
-from data.storage import Limits, Location
 from data.upload import upload
 from tools.sandbox import faults, s3
 from tools.sandbox.faults import Fault, Proxy
@@ -62,9 +63,9 @@ def bucket(s3_server: s3.Server) -> Iterator[Bucket]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
     if not os.environ.get("EARWITNESS_REAL_LIMITS"):  # docs/data.md has the figures of those
-        monkeypatch.setattr(storage, "LIMITS", QUICK)
+        monkeypatch.setattr(patience, "LIMITS", QUICK)
     bucket.proxy.set()
-    storage.STATS.clear()
+    STATS.clear()
 
 
 PASSING = {
@@ -93,9 +94,9 @@ def test_what_passes_is_read_through(bucket: Bucket, name: str) -> None:
     bucket.proxy.set(fault)
     began = time.perf_counter()
     assert storage.read(bucket.location(), START, END) == bucket.content[START:END]
-    print(f"{name:32} {time.perf_counter() - began:5.2f} s  {dict(storage.STATS)}")
+    print(f"{name:32} {time.perf_counter() - began:5.2f} s  {dict(STATS)}")
     assert bucket.proxy.hits[fault] >= (fault.times or 5) or shows == "hedge_won"
-    assert storage.STATS[shows] and storage.STATS["bytes"] == END - START  # no byte is fetched twice
+    assert STATS[shows] and STATS["bytes"] == END - START  # no byte is fetched twice
 
 
 def test_no_byte_is_asked_for_again(bucket: Bucket) -> None:
@@ -145,6 +146,13 @@ def test_wrong_names_and_keys(bucket: Bucket, name: str, options: dict[str, str]
             look(bucket.location(name, **options))
         assert said.split(" (")[0] in str(caught.value) and "Traceback" not in str(caught.value)
         assert "wrong" not in str(caught.value)  # no secret is told
+
+
+def test_a_name_that_no_bucket_can_have_is_told_at_once(bucket: Bucket) -> None:
+    place = Location("s3://a bucket/a.tar", bucket.location().options)
+    for look in (lambda: storage.read(place, 0, 9), lambda: storage.stat(place)):
+        with pytest.raises(DataError, match=r"s3://a bucket/a\.tar: (?s:.)*Invalid bucket name"):
+            look()
 
 
 def test_an_object_that_is_replaced_while_it_is_read_is_never_mixed(bucket: Bucket) -> None:
@@ -197,7 +205,7 @@ def test_over_http_what_passes_is_tried_again_and_what_does_not_is_told(bucket: 
 
     bucket.proxy.set(Fault("reset", after=1000, times=2), Fault("503", times=2))
     assert storage.read(place("a.tar"), START, START + 50_000) == bucket.content[START : START + 50_000]
-    assert storage.STATS["retries"] == 4
+    assert STATS["retries"] == 4
     with pytest.raises(DataError, match=r"none\.tar\?.* it does not exist"):
         storage.read(place("none.tar"), 0, 9)
 
@@ -212,7 +220,7 @@ def test_a_quick_index_does_not_ask_for_each_header(bucket: Bucket, tmp_path: Pa
                 archive.addfile(member, BytesIO(bytes(size)))
     bucket.put("clips.tar", content.getvalue())
     sidecar = index_shard(Shard(Source(name="sounds", shards=["x"]), bucket.location("clips.tar")), tmp_path, full=False)
-    assert len(sidecar.table) == 200 and storage.STATS["requests"] < 15
+    assert len(sidecar.table) == 200 and STATS["requests"] < 15
 
 
 def test_several_buckets_with_several_owners_in_one_run(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +243,7 @@ def test_an_upload_that_goes_on_is_not_given_up(bucket: Bucket, tmp_path: Path, 
     (tmp_path / "file").write_bytes(bucket.content)
     took: list[str] = []
     place = bucket.location("copy.tar")
-    filesystem, _ = storage.open_filesystem(place)
+    filesystem, _ = open_filesystem(place)
     put = filesystem._put_file
 
     async def slow(file: str, path: str, callback: Callback) -> None:

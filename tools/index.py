@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from configs.errors import ConfigError, run_command
 from configs.schema import Data
 from data.index import Sidecar, index_shard, load_sidecar, sidecar_location
+from data.patience import STATS
 from data.sources import Shard, expand
-from data.storage import STATS, find
+from data.storage import find
 from tools.arguments import named_sources
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -14,7 +14,8 @@ from typing import Any
 from fsspec.core import split_protocol
 
 from configs.errors import ConfigError, EarwitnessError
-from data.storage import Location, open_filesystem, retry
+from data.location import Location, open_filesystem
+from data.patience import Trouble
 from data.upload import upload
 
 
@@ -71,7 +72,7 @@ def _prefix(url: str) -> Iterator[Callable[[Path], None]]:
     filesystem, path = open_filesystem(Location(url))
     bucket, prefix, _ = filesystem.split_path(path)
     prefix = f"{prefix}/" if prefix else ""
-    there = retry(Location(url), "read what is there", lambda: filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=3))
+    there = Trouble(Location(url), "read what is there").retry(lambda: filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=3))
     if names := [found["Key"].removeprefix(prefix) for found in there.get("Contents", [])]:
         raise ConfigError(
             f"{url}: exists and is not empty ({', '.join(names)}, ...); choose another place, or remove it, perhaps of a run that was killed: "
@@ -82,7 +83,7 @@ def _prefix(url: str) -> Iterator[Callable[[Path], None]]:
         filesystem.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{prefix}probe")
         _abort_uploads(filesystem, bucket, prefix)  # those of a run that was killed, too
 
-    retry(Location(url), "write there", probe)
+    Trouble(Location(url), "write there").retry(probe)
     moved = []
 
     def put(file: Path) -> None:
@@ -94,8 +95,8 @@ def _prefix(url: str) -> Iterator[Callable[[Path], None]]:
         yield put
     except BaseException:
         with suppress(EarwitnessError):
-            retry(Location(url), "remove what was written", lambda: _abort_uploads(filesystem, bucket, prefix))
-            retry(Location(url), "remove what was written", lambda: filesystem.rm(moved) if moved else None)
+            Trouble(Location(url), "remove what was written").retry(lambda: _abort_uploads(filesystem, bucket, prefix))
+            Trouble(Location(url), "remove what was written").retry(lambda: filesystem.rm(moved) if moved else None)
         raise
 
 

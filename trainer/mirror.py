@@ -23,7 +23,7 @@ from configs.errors import CheckpointError, ConfigError
 from configs.lease import Superseded
 from configs.rundir import RunDir
 from configs.schema import RunConfig
-from data.storage import Location, open_filesystem
+from data.location import Location, open_filesystem
 from data.upload import upload
 from trainer import checkpoint
 from trainer.checkpoint import MANIFEST, NAME, Manifest, Reader

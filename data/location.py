@@ -1,0 +1,66 @@
+"""Where a shard lies, and the file system that opens it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from threading import Lock
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.core import split_protocol
+
+from configs.errors import DataError
+
+CONNECTIONS = 64
+"""To one endpoint: those of all readers, and their second requests."""
+# botocore's own retries would multiply with ours; its pool of 10 connections would hold readers back.
+S3 = {"retries": {"total_max_attempts": 1}, "max_pool_connections": CONNECTIONS, "connect_timeout": 10, "read_timeout": 60}
+
+
+@dataclass(frozen=True)
+class Location:
+    """One shard: its URL, the options that open it, as JSON, and what is wanted of its content: tag (as `Stat.tag`; empty: whatever is there) and size."""
+
+    url: str
+    options: str = "{}"
+    tag: str = field(default="", compare=False)
+    size: int = field(default=0, compare=False)
+
+    @property
+    def name(self) -> str:
+        """File name, as `audioset-000012.tar`."""
+        path = self.url.partition("?")[0] if self.url.startswith("http") else self.url
+        return path.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the shard lies in this machine's file system."""
+        return split_protocol(self.url)[0] in (None, "file", "local")
+
+
+_open: dict[tuple[str, str], AbstractFileSystem] = {}
+_opening = Lock()
+
+
+def open_filesystem(location: Location) -> tuple[AbstractFileSystem, str]:
+    """File system of a location and the path in it."""
+    protocol = split_protocol(location.url)[0] or "file"
+    with _opening:
+        filesystem = _open.get((protocol, location.options))
+        if filesystem is None:
+            given = json.loads(location.options)
+            if protocol in ("s3", "s3a"):
+                given["config_kwargs"] = {**S3, **given.get("config_kwargs", {})}
+            try:
+                filesystem = fsspec.filesystem(protocol, skip_instance_cache=True, **given)
+            except (ValueError, ImportError) as error:
+                raise DataError(f"{location.url}: {error}") from None
+            _open[protocol, location.options] = filesystem
+    return filesystem, filesystem._strip_protocol(location.url)
+
+
+def renew(location: Location) -> None:
+    """Open the file system anew at the next use: keys may have been changed meanwhile."""
+    with _opening:
+        _open.pop((split_protocol(location.url)[0] or "file", location.options), None)

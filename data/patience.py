@@ -1,0 +1,130 @@
+"""What is waited for, what is tried again, and for how long; and how often it was needed.
+
+What passes (a connection that breaks, stalls or trickles, a busy server, a name that does not resolve) is tried again until nothing more has
+come for `Limits.patience`; what does not pass (missing, forbidden, replaced) fails at once.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from aiohttp import ClientError as HttpError
+from aiohttp import ClientResponseError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError, ProfileNotFound
+from botocore.parsers import ResponseParserError
+
+from configs.errors import DataError, ShardError
+from data.location import Location, renew
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is waited for, in seconds and bytes."""
+
+    answer: float = 10.0
+    """Until an answer begins."""
+    stall: float = 10.0
+    """Between two pieces of a body."""
+    window: float = 5.0
+    rate: float = 64e3
+    """Bytes per second, over `window`, below which another connection is tried."""
+    hedge: float = 1.0
+    """Before a second request is sent along with a first one that is late; at least five times the usual."""
+    patience: float = 100.0
+    """Without progress, before it fails: less than a watchdog's, so that the storage is named and not a hang."""
+    tell: float = 10.0
+    """Of trouble, after which it is told of."""
+    pause: tuple[float, float] = (0.2, 4.0)
+    """After a first failure, and the longest; each failure doubles it, and a random part of it is waited."""
+
+
+LIMITS = Limits()
+STATS: Counter[str] = Counter()
+"""Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and cached (bytes)."""
+PASSING = (OSError, EOFError, BotoCoreError, ClientError, HttpError, ResponseParserError)
+NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "InvalidToken", "TokenRefreshRequired", "AuthorizationHeaderMalformed"}
+
+
+class Trouble:
+    """Of one thing that is done, as `read its size`: what failed so far, and whether it is tried again."""
+
+    def __init__(self, location: Location, what: str) -> None:
+        self.location, self.what = location, what
+        self.failures, self.since = 0, time.monotonic()
+        self.renewed = self.told = False
+
+    def progressed(self) -> None:
+        """Enough has come that the time begins anew."""
+        self.since, self.failures = time.monotonic(), self.failures // 2
+
+    def failed(self, error: Exception) -> float:
+        """Seconds to wait before the next try. Raises DataError for what does not pass, ShardError once it lasts too long."""
+        place = f"{self.location.url}: cannot {self.what}"
+        self.failures += 1
+        STATS["retries"] += 1
+        reason, credentials = _final(error)
+        if credentials and not self.renewed and not self.location.is_local:
+            self.renewed = True
+            renew(self.location)
+            return 0.0
+        if reason:
+            raise DataError(f"{place}: {reason}. {advice(self.location)}") from error
+        said, waited = str(error) or type(error).__name__, time.monotonic() - self.since
+        if self.location.is_local or waited > LIMITS.patience:
+            raise ShardError(
+                f"{place}: {f'{waited:.0f} s without progress, {self.failures} failures, the last: ' * (not self.location.is_local)}{said}"
+            ) from error
+        if waited > LIMITS.tell and not self.told:
+            self.told = True
+            print(f"{place} for {waited:.0f} s now, and goes on trying for {LIMITS.patience:.0f}: {said}", file=sys.stderr, flush=True)
+        return random.uniform(0, min(LIMITS.pause[1], LIMITS.pause[0] * 2 ** min(self.failures, 10)))
+
+    def retry(self, action: Callable[[], T]) -> T:
+        """The result of an action, tried again as long as `failed` allows. Raises what that raises."""
+        while True:
+            try:
+                return action()
+            except PASSING as error:
+                time.sleep(self.failed(error))
+
+
+def _final(error: Exception) -> tuple[str, bool]:
+    """Why trying again would not help, empty if it may; and whether other credentials might."""
+    status, code = 0, ""
+    cause = error if isinstance(error, (ClientError, ClientResponseError)) else error.__cause__
+    if isinstance(cause, ClientError):
+        status, code = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), cause.response.get("Error", {}).get("Code", "")
+    elif isinstance(cause, ClientResponseError):
+        status = cause.status
+    if status == 412:
+        return (
+            "it was replaced since it was indexed (its ETag is another one): index it again with `python -m tools.index`, or start `tools.stage` again",
+            False,
+        )
+    if status == 416:
+        return "it is shorter than it was when it was indexed: index it again with `python -m tools.index`", False
+    if code == "400":  # a HEAD, whose answer has no body that says more; it may be an expired token
+        return "", True
+    if status in (401, 403) or code in EXPIRED or isinstance(error, PermissionError):
+        return f"access denied ({' '.join(filter(None, [str(status or ''), code])) or error})", True
+    if status == 404 or isinstance(error, FileNotFoundError):
+        return "it does not exist" + (f" ({code})" if code not in ("", "404", "NoSuchKey") else ""), False
+    if isinstance(error, NO_CREDENTIALS):
+        return str(error), True
+    return (str(error), False) if isinstance(error, (IsADirectoryError, ParamValidationError)) else ("", False)
+
+
+def advice(location: Location) -> str:
+    """What to look at where something is missing or forbidden."""
+    if location.is_local:
+        return "Check the path, and that this machine sees that file system."
+    return "Check bucket and name, the credentials (AWS_ACCESS_KEY_ID, or a profile), the region and the endpoint (AWS_ENDPOINT_URL)."
