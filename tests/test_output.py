@@ -111,9 +111,11 @@ def test_the_last_file_is_uploaded_last_and_large_ones_in_parts(bucket: Bucket, 
 
 PROGRAM = """
 import asyncio
+import signal
 import s3fs
 from tools.output import new_folder
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
 call = s3fs.S3FileSystem._call_s3
 
 async def never_complete(self, method, *arguments, **options):
@@ -135,4 +137,5 @@ def test_ctrl_c_in_the_middle_of_an_upload_leaves_nothing(bucket: Bucket) -> Non
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
+        process.wait(60)
     assert process.returncode and bucket.empty("stopped")
