@@ -17,7 +17,8 @@ and compares it. zero_to_fp32 writes pytorch_model.bin: its --safe_serialization
 
 `data`: from shards to shuffled batches of 16 (log-mel of 30 s windows, 128 bins, on the CPU by one thread, and labels), each reader in a fresh process
 on the same clips. A first pass is left out, the second one is measured. The shards have their index, and litdata its chunks, before. So few
-clips are read by a request for each or a few of them, large sets in runs of 5 MB: that costs Earwitness more here.
+clips are read by a request for each or a few of them, large sets in runs of 5 MB: that costs Earwitness more here. "waveforms" is Earwitness
+without log-mel, which a GPU computes from the waveforms where there is one: no reader to compare, but what is left to the CPUs of a node.
 
     samples per core second   samples by CPU second, user and system, of all threads and processes of the reader; not of servers and proxy
     samples per second        by the clock, on a machine that the servers share
@@ -158,7 +159,7 @@ def bench_data(
 ) -> None:
     """From shards to batches, in turn with webdataset, datasets and litdata."""
     found, skipped = data.measure(dir, clips // 16 * 16, rounds, format, place)
-    about = describe("torch", "transformers", *(name for name in data.READERS if name != "earwitness" and name not in skipped)) | {"clips": clips}
+    about = describe("torch", "transformers", *(name for name, package in data.READERS.items() if package != "data" and name not in skipped)) | {"clips": clips}
     report(about | {f"skipped {name}": f"({line})" for name, line in skipped.items()}, {"data": found}, {}, "", as_json)
 
 

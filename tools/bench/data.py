@@ -26,7 +26,7 @@ from tools.bench.report import ROOT, Figures, environment, say, summary
 from tools.sandbox import faults, s3
 from tools.sandbox.whisper import make_whisper
 
-READERS = {"earwitness": "data", "webdataset": "webdataset", "datasets": "torchcodec", "litdata": "litdata"}
+READERS = {"earwitness": "data", "waveforms": "data", "webdataset": "webdataset", "datasets": "torchcodec", "litdata": "litdata"}
 """Each with a package that it needs."""
 INSTALL = {"datasets": "pip install datasets torchcodec==0.13.0", "litdata": "pip install litdata; pip uninstall torchvision"}
 """What is tried with torch 2.13 for CPUs: later torchcodecs need CUDA, and transformers does not import beside the torchvision that litdata brings."""
@@ -129,7 +129,7 @@ def _make(folder: Path, form: Form, clips: int, *, chunks: bool) -> _Clips:
 
 
 def _sound(random: np.random.Generator, length: int) -> npt.NDArray[np.float64]:
-    """Noise that falls by 3 dB per octave, as music does, and swells."""
+    """Noise that falls by 3 dB per octave, as music does, and swells; as quiet as recordings are, of which FLAC gets smaller."""
     spectrum = np.fft.rfft(random.standard_normal(length))
     wave = np.fft.irfft(spectrum / np.sqrt(np.arange(len(spectrum)) + 1000), length)
-    return wave / np.abs(wave).max() * (0.55 + 0.4 * np.sin(np.arange(length) / 20_000))
+    return wave / np.abs(wave).max() * (0.055 + 0.04 * np.sin(np.arange(length) / 20_000))

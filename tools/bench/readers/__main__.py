@@ -35,7 +35,7 @@ def measure(reader: str, task: Task, clips: int, first: bytes) -> dict[str, floa
     first_seconds, keys, difference = time.perf_counter() - began, [], torch.tensor(float("nan"))
     while True:
         keys += ready.keys
-        if "000000" in ready.keys:
+        if "000000" in ready.keys and ready.features.ndim == reference.features.ndim:
             difference = (ready.features[list(ready.keys).index("000000")] - reference.features[0]).abs().max()
         if len(keys) >= clips:
             break

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, WhisperProcessor
 
 from configs.load import validate
 from data import dataset
-from data.batch import collate
+from data.batch import Batch, collate
 from data.captions import CaptionEncoder, prefix_tokens
 from data.features import log_mel
 from data.in_hand import InHand
@@ -19,6 +19,13 @@ from tools.bench.readers import BATCH, MELS, SECONDS, SEED, Ready, Task
 
 
 def read(task: Task) -> Iterator[Ready]:
+    """Batches, with the features computed by this thread."""
+    for batch in batches(task):
+        features = log_mel(batch.waveforms, batch.lengths, batch.window, MELS)
+        yield Ready(features, batch.labels, [key.rpartition("/")[2] for key in batch.keys])
+
+
+def batches(task: Task) -> Iterator[Batch]:
     """As a run begins: merge the indexes, open them, and load."""
     data = {"sources": [{"name": "clips", "shards": task.shards}], "index_dir": task.index_dir, "threads": 1}
     sections = {"run": {"name": "bench", "seed": SEED}, "model": {"name_or_path": task.model}, "batch": {"global_size": BATCH}, "optim": {"max_steps": 1}}
@@ -30,6 +37,4 @@ def read(task: Task) -> Iterator[Ready]:
     samples = Samples(found.training, encoder, max_seconds=SECONDS, overlong=config.data.overlong, seed=SEED, in_hand=InHand(config.data.threads))
     order = found.order(config, 100 * SECONDS)
     for step in Loader(samples, order, range(BATCH), range(1 << 40), threads=config.data.threads, read_ahead_mb=config.data.read_ahead_mb):
-        batch = collate(step.samples, order.window(step.number), tokenizer.pad_token_id)
-        features = log_mel(batch.waveforms, batch.lengths, batch.window, MELS)
-        yield Ready(features, batch.labels, [key.rpartition("/")[2] for key in batch.keys])
+        yield collate(step.samples, order.window(step.number), tokenizer.pad_token_id)
