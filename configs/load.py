@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import ConfigError
-from configs.schema import RunConfig
+from configs.schema import SECRET_URL, RunConfig
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -33,7 +33,12 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{origin}: {_explain(e)}" for e in error.errors())) from None
+        raise explained(error, origin) from None
+
+
+def explained(error: ValidationError, origin: str) -> ConfigError:
+    """What is wrong, a line for each value; `origin` says where they came from."""
+    return ConfigError("\n".join(f"{origin}: {_explain(e)}" for e in error.errors()))
 
 
 def dump(config: RunConfig) -> str:
@@ -120,7 +125,7 @@ def _explain(error: Any) -> str:
         return f"unknown key {where!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
     if error["type"] == "missing":
         return f"{where}: missing"
-    given = "" if isinstance(error["input"], dict | list) else f" (got {error['input']!r})"
+    given = "" if isinstance(error["input"], dict | list) or SECRET_URL.search(str(error["input"])) else f" (got {error['input']!r})"
     return f"{where or 'config'}: {error['msg'].removeprefix('Value error, ')}{given}"
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from configs.errors import ConfigError
 from configs.load import dump, load
@@ -86,6 +89,13 @@ class RunDir:
         """All lines of the ledger, or those of one event, oldest first."""
         return [line for line in read_lines(self.events) if event in (None, line["event"])]
 
+    def unusable(self) -> dict[tuple[str, str], list[str]]:
+        """Keys of the samples that could not be used, by source and reason (numbers in it aside); the commonest first."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for key, line in {line["key"]: line for line in read_lines(self.quarantine)}.items():
+            found.setdefault((key.partition("/")[0], re.sub(r"\d[\d.,]*", "N", line["reason"])), []).append(key)
+        return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
     def saved_step(self) -> int:
         """Step of the newest checkpoint, as the ledger tells; 0 before the first one."""
         return next((int(line["step"]) for line in reversed(self.ledger("checkpoint"))), 0)
@@ -122,6 +132,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that readers see the old or the new content, never a part."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+T = TypeVar("T")
 
 SECRET_OPTIONS = {"key", "secret", "token", "password", "aws_access_key_id", "aws_secret_access_key", "aws_session_token"}
+SECRET_URL = re.compile(r"://[^/?\"]*:[^/?\"@]*@|[?&](x-amz-signature|x-goog-signature|signature|sig|token|access_token)=", re.IGNORECASE)
+"""Of URLs, in JSON: user and password, or a signature."""
+
+
+def _public(value: T) -> T:
+    if SECRET_URL.search(json.dumps(value)):
+        raise ValueError(
+            "passwords and signed URLs do not belong in a config, which is kept and shown, and signatures expire in the middle of a run; "
+            "give s3://BUCKET/... with keys in the environment or a profile"
+        )
+    return value
+
+
+Urls = Annotated[list[str], AfterValidator(_public)]
 
 
 class Section(BaseModel):
@@ -59,7 +76,7 @@ class Validation(Section):
     """Share of the samples, chosen by SHA-256 of the key alone, so that overlapping data sets split alike."""
     group: str | None = None
     """Regular expression; its first group (or whole match) in the key is hashed instead, to keep segments of one recording together."""
-    shards: list[str] = []
+    shards: Urls = []
     """Shards that hold validation samples only."""
 
     @field_validator("group")
@@ -77,7 +94,7 @@ class Source(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Name in logs, curves and audit."""
-    shards: list[str] = Field(min_length=1)
+    shards: Urls = Field(min_length=1)
     """Paths or URLs, with {000..123} braces or globs: local, `s3://`, `https://`, `hf://`, whatever fsspec opens."""
     caption_key: str = "caption"
     """Dotted path into the sample's JSON, or the ending of a text member, as `.txt`."""
@@ -109,7 +126,7 @@ class Source(Section):
         found = sorted(SECRET_OPTIONS & {key for options in nested for key in options})
         if found:
             raise ValueError(f"{', '.join(found)}: secrets do not belong in a config; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or `profile`")
-        return value
+        return _public(value)
 
 
 class Data(Section):
@@ -211,7 +228,7 @@ class Checkpoint(Section):
     """Checkpoints kept, newest first; the best by `evaluate.best_metric` is kept besides."""
     keep_every: int | None = Field(None, ge=1)
     """Keep each checkpoint whose step is a multiple of this."""
-    mirror: str | None = None
+    mirror: Annotated[str | None, AfterValidator(_public)] = None
     """URL, e.g. `s3://bucket/mirror`, below which complete checkpoints are copied to MIRROR/NAME; a run whose own folder is gone goes on from there."""
 
 

@@ -20,9 +20,6 @@ from data.index import LAYOUT, TRAINING, VALIDATION, VERSION, Index, Sidecar, in
 from data.order import Order, cut_runs
 from data.sources import Shard, expand
 
-REQUESTS = 32
-"""At a time, of those that each shard takes."""
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -47,7 +44,7 @@ def list_shards(config: RunConfig) -> list[Shard]:
 
 def load_sidecars(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar | None]:
     """The index of each shard; None for one that has none, or changed since."""
-    with ThreadPoolExecutor(REQUESTS) as pool:
+    with ThreadPoolExecutor(storage.REQUESTS) as pool:
         return list(pool.map(lambda shard: load_sidecar(shard, config.data.index_dir), shards))
 
 
@@ -68,7 +65,7 @@ def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
         )
     for shard in changed:
         print(f"{shard.location.url}: changed since it was indexed; it is indexed anew", flush=True)
-    with ThreadPoolExecutor(REQUESTS) as pool:
+    with ThreadPoolExecutor(storage.REQUESTS) as pool:
         return list(pool.map(lambda shard, sidecar: sidecar or index_shard(shard, config.data.index_dir, full=False), shards, sidecars))
 
 
@@ -123,13 +120,9 @@ def build(config: RunConfig, folder: Path, longest: float) -> list[str]:
 
 def _origins(config: RunConfig, shards: Sequence[Shard]) -> list[str]:
     """The origin of each shard's sidecar, "" where there is none."""
-
-    def found(shard: Shard) -> str:
-        kept = storage.find(sidecar_location(shard, config.data.index_dir))
-        return origin(storage.stat(shard.location), kept) if kept else ""
-
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        return list(pool.map(found, shards))
+    kept = storage.find_all([sidecar_location(shard, config.data.index_dir) for shard in shards])
+    there = storage.find_all([shard.location for shard in shards])
+    return [origin(one, other) if one and other else "" for one, other in zip(there, kept, strict=True)]
 
 
 def _inputs(config: RunConfig, limit: float, shards: Sequence[Shard], origins: Sequence[str]) -> str:

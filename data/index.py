@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.core import split_protocol
 
-from configs.errors import DataError
+from configs.errors import DataError, EarwitnessError
+from configs.rundir import replacing
 from configs.schema import Source
 from data import storage
 from data.captions import find_caption
@@ -285,12 +286,13 @@ def merge(shards: Sequence[Shard], sidecars: Sequence[Sidecar], folder: Path, *,
 
 def _write(merged: pa.Table, path: Path) -> None:
     """Write an Arrow file whose columns are in one piece each; it is on disk before it takes the place of another one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        with pa.ipc.new_file(file, merged.schema) as writer:
-            writer.write_table(merged, max_chunksize=max(1, len(merged)))
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with replacing(path) as file:
+            with pa.ipc.new_file(file, merged.schema) as writer:
+                writer.write_table(merged, max_chunksize=max(1, len(merged)))
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise EarwitnessError(f"{path}: cannot be written: {error.strerror}. Make room there, or give the run another folder (run.dir).") from error
 
 
 def _held_out(shard: Shard, sidecar: Sidecar) -> npt.NDArray[np.bool_]:

@@ -45,9 +45,9 @@ _opening = Lock()
 
 def open_filesystem(location: Location) -> tuple[AbstractFileSystem, str]:
     """File system of a location and the path in it."""
-    protocol = split_protocol(location.url)[0] or "file"
+    protocol, _ = which = _which(location)
     with _opening:
-        filesystem = _open.get((protocol, location.options))
+        filesystem = _open.get(which)
         if filesystem is None:
             given = json.loads(location.options)
             if protocol in ("s3", "s3a"):
@@ -56,11 +56,16 @@ def open_filesystem(location: Location) -> tuple[AbstractFileSystem, str]:
                 filesystem = fsspec.filesystem(protocol, skip_instance_cache=True, **given)
             except (ValueError, ImportError) as error:
                 raise DataError(f"{location.url}: {error}") from None
-            _open[protocol, location.options] = filesystem
+            _open[which] = filesystem
     return filesystem, filesystem._strip_protocol(location.url)
 
 
-def renew(location: Location) -> None:
-    """Open the file system anew at the next use: keys may have been changed meanwhile."""
+def renew(location: Location, refused: AbstractFileSystem | None) -> None:
+    """Open the file system anew at the next use, if it is still the one that was refused: keys may have been changed meanwhile."""
     with _opening:
-        _open.pop((split_protocol(location.url)[0] or "file", location.options), None)
+        if _open.get(_which(location)) is refused:
+            _open.pop(_which(location), None)
+
+
+def _which(location: Location) -> tuple[str, str]:
+    return split_protocol(location.url)[0] or "file", location.options

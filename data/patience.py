@@ -18,9 +18,11 @@ from aiohttp import ClientError as HttpError
 from aiohttp import ClientResponseError
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError, ProfileNotFound
 from botocore.parsers import ResponseParserError
+from fsspec import AbstractFileSystem
+from huggingface_hub.errors import HfHubHTTPError
 
 from configs.errors import DataError, ShardError
-from data.location import Location, renew
+from data.location import Location, open_filesystem, renew
 
 T = TypeVar("T")
 
@@ -49,9 +51,14 @@ class Limits:
 LIMITS = Limits()
 STATS: Counter[str] = Counter()
 """Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and cached (bytes)."""
-PASSING = (OSError, EOFError, BotoCoreError, ClientError, HttpError, ResponseParserError)
+HubError: type[Exception] = HfHubHTTPError.__bases__[0]
+"""The HTTPError of httpx or httpx2, whichever this huggingface_hub has."""
+PASSING: tuple[type[Exception], ...] = (OSError, EOFError, BotoCoreError, ClientError, HttpError, HubError, ResponseParserError)
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
-EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "InvalidToken", "TokenRefreshRequired", "AuthorizationHeaderMalformed"}
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+"""These pass when whoever changes the keys has done so."""
+REFUSED = {"InvalidToken", "AuthorizationHeaderMalformed"}
+"""Denied, although the status is 400."""
 
 
 class Trouble:
@@ -61,6 +68,12 @@ class Trouble:
         self.location, self.what = location, what
         self.failures, self.since = 0, time.monotonic()
         self.renewed = self.told = False
+        self._filesystem: AbstractFileSystem | None = None
+
+    def open(self) -> tuple[AbstractFileSystem, str]:
+        """As `open_filesystem`; each try takes what that gives now."""
+        self._filesystem, path = open_filesystem(self.location)
+        return self._filesystem, path
 
     def progressed(self) -> None:
         """Enough has come that the time begins anew."""
@@ -72,10 +85,11 @@ class Trouble:
         self.failures += 1
         STATS["retries"] += 1
         reason, credentials = _final(error)
-        if credentials and not self.renewed and not self.location.is_local:
-            self.renewed = True
-            renew(self.location)
-            return 0.0
+        if credentials and not self.location.is_local:
+            renew(self.location, self._filesystem)
+            if not self.renewed:
+                self.renewed = True
+                return 0.0
         if reason:
             raise DataError(f"{place}: {reason}. {advice(self.location)}") from error
         said, waited = str(error) or type(error).__name__, time.monotonic() - self.since
@@ -99,7 +113,7 @@ class Trouble:
 
 def _final(error: Exception) -> tuple[str, bool]:
     """Why trying again would not help, empty if it may; and whether other credentials might."""
-    status, code = 0, ""
+    status, code = int(getattr(getattr(error, "response", None), "status_code", 0)), ""  # as HubError has it
     cause = error if isinstance(error, (ClientError, ClientResponseError)) else error.__cause__
     if isinstance(cause, ClientError):
         status, code = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), cause.response.get("Error", {}).get("Code", "")
@@ -112,9 +126,9 @@ def _final(error: Exception) -> tuple[str, bool]:
         )
     if status == 416:
         return "it is shorter than it was when it was indexed: index it again with `python -m tools.index`", False
-    if code == "400":  # a HEAD, whose answer has no body that says more; it may be an expired token
+    if code in EXPIRED or code == "400":  # 400 of a HEAD, whose answer has no body that says more, may be the same
         return "", True
-    if status in (401, 403) or code in EXPIRED or isinstance(error, PermissionError):
+    if status in (401, 403) or code in REFUSED or isinstance(error, PermissionError):
         return f"access denied ({' '.join(filter(None, [str(status or ''), code])) or error})", True
     if status == 404 or isinstance(error, FileNotFoundError):
         return "it does not exist" + (f" ({code})" if code not in ("", "404", "NoSuchKey") else ""), False

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from data import patience
-from data.location import Location, open_filesystem
+from data.location import Location
 from data.patience import PASSING, STATS, Trouble
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class Range:
     async def _request(self) -> None:
         """Ask once for what is missing, and take what comes."""
         STATS["requests"] += 1
-        filesystem, path = open_filesystem(self.location)
+        filesystem, path = self._trouble.open()
         if "s3" in filesystem.protocol:
             await self._stream(filesystem, path)
             return
@@ -70,7 +70,7 @@ class Range:
         while self.position < self.end:
             end = min(self.end, self.position + WHOLE)
             seconds = patience.LIMITS.answer + (end - self.position) / patience.LIMITS.rate
-            part = await _within(seconds, f"not whole within {seconds:.0f} s", whole(path, start=self.position, end=end))
+            part = await within(seconds, f"not whole within {seconds:.0f} s", whole(path, start=self.position, end=end))
             if len(part) != end - self.position:
                 raise EOFError(f"{len(part)} bytes came, not those from {self.position} to {end}: does this server know ranges?")
             self._take(part)
@@ -88,7 +88,7 @@ class Range:
                 raise EOFError(f"the answer is of another range: {answer.get('ContentRange')}")
             since, count = time.monotonic(), 0
             while self.position < self.end:
-                part = await _within(patience.LIMITS.stall, f"no byte for {patience.LIMITS.stall:.0f} s", body.read(PIECE))
+                part = await within(patience.LIMITS.stall, f"no byte for {patience.LIMITS.stall:.0f} s", body.read(PIECE))
                 if not part:
                     return
                 self._take(part)
@@ -132,7 +132,8 @@ async def _hedged(ask: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
                 task.result()["Body"].close()
 
 
-async def _within(seconds: float, otherwise: str, action: Awaitable[T]) -> T:
+async def within(seconds: float, otherwise: str, action: Awaitable[T]) -> T:
+    """What an action gives. Raises TimeoutError that says what did not happen otherwise."""
     try:
         async with asyncio.timeout(seconds):
             return await action

@@ -10,7 +10,7 @@ from fsspec.callbacks import Callback
 from fsspec.core import split_protocol
 
 from configs.rundir import write_atomic
-from data.location import Location, open_filesystem
+from data.location import Location
 from data.patience import Trouble
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
@@ -29,7 +29,7 @@ def upload(file: Path, location: Location) -> None:
             trouble.progressed()
 
     def put() -> None:
-        filesystem, path = open_filesystem(location)
+        filesystem, path = trouble.open()
         if split_protocol(location.url)[0] not in OBJECT_STORES:
             filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
         if not filesystem.async_impl:
@@ -47,9 +47,14 @@ def upload(file: Path, location: Location) -> None:
 
 def write(content: bytes, location: Location) -> None:
     """Write a small object, which is there whole or as it was before. Raises as `upload` does."""
-    filesystem, path = open_filesystem(location)
-    if location.is_local:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(path), content)
-    else:
-        Trouble(location, "write it").retry(lambda: filesystem.pipe_file(path, content))
+    trouble = Trouble(location, "write it")
+
+    def put() -> None:
+        filesystem, path = trouble.open()
+        if location.is_local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(Path(path), content)
+        else:
+            filesystem.pipe_file(path, content)
+
+    trouble.retry(put)

@@ -151,6 +151,22 @@ def test_secrets_are_refused_and_not_repeated(write: Write, options: str) -> Non
     assert "hunter2" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.sources.0.shards=https://me:hunter2@host/a.tar",
+        "data.sources.0.shards=[a.tar, 'https://host/a.tar?X-Amz-Expires=9&X-Amz-Signature=hunter2']",
+        "data.sources.0.validation.shards=['https://host/a.tar?sig=hunter2']",
+        "data.sources.0.storage_options={config_kwargs: {proxies: {https: 'http://me:hunter2@proxy:3128'}}}",
+        "checkpoint.mirror=ftp://me:hunter2@host/mirror",
+    ],
+)
+def test_urls_with_secrets_are_refused_and_not_repeated(write: Write, override: str) -> None:
+    with pytest.raises(ConfigError, match="passwords and signed URLs do not belong in a config") as error:
+        load(write(CONFIG), [override])
+    assert "hunter2" not in str(error.value) and override.partition("=")[0] in str(error.value)
+
+
 @pytest.mark.parametrize("override", ["optim.epochs=1", "optim.max_steps="])
 def test_a_run_is_given_in_epochs_or_in_steps(write: Write, override: str) -> None:
     with pytest.raises(ConfigError, match="give either epochs or max_steps"):

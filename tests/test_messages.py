@@ -136,6 +136,8 @@ def test_bad_audio_and_captions_are_named_and_the_others_are_trained_on(tmp_path
     curves = EventAccumulator(str(tmp_path / "run/tensorboard"))
     curves.Reload()
     assert curves.Scalars("unusable_samples/sounds")[-1].value == 4  # not what is left out for its length
+    table = curves.Tensors("unusable_samples/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert "| sounds | 1 | the caption is empty | sounds/shard-000000.tar/mute |" in table
     assert "1 of 31 samples are left out, e.g. because of this: the audio is empty (0 bytes)" in done.stdout
     assert "sounds/shard-000000.tar/wordy: its caption is" in done.stdout and "tokens too long; they are cut off" in done.stdout
     trained = [key for file in (tmp_path / "run/audit").iterdir() for line in map(json.loads, file.read_text().splitlines()) for key in line["keys"]]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,6 @@ def test_where_nothing_can_be_written_no_row_is_packed(table: Path) -> None:
 
 
 def test_the_last_file_is_uploaded_last_and_large_ones_in_parts(bucket: Bucket, s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run that was killed has begun there is aborted."""
-    bucket.client.create_multipart_upload(Bucket="written", Key="export/model.safetensors")
     with faults.serve(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         with new_folder("s3://written/export", last="config.json") as output:
@@ -107,6 +106,17 @@ def test_the_last_file_is_uploaded_last_and_large_ones_in_parts(bucket: Bucket, 
     assert sent == ["model.safetensors"] * (len(sent) - 2) + ["vocab.json", "config.json"] and len(sent) > 4
     assert {name: len(content) for name, content in bucket.objects("export").items()} == {"config.json": 2, "model.safetensors": 110 * MB, "vocab.json": 2}
     assert not bucket.begun("export") and not output.folder.exists()
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_what_a_killed_run_has_begun_is_aborted_after_a_day(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
+    """Before that it may be of one that lives."""
+    bucket.client.create_multipart_upload(Bucket="written", Key=f"begun-{old}/model.safetensors")
+    monkeypatch.setattr("tools.output.ABANDONED", timedelta(0) if old else timedelta(days=1))
+    with new_folder(f"s3://written/begun-{old}") as made:
+        (made.folder / "config.json").write_text("{}")
+    assert bucket.begun(f"begun-{old}") == ([] if old else [f"begun-{old}/model.safetensors"])
+    assert set(bucket.objects(f"begun-{old}")) == {"config.json"}
 
 
 PROGRAM = """

@@ -82,6 +82,7 @@ PASSING = {
     "503, eight times": (Fault("503", times=8), "retries"),
     "503, forty times": (Fault("503", times=40), "retries"),
     "500, three times": (Fault("500", times=3), "retries"),
+    "expired keys, eight times": (Fault("400", times=8), "retries"),
     "a late first byte": (Fault("delay", seconds=3), "hedge_won"),
     "nobody listens for 2 s": (Fault("refuse", seconds=2), "retries"),
     **({"nobody listens for 20 s": (Fault("refuse", seconds=20), "retries")} if os.environ.get("EARWITNESS_REAL_LIMITS") else {}),
@@ -153,6 +154,36 @@ def test_a_name_that_no_bucket_can_have_is_told_at_once(bucket: Bucket) -> None:
     for look in (lambda: storage.read(place, 0, 9), lambda: storage.stat(place)):
         with pytest.raises(DataError, match=r"s3://a bucket/a\.tar: (?s:.)*Invalid bucket name"):
             look()
+
+
+def test_a_size_that_does_not_come_is_asked_for_again(bucket: Bucket) -> None:
+    for fault in (Fault("far", seconds=60), Fault("400", times=3)):
+        bucket.proxy.set(fault)
+        began = time.monotonic()
+        assert storage.stat(bucket.location()).size == SIZE
+        assert bucket.proxy.hits[fault] == fault.times and time.monotonic() - began < 20
+
+
+def test_many_objects_of_a_folder_are_looked_at_by_its_list(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = {f"many/{number:02d}.tar": bucket.put(f"many/{number:02d}.tar", bytes(number + 1)) for number in range(40)}
+    bucket.put("few/a.tar", b"")
+    places = [bucket.location(name) for name in (*tags, "many/none.tar", "few/a.tar", "few/none.tar")]
+    wanted = [storage.Stat(number + 1, tag) for number, tag in enumerate(tags.values())] + [None, storage.find(bucket.location("few/a.tar")), None]
+    bucket.proxy.set()
+    assert storage.find_all(places) == wanted
+    assert {path for method, path, _ in bucket.proxy.requests if method == "HEAD"} == {"/faults/few/a.tar", "/faults/few/none.tar"}
+
+    def forbidden(path: str, **_: object) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(open_filesystem(places[0])[0], "ls", forbidden)
+    assert storage.find_all(places) == wanted
+
+
+def test_a_hub_that_is_away_is_tried_again_and_named(bucket: Bucket) -> None:
+    place = Location("hf://datasets/a/b/x.tar", json.dumps({"endpoint": "http://127.0.0.1:9"}))
+    with pytest.raises(ShardError, match=r"hf://datasets/a/b/x\.tar: cannot read its size: \d s without progress"):
+        storage.stat(place)
 
 
 def test_an_object_that_is_replaced_while_it_is_read_is_never_mixed(bucket: Bucket) -> None:

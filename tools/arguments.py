@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from configs.load import load
+from pydantic import ValidationError
+
+from configs.load import explained, load
 from configs.schema import RunConfig, Source
 
 
@@ -13,4 +15,7 @@ def named_sources(what: Sequence[str], caption_key: str) -> tuple[list[Source], 
     if len(what) == 1 and what[0].endswith((".yaml", ".yml")):
         config = load(what[0])
         return config.data.sources, config
-    return [Source(name="shards", shards=list(what), caption_key=caption_key)], None
+    try:
+        return [Source(name="shards", shards=list(what), caption_key=caption_key)], None
+    except ValidationError as error:
+        raise explained(error, "SHARDS") from None

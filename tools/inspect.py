@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 import typer
 
 from configs.errors import CheckpointError, ConfigError, run_command
-from configs.rundir import RunDir, read_lines
+from configs.rundir import RunDir
 from configs.schema import Data, Source
 from data import storage
 from data.captions import find_caption
@@ -161,19 +160,11 @@ def _show_checkpoints(folder: Path) -> None:
     found = [folder] if (folder / checkpoint.MANIFEST).is_file() else checkpoint.find(RunDir(folder).checkpoints)
     if not found:
         raise ConfigError(f"{folder}: neither a checkpoint (no manifest.json) nor a run that has one; for shards, name the .tar files")
-    _show_quarantine(RunDir(folder))
+    for (source, reason), keys in RunDir(folder).unusable().items():
+        print(f"source {source}: {len(keys):,} x {reason}; e.g. {keys[0]}")
     damaged = [problem for one in found for problem in _show_checkpoint(one)]
     if damaged:
         raise CheckpointError("\n".join([*damaged, "A resume sets damaged checkpoints aside, and goes on from the newest sound one."]))
-
-
-def _show_quarantine(run: RunDir) -> None:
-    """What could not be used, by source and reason; numbers in reasons aside."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for key, line in {line["key"]: line for line in read_lines(run.quarantine)}.items():
-        found.setdefault((key.partition("/")[0], re.sub(r"\d[\d.,]*", "N", line["reason"])), []).append(key)
-    for (source, reason), keys in sorted(found.items(), key=lambda item: -len(item[1])):
-        print(f"source {source}: {len(keys):,} x {reason}; e.g. {keys[0]}")
 
 
 def _show_checkpoint(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,9 @@ from configs.errors import ConfigError, EarwitnessError
 from data.location import Location, open_filesystem
 from data.patience import Trouble
 from data.upload import upload
+
+ABANDONED = timedelta(days=1)
+"""After so long an upload to the same place counts as left by a run that was killed."""
 
 
 @dataclass(frozen=True)
@@ -72,35 +76,37 @@ def _prefix(url: str) -> Iterator[Callable[[Path], None]]:
     filesystem, path = open_filesystem(Location(url))
     bucket, prefix, _ = filesystem.split_path(path)
     prefix = f"{prefix}/" if prefix else ""
-    there = Trouble(Location(url), "read what is there").retry(lambda: filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=3))
+
+    def call(what: str, method: str, **arguments: Any) -> Any:
+        trouble = Trouble(Location(url), what)
+        return trouble.retry(lambda: trouble.open()[0].call_s3(method, Bucket=bucket, **arguments))
+
+    def abort(wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Abort multipart uploads: nobody sees them, but they are paid for."""
+        for begun in filter(wanted, call("list uploads", "list_multipart_uploads", Prefix=prefix).get("Uploads", [])):
+            call("abort an upload", "abort_multipart_upload", Key=begun["Key"], UploadId=begun["UploadId"])
+
+    there = call("read what is there", "list_objects_v2", Prefix=prefix, MaxKeys=3)
     if names := [found["Key"].removeprefix(prefix) for found in there.get("Contents", [])]:
         raise ConfigError(
             f"{url}: exists and is not empty ({', '.join(names)}, ...); choose another place, or remove it, perhaps of a run that was killed: "
             f"aws s3 rm --recursive {url}/"
         )
-
-    def probe() -> None:  # before the work of hours: may this be written?
-        filesystem.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{prefix}probe")
-        _abort_uploads(filesystem, bucket, prefix)  # those of a run that was killed, too
-
-    Trouble(Location(url), "write there").retry(probe)
-    moved = []
+    probe = call("write there", "create_multipart_upload", Key=f"{prefix}probe")["UploadId"]  # before the work of hours: may this be written?
+    abort(lambda begun: begun["UploadId"] == probe or datetime.now(UTC) - begun["Initiated"] > ABANDONED)
+    moved: list[str] = []
 
     def put(file: Path) -> None:
-        moved.append(f"{url}/{file.name}")
-        upload(file, Location(moved[-1]))
+        moved.append(file.name)
+        upload(file, Location(f"{url}/{file.name}"))
         file.unlink()
 
     try:
         yield put
     except BaseException:
+        trouble = Trouble(Location(url), "remove what was written")
         with suppress(EarwitnessError):
-            Trouble(Location(url), "remove what was written").retry(lambda: _abort_uploads(filesystem, bucket, prefix))
-            Trouble(Location(url), "remove what was written").retry(lambda: filesystem.rm(moved) if moved else None)
+            trouble.retry(lambda: trouble.open()[0].rm([f"{url}/{name}" for name in moved]) if moved else None)
+        with suppress(EarwitnessError):
+            abort(lambda begun: begun["Key"].removeprefix(prefix) in moved)
         raise
-
-
-def _abort_uploads(filesystem: Any, bucket: str, prefix: str) -> None:
-    """Abort multipart uploads below a prefix: nobody sees them, but they are paid for."""
-    for begun in filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads", []):
-        filesystem.abort_mpu(bucket, begun["Key"], begun["UploadId"])

@@ -67,6 +67,7 @@ class Monitor:
             max((line["time"] for line in self.history if line["event"] == "attempt"), default=time.time()), lambda phase: watch(phase, session.state.step)
         )
         self.noted, self.noted_step = 0.0, session.state.step
+        self.unusable = 0  # bytes of quarantine.jsonl that the curves show
         self._mark_restart()
         self.progress: Progress | None = None
         if world.rank == 0 and sys.stdout.isatty():
@@ -129,6 +130,7 @@ class Monitor:
             scalars["memory/device_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
+        self._show_unusable(step)
         self.writer.flush()
         status = f"loss {scalars['loss']:.4f}  grad norm {update.grad_norm:.3f}  lr {lr:.2e}  {samples / seconds:.1f} samples/s"
         status += "" if "speed/mfu" not in scalars else f"  MFU {scalars['speed/mfu']:.1%}"
@@ -136,6 +138,14 @@ class Monitor:
             self.progress.update(self.task, status=status)
         else:
             print(f"step {step}/{self.session.total_steps}  {status}  data wait {scalars['speed/data_wait_share']:.0%}", flush=True)
+
+    def _show_unusable(self, step: int) -> None:
+        """A table of the samples that could not be used, by source and reason, whenever there are more."""
+        path = self.session.run.quarantine
+        if self.writer is not None and path.is_file() and (size := path.stat().st_size) != self.unusable:
+            self.unusable = size
+            rows = [f"| {source} | {len(keys):,} | {reason} | {keys[0]} |" for (source, reason), keys in self.session.run.unusable().items()]
+            self.writer.add_text("unusable_samples", "\n".join(["| source | samples | reason | e.g. |", "|---|---|---|---|", *rows]), step)
 
     def _mark_restart(self) -> None:
         """Say in the curves where an attempt begins, and why the one before ended."""

@@ -41,6 +41,7 @@ first start of a run, which merges them, and later ones, with one rank and with 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -48,7 +49,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +61,7 @@ from tools.bench import data, starts
 from tools.bench.data import Form, Place
 from tools.bench.ranks import SECONDS
 from tools.bench.report import ROOT, Figures, describe, environment, report, say, summary
+from tools.sandbox import s3
 from tools.sandbox.whisper import make_whisper
 
 SAVERS = ("earwitness", "deepspeed", "dcp", "earwitness sync", "dcp sync")
@@ -169,15 +171,22 @@ def bench_index(
     shards: Annotated[int, typer.Option(min=7, help="Shards in all sources.")] = 3000,
     held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the samples that is for validation.")] = 0.01,
     procs: Annotated[int, typer.Option(min=1, help="Ranks of the node; one rank is measured, too.")] = 8,
+    on_s3: Annotated[bool, typer.Option("--on-s3", help="The shards are in a bucket of a server on this machine.")] = False,
     rounds: Rounds = 3,
     dir: Dir = Path(),
     as_json: Json = False,
 ) -> None:
     """The first and later starts, up to the first batch that is planned."""
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=dir) as name:
-        work = Path(name).resolve()
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=dir))).resolve()
+        root = f"{work}/shards"
+        if on_s3:
+            server = stack.enter_context(s3.serve())
+            os.environ.update(server.environment)
+            server.client().create_bucket(Bucket=data.BUCKET)
+            root = f"s3://{data.BUCKET}"
         say(f"sidecars of {samples:,} samples in {shards:,} shards")
-        starts.make(work, samples, shards, held_out)
+        starts.make(work, samples, shards, held_out, root)
         found: dict[str, list[Figures]] = {}
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
@@ -188,7 +197,14 @@ def bench_index(
     tables = {name: summary(rows) for name, rows in found.items()}
     worst = {aim: max(about["median"][aim] for name, about in tables.items() if name != "merge") for aim in INDEX_AIMS}
     aims = {name: {"value": value, "at_most": INDEX_AIMS[name], "met": value <= INDEX_AIMS[name]} for name, value in worst.items()}
-    about = describe("pyarrow", "numpy") | {"samples": samples, "shards": shards, "held_out": held_out, "procs": procs, "file_megabytes": round(megabytes, 1)}
+    about = describe("pyarrow", "numpy") | {
+        "samples": samples,
+        "shards": shards,
+        "held_out": held_out,
+        "procs": procs,
+        "on_s3": on_s3,
+        "file_megabytes": round(megabytes, 1),
+    }
     report(about, {"first start": {"merge": tables.pop("merge")}, "later start": tables}, aims, "", as_json)
 
 

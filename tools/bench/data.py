@@ -49,7 +49,7 @@ class Form(StrEnum):
 
 
 class Place(StrEnum):
-    """Where shards lie; `far`: behind a proxy that answers after 50 ms, with 75 MB/s per connection."""
+    """Where shards lie; `s3` and `far`: behind a proxy, which answers as the server does, or after 50 ms with 75 MB/s per connection."""
 
     local = "local"
     s3 = "s3"
@@ -69,12 +69,17 @@ def measure(folder: Path, clips: int, rounds: int, forms: Sequence[Form], places
     """Measure all readers that are installed, in turn. clips: a multiple of the batch. Returns summaries, and how to install the readers left out."""
     readers = [name for name, package in READERS.items() if importlib.util.find_spec(package)]
     rows: dict[str, list[Figures]] = {}
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=folder) as name, s3.serve() as server, faults.serve(server.endpoint, [FAR]) as proxy:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", dir=folder) as name,
+        s3.serve() as server,
+        faults.serve(server.endpoint) as near,
+        faults.serve(server.endpoint, [FAR]) as far,
+    ):
         work = Path(name).resolve()
         model = make_whisper(work / "model", ["A bell rings twice."], seconds=30, mels=128)
         client = server.client()
         client.create_bucket(Bucket=BUCKET)
-        reach = {Place.local: {}, Place.s3: server.environment, Place.far: server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint}}
+        reach = {Place.local: {}, **{place: server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint} for place, proxy in ((Place.s3, near), (Place.far, far))}}
         for form in forms:
             say(f"{clips} clips: {form.value}")
             made = _make(work / form.value, form, clips, chunks="litdata" in readers)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from configs.schema import RunConfig
 from data import dataset, storage
 from data.index import SCHEMA, save_sidecar
 from data.loader import Loader
+from data.location import Location
 from data.order import rank_lanes
 from data.samples import Samples
 from data.sources import Shard
+from data.upload import write
 from tools.bench.report import ROOT, Figures
 
 SHARES = {"audioset": 1760, "music": 236, "speech": 372, "events": 178, "freesound": 327, "effects": 175, "clips": 72}
@@ -31,14 +34,13 @@ POINTS = {"start": 0.0, "middle": 0.5, "end": 0.999}
 NOTHING: Any = None
 
 
-def make(work: Path, samples: int, shards: int, held_out: float) -> None:
-    """Sidecars of empty shards, as full indexes have them, and a config: a sample in 1,000 has a problem, one in 20 is too long."""
-    folder, total = work / "shards", sum(SHARES.values())
-    for name, share in SHARES.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(max(1, shards * share // total)):
-            (folder / name / f"{name}-{number:06d}.tar").touch()
-    sources = [{"name": name, "shards": f"{folder}/{name}/*.tar", "validation": held_out} for name in SHARES]
+def make(work: Path, samples: int, shards: int, held_out: float, root: str) -> None:
+    """Sidecars of empty shards below `root`, as full indexes have them, and a config: a sample in 1,000 has a problem, one in 20 is too long."""
+    total = sum(SHARES.values())
+    sources = [{"name": name, "shards": f"{root}/{name}/*.tar", "validation": held_out} for name in SHARES]
+    numbers = [(name, number) for name, share in SHARES.items() for number in range(max(1, shards * share // total))]
+    with ThreadPoolExecutor(storage.REQUESTS) as pool:
+        list(pool.map(lambda shard: write(b"", Location(f"{root}/{shard[0]}/{shard[0]}-{shard[1]:06d}.tar")), numbers))
     sections = {"run": {"name": "bench"}, "model": {"name_or_path": "none"}, "optim": {"epochs": 1}, "batch": {"global_size": 64}}
     config = RunConfig.model_validate({**sections, "data": {"sources": sources, "index_dir": str(work / "index")}})
     (work / "config.json").write_text(config.model_dump_json())

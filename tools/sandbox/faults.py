@@ -17,8 +17,8 @@ from configs.errors import ConfigError
 
 CHUNK = 64 << 10
 STATUS = {
-    "403": ("Forbidden", "AccessDenied"), "404": ("Not Found", "NoSuchKey"), "500": ("Internal Server Error", "InternalError"),
-    "503": ("Service Unavailable", "SlowDown"),
+    "400": ("Bad Request", "ExpiredToken"), "403": ("Forbidden", "AccessDenied"), "404": ("Not Found", "NoSuchKey"),
+    "500": ("Internal Server Error", "InternalError"), "503": ("Service Unavailable", "SlowDown"),
 }  # fmt: skip
 KINDS = {
     "reset": "the connection is reset, after so many bytes of the body",
@@ -31,7 +31,7 @@ KINDS = {
     "pace": "the body comes at so many bytes per second",
     "far": "the answer begins so many seconds later, and its body comes at so many bytes per second, as from another building",
     "refuse": "nobody listens for so many seconds",
-    **{status: f"the answer is {status} {name}" for status, (name, _) in STATUS.items()},
+    **{status: f"the answer is {status} {name}, {code}" for status, (name, code) in STATUS.items()},
 }
 
 
@@ -113,7 +113,7 @@ class Proxy:
         if method not in ("GET", "HEAD") or "list-type=" in path or "/" not in path.strip("/"):
             return None
         for fault in self.faults:
-            bytes_only = fault.kind not in ("403", "404", "refuse", "far")  # what HEAD shows, too
+            bytes_only = fault.kind not in ("400", "403", "404", "refuse", "far")  # what HEAD shows, too
             if fault.key not in path or (method == "HEAD" and bytes_only):
                 continue
             self.seen[fault] += 1
