@@ -58,7 +58,7 @@ import typer
 
 from configs.errors import EarwitnessError, run_command
 from tools.bench import data, starts
-from tools.bench.data import Form, Place
+from tools.bench.data import Form, Place, Reader
 from tools.bench.ranks import SECONDS
 from tools.bench.report import ROOT, Figures, describe, environment, report, say, summary
 from tools.sandbox import s3
@@ -155,13 +155,16 @@ def bench_data(
     clips: Annotated[int, typer.Option(min=16, help="Clips of each format, rounded down to whole batches of 16.")] = 256,
     format: Annotated[list[Form], typer.Option(help="Of the clips; may be given several times.")] = list(Form),  # noqa: B006
     place: Annotated[list[Place], typer.Option(help="Where they lie; may be given several times.")] = list(Place),  # noqa: B006
+    reader: Annotated[list[Reader], typer.Option(help="What reads them; may be given several times.")] = list(Reader),  # noqa: B006
     rounds: Rounds = 3,
     dir: Dir = Path(),
     as_json: Json = False,
 ) -> None:
     """From shards to batches, in turn with webdataset, datasets and litdata."""
-    found, skipped = data.measure(dir, clips // 16 * 16, rounds, format, place)
-    about = describe("torch", "transformers", *(name for name, package in data.READERS.items() if package != "data" and name not in skipped)) | {"clips": clips}
+    skipped = data.missing(reader)
+    readers = [one for one in reader if one not in skipped]
+    found = data.measure(dir, clips // 16 * 16, rounds, format, place, readers)
+    about = describe("torch", "transformers", *(one for one in readers if one in data.NEEDED)) | {"clips": clips}
     report(about | {f"skipped {name}": f"({line})" for name, line in skipped.items()}, {"data": found}, {}, "", as_json)
 
 

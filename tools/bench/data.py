@@ -26,9 +26,20 @@ from tools.bench.report import ROOT, Figures, environment, say, summary
 from tools.sandbox import faults, s3
 from tools.sandbox.whisper import make_whisper
 
-READERS = {"earwitness": "data", "waveforms": "data", "webdataset": "webdataset", "datasets": "torchcodec", "litdata": "litdata"}
-"""Each with a package that it needs."""
-INSTALL = {"datasets": "pip install datasets torchcodec==0.13.0", "litdata": "pip install litdata; pip uninstall torchvision"}
+
+class Reader(StrEnum):
+    """The modules of tools/bench/readers."""
+
+    earwitness = "earwitness"
+    waveforms = "waveforms"
+    webdataset = "webdataset"
+    datasets = "datasets"
+    litdata = "litdata"
+
+
+NEEDED = {Reader.webdataset: "webdataset", Reader.datasets: "torchcodec", Reader.litdata: "litdata"}
+"""A package that must be there."""
+INSTALL = {Reader.datasets: "pip install datasets torchcodec==0.13.0", Reader.litdata: "pip install litdata; pip uninstall torchvision"}
 """What is tried with torch 2.13 for CPUs: later torchcodecs need CUDA, and transformers does not import beside the torchvision that litdata brings."""
 SHARDS = 8
 BUCKET = "bench"
@@ -65,9 +76,13 @@ class _Clips:
     first: Path
 
 
-def measure(folder: Path, clips: int, rounds: int, forms: Sequence[Form], places: Sequence[Place]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Measure all readers that are installed, in turn. clips: a multiple of the batch. Returns summaries, and how to install the readers left out."""
-    readers = [name for name, package in READERS.items() if importlib.util.find_spec(package)]
+def missing(wanted: Sequence[Reader]) -> dict[Reader, str]:
+    """How to install the readers that are not installed."""
+    return {reader: INSTALL[reader] for reader in wanted if reader in NEEDED and not importlib.util.find_spec(NEEDED[reader])}
+
+
+def measure(folder: Path, clips: int, rounds: int, forms: Sequence[Form], places: Sequence[Place], readers: Sequence[Reader]) -> dict[str, Any]:
+    """Measure readers in turn. clips: a multiple of the batch. Returns summaries."""
     rows: dict[str, list[Figures]] = {}
     with (
         tempfile.TemporaryDirectory(prefix="bench-", dir=folder) as name,
@@ -82,7 +97,7 @@ def measure(folder: Path, clips: int, rounds: int, forms: Sequence[Form], places
         reach = {Place.local: {}, **{place: server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint} for place, proxy in ((Place.s3, near), (Place.far, far))}}
         for form in forms:
             say(f"{clips} clips: {form.value}")
-            made = _make(work / form.value, form, clips, chunks="litdata" in readers)
+            made = _make(work / form.value, form, clips, chunks=Reader.litdata in readers)
             if set(places) - {Place.local}:
                 for file in filter(Path.is_file, (work / form.value).glob("*/*")):
                     client.upload_file(str(file), BUCKET, str(file.relative_to(work)))
@@ -98,7 +113,7 @@ def measure(folder: Path, clips: int, rounds: int, forms: Sequence[Form], places
                         said = _run(["tools.bench.readers", reader, task, str(clips), str(made.first)], reach[place] | {"HF_HOME": run})
                     rows.setdefault(f"{form.value}, {place.value}, {reader}", []).append(json.loads(said.splitlines()[-1]))
             shutil.rmtree(work / form.value)
-    return {name: summary(found) for name, found in rows.items()}, {name: INSTALL[name] for name in READERS if name not in readers}
+    return {name: summary(found) for name, found in rows.items()}
 
 
 def _run(command: Sequence[str], variables: dict[str, str]) -> str:
