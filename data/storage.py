@@ -70,7 +70,7 @@ def find(location: Location) -> Stat | None:
 
 
 def find_all(locations: Sequence[Location]) -> list[Stat | None]:
-    """As `find` of each; of many in one folder of an S3 bucket by its list, which takes a request for every thousand."""
+    """As `find` of each; of many in one folder of an S3 bucket by its list, which takes a request for every thousand, or was made by `glob` just now."""
     folders = Counter((location.url.rpartition("/")[0], location.options) for location in locations)
     with ThreadPoolExecutor(REQUESTS) as pool:
         many = [Location(*folder) for folder, count in folders.items() if count >= WORTH_A_LIST]
@@ -92,7 +92,7 @@ def _list(folder: Location) -> dict[str, Stat] | None:
         if "s3" not in filesystem.protocol:
             return None
         try:
-            return {entry["name"].rpartition("/")[2]: _stat(entry) for entry in filesystem.ls(path, detail=True, refresh=True) if entry["type"] == "file"}
+            return {entry["name"].rpartition("/")[2]: _stat(entry) for entry in filesystem.ls(path, detail=True) if entry["type"] == "file"}
         except (FileNotFoundError, PermissionError):
             return None
 
