@@ -62,6 +62,6 @@ class Preparation:
 
 
 def decode(content: bytes) -> npt.NDArray[np.float32]:
-    """An audio file -> (n,) at 16 kHz, by the fastest means that users of the other readers have."""
+    """An audio file -> (n,) at 16 kHz, as users of the other readers write it."""
     audio, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
     return soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE) if rate != SAMPLE_RATE else audio.mean(axis=1)
