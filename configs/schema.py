@@ -16,16 +16,17 @@ SECRET_URL = re.compile(r"://[^/?\"]*:[^/?\"@]*@|[?&](x-amz-signature|x-goog-sig
 """Of URLs, in JSON: user and password, or a signature."""
 
 
-def _public(value: T) -> T:
+def public(value: T) -> T:
+    """The same value. Raises ValueError if it holds a URL with a password or a signature."""
     if SECRET_URL.search(json.dumps(value)):
         raise ValueError(
-            "passwords and signed URLs do not belong in a config, which is kept and shown, and signatures expire in the middle of a run; "
+            "URLs with passwords or signatures are not taken: they would be kept and shown, and signatures expire in the middle of a run; "
             "give s3://BUCKET/... with keys in the environment or a profile"
         )
     return value
 
 
-Urls = Annotated[list[str], AfterValidator(_public)]
+Urls = Annotated[list[str], AfterValidator(public)]
 
 
 class Section(BaseModel):
@@ -126,7 +127,7 @@ class Source(Section):
         found = sorted(SECRET_OPTIONS & {key for options in nested for key in options})
         if found:
             raise ValueError(f"{', '.join(found)}: secrets do not belong in a config; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or `profile`")
-        return _public(value)
+        return public(value)
 
 
 class Data(Section):
@@ -134,7 +135,7 @@ class Data(Section):
 
     sources: list[Source] = Field(min_length=1)
     """The data sets; each epoch passes over all of them."""
-    index_dir: str = "index"
+    index_dir: Annotated[str, AfterValidator(public)] = "index"
     """Where the shards' indexes are kept, which runs may share: a folder, `s3://BUCKET/PREFIX`, or `beside`: the shards, in a folder `index`."""
     cache_dir: Path | None = None
     """A folder on each node's own disk that keeps what was read from a bucket; the ranks of the node share it, and so may runs."""
@@ -228,7 +229,7 @@ class Checkpoint(Section):
     """Checkpoints kept, newest first; the best by `evaluate.best_metric` is kept besides."""
     keep_every: int | None = Field(None, ge=1)
     """Keep each checkpoint whose step is a multiple of this."""
-    mirror: Annotated[str | None, AfterValidator(_public)] = None
+    mirror: Annotated[str | None, AfterValidator(public)] = None
     """URL, e.g. `s3://bucket/mirror`, below which complete checkpoints are copied to MIRROR/NAME; a run whose own folder is gone goes on from there."""
 
 

@@ -22,6 +22,7 @@ FFMPEG_ONLY = {"m4a", "mp4", "aac", "webm", "wma", "mka"}
 FFMPEG_SECONDS = 100
 """CPU time after which FFmpeg is taken to never end; it decodes 25 h of AAC in it."""
 READ_FRAMES = 1 << 20
+LAST_FRAMES = 256
 COMPLETE = 0.9
 """Share of the length in the header that must be there; some encoders of MP3 state it a little off."""
 MP3_FRAME = 200
@@ -69,14 +70,27 @@ def decode(content: bytes, ending: str, fit: Fit = lambda seconds: None) -> npt.
 
 
 def probe(content: bytes, ending: str) -> AudioInfo:
-    """Length and form of an audio file, from its headers where they say so. Raises BadSample."""
+    """Length and form of an audio file, from its headers where they say so; of FLAC the end is decoded, too. Raises BadSample."""
     if _needs_ffmpeg(content, ending):
         return AudioInfo(len(_ffmpeg(content)) / SAMPLE_RATE, 0, 0)
     with _open(content) as file:
         info = AudioInfo(file.frames / file.samplerate, file.samplerate, file.channels)
-    if not info.seconds:
-        raise BadSample(NO_SAMPLES)
+        if not info.seconds:
+            raise BadSample(NO_SAMPLES)
+        ends = file.format != "FLAC" or _has_end(file)  # whose header tells nothing of what is not there
+    if not ends:
+        _sndfile(content, lambda seconds: None)  # says what is wrong
     return info
+
+
+def _has_end(file: soundfile.SoundFile) -> bool:
+    """Whether the last samples are there."""
+    last = min(file.frames, LAST_FRAMES)
+    try:
+        file.seek(file.frames - last)
+        return len(file.read(last, dtype="int16")) == last
+    except soundfile.LibsndfileError:
+        return False
 
 
 def _needs_ffmpeg(content: bytes, ending: str) -> bool:

@@ -113,6 +113,8 @@ def origin(shard: storage.Stat, sidecar: storage.Stat) -> str:
 def index_shard(shard: Shard, index_dir: str | Path, *, full: bool) -> Sidecar:
     """Index a shard and keep the result in `index_dir`. Raises DataError if the shard cannot be read at all."""
     now = storage.stat(shard.location)
+    if not now.size:
+        raise DataError(f"{shard.location.url}: is empty, or a folder: its shards are named by a pattern, as {shard.location.url.rstrip('/')}/*.tar")
     read = _Blocks(replace(shard.location, tag=now.tag), now.size, FULL_BLOCK if full else QUICK_BLOCK)
     members, damage = [], ""
     try:

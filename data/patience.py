@@ -53,7 +53,7 @@ STATS: Counter[str] = Counter()
 """Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and cached (bytes)."""
 HubError: type[Exception] = HfHubHTTPError.__bases__[0]
 """The HTTPError of httpx or httpx2, whichever this huggingface_hub has."""
-PASSING: tuple[type[Exception], ...] = (OSError, EOFError, BotoCoreError, ClientError, HttpError, HubError, ResponseParserError)
+PASSING: tuple[type[Exception], ...] = (OSError, EOFError, BotoCoreError, ClientError, HttpError, HubError, ResponseParserError, ValueError, TypeError)
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 """These pass when whoever changes the keys has done so."""
@@ -93,10 +93,12 @@ class Trouble:
         if reason:
             raise DataError(f"{place}: {reason}. {advice(self.location)}") from error
         said, waited = str(error) or type(error).__name__, time.monotonic() - self.since
-        if self.location.is_local or waited > LIMITS.patience:
-            raise ShardError(
-                f"{place}: {f'{waited:.0f} s without progress, {self.failures} failures, the last: ' * (not self.location.is_local)}{said}"
-            ) from error
+        said += " (have the keys expired?)" * credentials
+        if self.location.is_local:
+            raise ShardError(f"{place}: {said}") from error
+        if waited > LIMITS.patience:
+            tried = f"{waited:.0f} s without progress, {self.failures} failures, the last: {said}"
+            raise ShardError(f"{place}: {tried}. {advice(self.location)}") from error
         if waited > LIMITS.tell and not self.told:
             self.told = True
             print(f"{place} for {waited:.0f} s now, and goes on trying for {LIMITS.patience:.0f}: {said}", file=sys.stderr, flush=True)
@@ -129,12 +131,14 @@ def _final(error: Exception) -> tuple[str, bool]:
     if code in EXPIRED or code == "400":  # 400 of a HEAD, whose answer has no body that says more, may be the same
         return "", True
     if status in (401, 403) or code in REFUSED or isinstance(error, PermissionError):
-        return f"access denied ({' '.join(filter(None, [str(status or ''), code])) or error})", True
+        return f"access denied ({' '.join(dict.fromkeys(filter(None, [str(status or ''), code]))) or error})", True
     if status == 404 or isinstance(error, FileNotFoundError):
         return "it does not exist" + (f" ({code})" if code not in ("", "404", "NoSuchKey") else ""), False
     if isinstance(error, NO_CREDENTIALS):
         return str(error), True
-    return (str(error), False) if isinstance(error, (IsADirectoryError, ParamValidationError)) else ("", False)
+    if isinstance(error, (IsADirectoryError, ParamValidationError, ValueError, TypeError)):  # the last two: of an endpoint, or an option, that is none
+        return " ".join(str(error).split()), False
+    return "", False
 
 
 def advice(location: Location) -> str:

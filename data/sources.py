@@ -14,6 +14,7 @@ from fsspec.core import split_protocol
 from configs.errors import DataError
 from configs.schema import Source
 from data.location import Location
+from data.patience import advice
 from data.storage import glob
 
 
@@ -69,5 +70,5 @@ def _matches(location: Location, source: Source) -> list[Location]:
         return [location]
     matches = glob(location)
     if not matches:
-        raise DataError(f"source {source.name}: {location.url} matches no shard. Check the path and the pattern; quote it in the shell.")
+        raise DataError(f"source {source.name}: {location.url} matches no shard. Quote the pattern in the shell. {advice(location)}")
     return matches

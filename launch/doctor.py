@@ -107,7 +107,11 @@ def _config(path: Path) -> Iterator[Finding]:
             size = storage.stat(first.location).size
             count = sum(shard.source is source for shard in shards)
             yield f"source {source.name}", "ok", f"{count} shards; {first.location.url} has {size / 1e6:.1f} MB"
-        missing = load_sidecars(config, shards).count(None)
+        sidecars = load_sidecars(config, shards)
+        for shard, sidecar in zip(shards, sidecars, strict=True):
+            if sidecar and sidecar.damage:
+                yield f"source {shard.source.name}", "note", f"{shard.location.url}: {sidecar.loss()}"
+        missing = sidecars.count(None)
         todo = f"{missing} of {len(shards)} shards are not indexed: python -m tools.index {path}"
         yield "index", "note" if missing else "ok", todo if missing else "complete"
     except EarwitnessError as error:

@@ -158,11 +158,12 @@ def test_secrets_are_refused_and_not_repeated(write: Write, options: str) -> Non
         "data.sources.0.shards=[a.tar, 'https://host/a.tar?X-Amz-Expires=9&X-Amz-Signature=hunter2']",
         "data.sources.0.validation.shards=['https://host/a.tar?sig=hunter2']",
         "data.sources.0.storage_options={config_kwargs: {proxies: {https: 'http://me:hunter2@proxy:3128'}}}",
+        "data.index_dir=s3://me:hunter2@bucket/index",
         "checkpoint.mirror=ftp://me:hunter2@host/mirror",
     ],
 )
 def test_urls_with_secrets_are_refused_and_not_repeated(write: Write, override: str) -> None:
-    with pytest.raises(ConfigError, match="passwords and signed URLs do not belong in a config") as error:
+    with pytest.raises(ConfigError, match="URLs with passwords or signatures are not taken") as error:
         load(write(CONFIG), [override])
     assert "hunter2" not in str(error.value) and override.partition("=")[0] in str(error.value)
 

@@ -142,6 +142,7 @@ PROBLEMS = {
     "no bytes": (b"", words(), "the audio is empty (0 bytes)"),
     "header only": (sound()[:44], words(), "the audio is cut off: 44 of 16,044 bytes are there"),
     "no samples": (sound()[:4] + (36).to_bytes(4, "little") + sound()[8:40] + bytes(4), words(), "the audio has no samples (0 s)"),
+    "half a FLAC": (sound(3, "flac")[:400], words(), "the audio cannot be decoded"),
     "page": (b"<html>404</html>", words(), "the audio cannot be decoded"),
 }
 
@@ -167,11 +168,26 @@ def test_a_cut_off_shard_keeps_what_comes_before_and_says_so(tmp_path: Path) -> 
     assert f"{path}: DAMAGED: 'c.wav'" in said.stdout and "2 samples before that are kept" in said.stdout and "1 shards damaged" in said.stdout
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>403 Forbidden</html>" * 100])
-def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(("content", "said"), [(b"", r"a\.tar: is empty, or a folder"), (b"<html>403 Forbidden</html>" * 100, r"a\.tar: not a tar archive")])
+def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.tar: not a tar archive"):
+    with pytest.raises(DataError, match=said):
         rows(tmp_path / "a.tar")
+
+
+def test_a_shard_that_cannot_be_read_does_not_keep_the_others_from_their_index(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"<html>" * 1000)
+    path = shard(tmp_path / "b.tar", clip("b"))
+    said = run_program("tools.index", tmp_path / "a.tar", path, "--index-dir", tmp_path / "index")
+    assert said.returncode == 3 and "a.tar: not a tar archive" in said.stderr and "2 shards, 1 samples" in said.stdout
+    assert [file.name[:2] for file in (tmp_path / "index").glob("*.parquet")] == ["b-"]
+
+
+def test_an_index_without_a_sample_is_an_error_with_its_reason_once(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", clip("a") + clip("b") + clip("c"))
+    said = run_program("tools.index", path, "--caption-key", "words", "--index-dir", tmp_path / "index")
+    assert said.returncode == 3 and "no sample can be used" in said.stderr and said.stdout.count("no caption under 'words'") == 1
+    assert "; and 2 others" in said.stdout
 
 
 def test_an_index_is_used_again_until_its_shard_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_a_key_that_is_unknown_or_of_another_type(tmp_path: Path, model: Path, o
     ("shards", "said"),
     [
         ("absent.tar", "absent.tar: cannot read its size: it does not exist. Check the path"),
-        ("*.tar", "source sounds: {folder}/*.tar matches no shard. Check the path and the pattern"),
+        ("*.tar", "source sounds: {folder}/*.tar matches no shard. Quote the pattern in the shell. Check the path"),
         ("clips.tar.gz", "clips.tar.gz: compressed shards cannot be read at any position; unpack it to a plain .tar"),
         ("page.tar", "page.tar: not a tar archive that can be read"),
     ],

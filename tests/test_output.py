@@ -88,9 +88,13 @@ def test_where_nothing_can_be_written_no_row_is_packed(table: Path) -> None:
         ("s3://no-bucket/a", {}, "s3://no-bucket/a: cannot read what is there: it does not exist (NoSuchBucket)"),
         ("s3://written/a", {"AWS_SECRET_ACCESS_KEY": "wrong"}, "s3://written/a: cannot read what is there: access denied (403 SignatureDoesNotMatch)"),
         ("gs://bucket/a", {}, "gs://bucket/a: is written to a folder or to s3://"),
+        ("s3://", {}, "s3://: names no bucket"),
+        ("s3://me:hunter2@written/a", {}, "URLs with passwords or signatures are not taken"),
+        ("s3://written/a", {"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, "s3://written/a: cannot read what is there: Invalid endpoint: 127.0.0.1:9000. Check"),
     ):
         done = run_program("tools.pack", table, out, env=env)
-        assert done.returncode in (2, 3) and said in done.stderr and "absent.wav" not in done.stdout and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode in (2, 3) and said in done.stderr and "absent.wav" not in done.stdout, done.stderr
+        assert "Traceback" not in done.stderr and "hunter2" not in done.stderr
 
 
 def test_the_last_file_is_uploaded_last_and_large_ones_in_parts(bucket: Bucket, s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:

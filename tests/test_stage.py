@@ -75,7 +75,7 @@ def write_config(folder: Path, model: Path, name: str = "mine.yaml", **source: o
 
 
 def held(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != stage.STAGED}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (stage.STAGED, stage.LOCK)}
 
 
 def digest(config: Path, index: Path, *overrides: str) -> str:
@@ -102,6 +102,25 @@ def test_copies_are_whole_whatever_happens_to_the_answers(bucket: Bucket, tmp_pa
     assert held(tmp_path / "disk") == bucket.content and sum(bucket.proxy.hits.values()) == 8
 
 
+def test_bits_that_flip_on_the_way_are_found_by_a_full_index(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_program("tools.index", "s3://staged/set/*.tar", "--index-dir", tmp_path / "index").returncode == 0
+    bucket.proxy.set(Fault("flip", after=50_000, key=min(bucket.content)))
+    with pytest.raises(DataError, match=rf"s3://staged/set/{min(bucket.content)}: sample '.*' did not come as it was indexed"):
+        stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")
+    stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")
+    assert held(tmp_path / "disk") == bucket.content
+
+
+def test_one_at_a_time_copies_into_a_folder(bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    with stage._alone(tmp_path / "disk"), pytest.raises(ConfigError, match=r"disk: another tools\.stage is copying into it"):
+        stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")
+    (tmp_path / "disk" / stage.STAGED).write_text("{")  # damaged: it is made anew
+    stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")
+    assert held(tmp_path / "disk") == bucket.content
+
+
 def await_that(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     while not condition():
         assert process.poll() is None
@@ -124,7 +143,7 @@ def test_after_a_kill_only_what_was_not_complete_is_copied_again(bucket: Bucket,
     assert bucket.read_bytes() == 0
 
 
-def test_a_shard_that_was_replaced_is_copied_anew(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_shard_that_was_replaced_is_copied_anew(bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     client, content = bucket.server.client(), dict(bucket.content)
     for name, shard in content.items():
         client.put_object(Bucket="staged", Key=f"replaced/{name}", Body=shard)
@@ -134,6 +153,7 @@ def test_a_shard_that_was_replaced_is_copied_anew(bucket: Bucket, tmp_path: Path
     bucket.proxy.set()
     stage.stage(["s3://staged/replaced/*.tar"], tmp_path / "disk")
     assert held(tmp_path / "disk") == content and bucket.read_bytes() == len(content[name])
+    assert f"s3://staged/replaced/{name}: was replaced since it was copied" in capsys.readouterr().out
 
 
 def test_a_shard_that_is_replaced_while_it_is_copied_is_not_mixed(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +180,8 @@ def test_what_cannot_be_staged_is_told_before_a_byte_is_copied(bucket: Bucket, t
     (disk / "mine.tar").write_text("")
     with pytest.raises(ConfigError, match=r"disk: holds mine\.tar, .*remove it"):
         stage.stage(["s3://staged/set/*.tar"], disk)
+    with pytest.raises(ConfigError, match="s3:/staged/copy: is no folder"):
+        stage.stage(["s3://staged/set/*.tar"], Path("s3://staged/copy"))
     (disk / "mine.tar").rename(tmp_path / "file")
     with pytest.raises(ConfigError, match="file: cannot be made"):
         stage.stage(["s3://staged/set/*.tar"], tmp_path / "file")

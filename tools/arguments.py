@@ -6,8 +6,17 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from configs.errors import ConfigError
 from configs.load import explained, load
-from configs.schema import RunConfig, Source
+from configs.schema import RunConfig, Source, public
+
+
+def without_secrets(value: str) -> str:
+    """The same text. Raises ConfigError if it holds a URL with a password or a signature."""
+    try:
+        return public(value)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def named_sources(what: Sequence[str], caption_key: str) -> tuple[list[Source], RunConfig | None]:

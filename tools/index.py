@@ -13,38 +13,61 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from configs.errors import ConfigError, run_command
+from configs.errors import ConfigError, DataError, EarwitnessError, run_command
 from configs.schema import Data
 from data.index import Sidecar, index_shard, load_sidecar, sidecar_location
 from data.patience import STATS
 from data.sources import Shard, expand
 from data.storage import find
-from tools.arguments import named_sources
+from tools.arguments import named_sources, without_secrets
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+MOST_UNREADABLE = 20
+"""Shards after which it is no use to go on."""
 
 
 def index(
     shards: Annotated[list[str], typer.Argument(help="Shards (paths, URLs, globs, braces), or one config: all its sources.", metavar="SHARDS...|CONFIG")],
     quick: Annotated[bool, typer.Option("--quick", help="Headers only: no CRC32, no seconds, no look at the content.")] = False,
     caption_key: Annotated[str, typer.Option(help="Where the caption is (for SHARDS).")] = "caption",
-    index_dir: Annotated[str, typer.Option(help="Where the indexes go (for SHARDS).")] = Data.model_fields["index_dir"].default,
+    index_dir: Annotated[str, typer.Option(callback=without_secrets, help="Where the indexes go (for SHARDS).")] = Data.model_fields["index_dir"].default,
     threads: Annotated[int, typer.Option(min=1, help="Shards at a time.")] = 8,
 ) -> None:
     """Index shards, and name every problem. What is there already and current is not done again. In a Slurm array each job takes its share."""
     sources, config = named_sources(shards, caption_key)
+    if config and index_dir != Data.model_fields["index_dir"].default:
+        raise ConfigError(f"--index-dir {index_dir}: is for SHARDS; a config says it itself, as data.index_dir")
     index_dir = config.data.index_dir if config else index_dir
-    todo = _share([shard for source in sources for shard in expand(source)])
+    everything = [shard for source in sources for shard in expand(source)]
+    todo = _share(everything)
     totals: Counter[str] = Counter()
+    unreadable: list[EarwitnessError] = []
     began = time.monotonic()
     with ThreadPoolExecutor(threads) as pool, Progress(*COLUMNS, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        found = pool.map(lambda shard: _current(shard, index_dir, full=not quick), todo)
-        for shard, sidecar in zip(progress.track(todo, description="shards"), found, strict=True):
-            totals += _report(shard, sidecar)
+        found = [pool.submit(_current, shard, index_dir, full=not quick) for shard in todo]
+        try:
+            for shard, sidecar in zip(progress.track(todo, description="shards"), found, strict=True):
+                try:
+                    totals += _report(shard, sidecar.result())
+                except EarwitnessError as error:
+                    unreadable.append(error)
+                    if len(unreadable) > MOST_UNREADABLE:
+                        raise
+        except KeyboardInterrupt:
+            progress.stop()
+            print("stopped; what is indexed stays, and the same command goes on", file=sys.stderr, flush=True)
+            os._exit(130)  # the threads would read their shards to the end first
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     hours = "" if quick else f", {totals['seconds'] / 3600:.2f} h"
     print(f"{index_dir}: {len(todo)} shards, {totals['samples']} samples{hours}, {totals['problems']} with a problem, {totals['damaged']} shards damaged")
     if STATS["requests"]:
         print(f"read from elsewhere: {STATS['bytes'] / 1e9:.3f} GB in {STATS['requests']:,} requests, {time.monotonic() - began:.0f} s")
+    if unreadable:
+        raise type(unreadable[0])("\n".join(map(str, unreadable)))
+    if not totals["samples"] and len(todo) == len(everything):
+        raise DataError("no sample can be used; the reasons are above" + " (is --caption-key right?)" * (config is None))
 
 
 def _share(shards: list[Shard]) -> list[Shard]:
@@ -65,9 +88,11 @@ def _current(shard: Shard, index_dir: str, *, full: bool) -> Sidecar:
 
 def _report(shard: Shard, sidecar: Sidecar) -> Counter[str]:
     rows = sidecar.table.select(["key", "seconds", "problem"]).to_pylist()
-    for row in rows:
-        if row["problem"]:
-            print(f"{shard.location.url}: {row['key']}: {row['problem']}")
+    problems: dict[str, list[str]] = {}
+    for row in filter(lambda row: row["problem"], rows):
+        problems.setdefault(row["problem"], []).append(row["key"])
+    for problem, keys in problems.items():
+        print(f"{shard.location.url}: {keys[0]}: {problem}" + f"; and {len(keys) - 1:,} others" * (len(keys) > 1))
     if sidecar.damage:
         print(f"{shard.location.url}: {sidecar.loss()}")
     sound = [row for row in rows if not row["problem"]]

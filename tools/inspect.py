@@ -22,7 +22,7 @@ from data.captions import find_caption
 from data.decode import AudioInfo, BadSample, decode, probe
 from data.index import Sidecar, index_shard, load_sidecar
 from data.sources import Shard, expand
-from tools.arguments import named_sources
+from tools.arguments import named_sources, without_secrets
 from trainer import checkpoint
 
 EXAMPLES = 3
@@ -38,7 +38,7 @@ def inspect(
     caption_key: Annotated[str, typer.Option(help="Where the caption is (for SHARDS).")] = "caption",
     tokenizer: Annotated[Optional[str], typer.Option(help="Model whose tokens are counted (for SHARDS); a config names its own.")] = None,  # noqa: UP045 (typer)
     samples: Annotated[int, typer.Option(min=0, help="Samples of each source to open, spread evenly over it; 0 opens all.")] = 1000,
-    index_dir: Annotated[str, typer.Option(help="Where the indexes are (for SHARDS).")] = Data.model_fields["index_dir"].default,
+    index_dir: Annotated[str, typer.Option(callback=without_secrets, help="Where the indexes are (for SHARDS).")] = Data.model_fields["index_dir"].default,
 ) -> None:
     """Show what shards hold (their samples are opened and decoded), or verify every byte of a checkpoint."""
     place = Path(what[0])

@@ -18,6 +18,7 @@ from configs.errors import ConfigError, EarwitnessError
 from data.location import Location, open_filesystem
 from data.patience import Trouble
 from data.upload import upload
+from tools.arguments import without_secrets
 
 ABANDONED = timedelta(days=1)
 """After so long an upload to the same place counts as left by a run that was killed."""
@@ -38,11 +39,13 @@ def new_folder(out: str, last: str = "") -> Iterator[Output]:
     A temporary folder beside `out` takes its name; to S3 files are copied from $TMPDIR when they are complete, the one called `last` after
     all others. Raises ConfigError if `out` holds something already or cannot be made, DataError if the bucket is missing or access is denied.
     """
-    protocol, path = split_protocol(out)
+    protocol, path = split_protocol(without_secrets(out))
     if protocol in (None, "file", "local"):
         with _folder(Path(path)) as folder:
             yield Output(folder, lambda file: None)
     elif protocol in ("s3", "s3a"):
+        if not path.strip("/"):
+            raise ConfigError(f"{out}: names no bucket; it is written s3://BUCKET/PREFIX")
         with TemporaryDirectory(prefix="earwitness-") as temporary, _prefix(out.rstrip("/")) as put:
             folder = Path(temporary)
             yield Output(folder, put)

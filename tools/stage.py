@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
+import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
@@ -18,12 +22,14 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from configs.errors import ConfigError, DataError, ShardError, run_command
-from configs.schema import RunConfig, Source
+from configs.schema import Data, RunConfig, Source
 from data import storage
+from data.index import Sidecar, load_sidecar
 from data.sources import Shard, expand
 from tools.arguments import named_sources
 
 BLOCK = 8 << 20
+LOCK = ".stage.lock"
 STAGED = ".staged.json"
 """In each folder, what its complete copies are of: {file name: {"size": bytes, "tag": of the original, "crc32": of the bytes}}."""
 
@@ -34,12 +40,16 @@ def stage(
     threads: Annotated[int, typer.Option(min=1, help="Shards at a time.")] = 8,
 ) -> None:
     """Copy shards, verify every copy, and say what to put into the config. What is there already and current is not copied again."""
+    if re.match(r"\w+:/", str(folder)):
+        raise ConfigError(f"{folder}: is no folder; copies go to a disk")
     sources, config = named_sources(shards, "caption")
     folder = folder.absolute()
     stop = Event()
-    with ThreadPoolExecutor(threads) as pool:
+    index_dir = config.data.index_dir if config else Data.model_fields["index_dir"].default
+    with ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
         try:
-            copies = [copy for source in sources for copy in _copies(source, folder / source.name if config else folder)]
+            copies = [copy for source in sources for copy in _copies(source, folder / source.name if config else folder, index_dir)]
+            stack.enter_context(_alone(folder))
             todo = [copy for copy, current in zip(copies, pool.map(_Copy.look, copies), strict=True) if not current]
             _check_space(todo, folder)
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -47,13 +57,16 @@ def stage(
                 task = progress.add_task(f"{len(todo)} shards", total=sum(copy.stat.size for copy in todo))
                 for done in as_completed([pool.submit(copy.make, lambda count: progress.advance(task, count), stop) for copy in todo]):
                     done.result()
+        except KeyboardInterrupt:
+            print("stopped; what is complete stays, and the same command goes on", file=sys.stderr, flush=True)
+            os._exit(130)  # the threads would wait for what a silent endpoint does not send
         except BaseException as error:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, OSError):
                 raise ShardError(f"{error.filename or folder}: cannot be written: {error.strerror}; mend it and start again: what is complete stays") from None
             raise
-    print(f"{folder}: {len(copies)} shards, {sum(copy.stat.size for copy in copies) / 1e9:.2f} GB; {len(todo)} copied now, each verified")
+    print(f"{folder}: {len(copies)} shards, {sum(copy.stat.size for copy in copies) / 1e9:.2f} GB; {len(todo)} copied now and verified")
     print(_advice(shards, copies, config))
 
 
@@ -63,6 +76,7 @@ class _Copy:
 
     shard: Shard
     folder: Path
+    index_dir: str
     stat: storage.Stat = field(init=False)
     """When it was looked at."""
 
@@ -75,10 +89,15 @@ class _Copy:
         self.stat = storage.stat(self.shard.location)
         self._part.unlink(missing_ok=True)
         known = _staged(self.folder).get(self.path.name, {})
+        if known and (known["size"], known["tag"]) != (self.stat.size, self.stat.tag):
+            print(f"{self.shard.location.url}: was replaced since it was copied; it is copied anew", flush=True)
         return self.path.is_file() and (self.path.stat().st_size, known.get("size"), known.get("tag")) == (self.stat.size, self.stat.size, self.stat.tag)
 
     def make(self, advance: Callable[[int], object], stop: Event) -> None:
-        """Read, write, sync, verify, rename. Raises DataError if the shard is replaced meanwhile, ShardError if the disk gives back other bytes."""
+        """Read, write, sync, verify, rename.
+
+        Raises DataError if the shard is replaced meanwhile or is not what its full index says, ShardError if the disk gives back other bytes.
+        """
         location = replace(self.shard.location, tag=self.stat.tag)
         crc = 0
         with self._part.open("wb") as file:
@@ -96,6 +115,8 @@ class _Copy:
             raise DataError(f"{location.url}: was replaced while it was copied; start again")
         if _crc32(self._part) != crc:
             raise ShardError(f"{self._part}: does not hold what was written to it; look over this disk and start again")
+        if (sidecar := load_sidecar(self.shard, self.index_dir)) and sidecar.full:
+            _check_samples(self._part, sidecar, location.url)
         self._part.replace(self.path)
         _note(self.folder, {self.path.name: {"size": self.stat.size, "tag": self.stat.tag, "crc32": crc}})
 
@@ -104,9 +125,34 @@ class _Copy:
         return self.path.with_name(f"{self.path.name}.part")
 
 
-def _copies(source: Source, folder: Path) -> list[_Copy]:
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises ConfigError if another process copies into this folder."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another tools.stage is copying into it; wait for it, or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _check_samples(path: Path, sidecar: Sidecar, url: str) -> None:
+    """Compare a copy with the CRC32s of a full index. Raises DataError."""
+    with path.open("rb") as file:
+        for row in sidecar.table.to_pylist():
+            crc = 0
+            for part in ("audio", "text"):
+                file.seek(row[f"{part}_offset"])
+                crc = zlib.crc32(file.read(row[f"{part}_size"]), crc)
+            if row["crc32"] not in (-1, crc):
+                raise DataError(f"{url}: sample {row['key']!r} did not come as it was indexed (CRC32 differs); start again: what is complete stays")
+
+
+def _copies(source: Source, folder: Path, index_dir: str) -> list[_Copy]:
     """Where a source's shards go. Raises ConfigError if the folder cannot be made, or holds shards that are not the source's."""
-    copies = [_Copy(shard, folder / "validation" if shard.validation else folder) for shard in expand(source)]
+    copies = [_Copy(shard, folder / "validation" if shard.validation else folder, index_dir) for shard in expand(source)]
     for place in {copy.folder for copy in copies}:
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -138,7 +184,10 @@ _noting = Lock()
 
 def _staged(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / STAGED
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError):  # damaged: all is copied anew
+        return {}
 
 
 def _note(folder: Path, entry: dict[str, Any]) -> None:
