@@ -45,15 +45,15 @@ def index(
     unreadable: list[EarwitnessError] = []
     began = time.monotonic()
     with ThreadPoolExecutor(threads) as pool, Progress(*COLUMNS, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        found = [pool.submit(_current, shard, index_dir, full=not quick) for shard in todo]
+        found = pool.map(lambda shard: _current(shard, index_dir, full=not quick), todo)
         try:
             for shard, sidecar in zip(progress.track(todo, description="shards"), found, strict=True):
-                try:
-                    totals += _report(shard, sidecar.result())
-                except EarwitnessError as error:
-                    unreadable.append(error)
-                    if len(unreadable) > MOST_UNREADABLE:
-                        raise
+                if isinstance(sidecar, Sidecar):
+                    totals += _report(shard, sidecar)
+                elif len(unreadable) < MOST_UNREADABLE:
+                    unreadable.append(sidecar)
+                else:
+                    raise sidecar
         except KeyboardInterrupt:
             progress.stop()
             print("stopped; what is indexed stays, and the same command goes on", file=sys.stderr, flush=True)
@@ -79,11 +79,15 @@ def _share(shards: list[Shard]) -> list[Shard]:
     return shards[jobs.index(number) :: len(jobs)]
 
 
-def _current(shard: Shard, index_dir: str, *, full: bool) -> Sidecar:
-    sidecar = load_sidecar(shard, index_dir)
-    if sidecar is None and find(sidecar_location(shard, index_dir)):
-        print(f"{shard.location.url}: changed since it was indexed; it is indexed anew", flush=True)
-    return sidecar if sidecar and (sidecar.full or not full) else index_shard(shard, index_dir, full=full)
+def _current(shard: Shard, index_dir: str, *, full: bool) -> Sidecar | EarwitnessError:
+    """The index of a shard as it is now, or why there is none."""
+    try:
+        sidecar = load_sidecar(shard, index_dir)
+        if sidecar is None and find(sidecar_location(shard, index_dir)):
+            print(f"{shard.location.url}: changed since it was indexed; it is indexed anew", flush=True)
+        return sidecar if sidecar and (sidecar.full or not full) else index_shard(shard, index_dir, full=full)
+    except EarwitnessError as error:
+        return error
 
 
 def _report(shard: Shard, sidecar: Sidecar) -> Counter[str]:
