@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from aiohttp import ClientError as HttpError
 from aiohttp import ClientResponseError
@@ -53,7 +53,8 @@ STATS: Counter[str] = Counter()
 """Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and cached (bytes)."""
 HubError: type[Exception] = HfHubHTTPError.__bases__[0]
 """The HTTPError of httpx or httpx2, whichever this huggingface_hub has."""
-PASSING: tuple[type[Exception], ...] = (OSError, EOFError, BotoCoreError, ClientError, HttpError, HubError, ResponseParserError, ValueError, TypeError)
+FAILURES: tuple[type[Exception], ...] = (OSError, EOFError, BotoCoreError, ClientError, HttpError, HubError, ResponseParserError, ValueError, TypeError)
+"""Of file systems; whether one passes `_final` says."""
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 """These pass when whoever changes the keys has done so."""
@@ -104,12 +105,12 @@ class Trouble:
             print(f"{place} for {waited:.0f} s now, and goes on trying for {LIMITS.patience:.0f}: {said}", file=sys.stderr, flush=True)
         return random.uniform(0, min(LIMITS.pause[1], LIMITS.pause[0] * 2 ** min(self.failures, 10)))
 
-    def retry(self, action: Callable[[], T]) -> T:
-        """The result of an action, tried again as long as `failed` allows. Raises what that raises."""
+    def retry(self, action: Callable[[Any, str], T]) -> T:
+        """What an action gives with the file system and the path in it, tried again as long as `failed` allows. Raises what that raises."""
         while True:
             try:
-                return action()
-            except PASSING as error:
+                return action(*self.open())
+            except FAILURES as error:
                 time.sleep(self.failed(error))
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from data import patience
 from data.location import Location
-from data.patience import PASSING, STATS, Trouble
+from data.patience import FAILURES, STATS, Trouble
 
 T = TypeVar("T")
 Answer = dict[str, Any]
@@ -44,7 +44,7 @@ class Range:
                 await self._request()
                 if self.position < self.end:
                     raise EOFError(f"the answer ended {self.end - self.position} bytes too early")
-            except PASSING as error:
+            except FAILURES as error:
                 await asyncio.sleep(self._trouble.failed(error))
                 STATS["resumed"] += self.position > began
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)

@@ -18,7 +18,7 @@ from fsspec.utils import glob_translate
 
 from configs.errors import DataError
 from data import patience
-from data.location import Location, open_filesystem
+from data.location import Location
 from data.patience import Trouble, advice
 from data.ranges import Range, within
 
@@ -48,8 +48,7 @@ def stat(location: Location) -> Stat:
 def find(location: Location) -> Stat | None:
     """Size and tag of an object, None if it is not there. Raises DataError if it may not be read."""
 
-    def info() -> Stat | None:
-        filesystem, path = trouble.open()
+    def info(filesystem: Any, path: str) -> Stat | None:
         filesystem.invalidate_cache(filesystem._parent(path))
         try:
             if filesystem.async_impl:
@@ -65,8 +64,7 @@ def find(location: Location) -> Stat | None:
             raise cause from None
         return _stat(found)
 
-    trouble = Trouble(location, "read its size")
-    return trouble.retry(info)
+    return Trouble(location, "read its size").retry(info)
 
 
 def find_all(locations: Sequence[Location]) -> list[Stat | None]:
@@ -87,8 +85,7 @@ def find_all(locations: Sequence[Location]) -> list[Stat | None]:
 def _list(folder: Location) -> dict[str, Stat] | None:
     """What is in a folder of an S3 bucket, by name; None if it is none, or may not be listed."""
 
-    def entries() -> dict[str, Stat] | None:
-        filesystem, path = trouble.open()
+    def entries(filesystem: Any, path: str) -> dict[str, Stat] | None:
         if "s3" not in filesystem.protocol:
             return None
         try:
@@ -96,8 +93,7 @@ def _list(folder: Location) -> dict[str, Stat] | None:
         except (FileNotFoundError, PermissionError):
             return None
 
-    trouble = Trouble(folder, "read its list")
-    return trouble.retry(entries)
+    return Trouble(folder, "read its list").retry(entries)
 
 
 def _stat(found: dict[str, Any]) -> Stat:
@@ -107,13 +103,11 @@ def _stat(found: dict[str, Any]) -> Stat:
 def glob(location: Location) -> list[Location]:
     """The objects that a URL with `*`, `?` or `[...]` matches."""
 
-    def match() -> list[Location]:
-        filesystem, path = trouble.open()
+    def match(filesystem: Any, path: str) -> list[Location]:
         found = _glob(filesystem, path, local=location.is_local)
         return [Location(name if location.is_local else filesystem.unstrip_protocol(name), location.options) for name in found]
 
-    trouble = Trouble(location, "read the list of shards")
-    return trouble.retry(match)
+    return Trouble(location, "read the list of shards").retry(match)
 
 
 def _glob(filesystem: AbstractFileSystem, path: str, *, local: bool) -> list[str]:
@@ -140,8 +134,7 @@ def read(location: Location, start: int, end: int) -> bytes:
     if not location.is_local:
         return asyncio.run_coroutine_threadsafe(Range(location, start, end).fetch(), get_loop()).result()
 
-    def from_disk() -> bytes:
-        filesystem, path = open_filesystem(location)
+    def from_disk(filesystem: Any, path: str) -> bytes:
         found: bytes = filesystem.cat_file(path, start=start, end=end)
         if len(found) != end - start:
             raise EOFError(f"got {len(found)} of {end - start} bytes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from fsspec.asyn import get_loop
 from fsspec.callbacks import Callback
@@ -28,8 +29,7 @@ def upload(file: Path, location: Location) -> None:
         def relative_update(self, inc: int = 1) -> None:
             trouble.progressed()
 
-    def put() -> None:
-        filesystem, path = trouble.open()
+    def put(filesystem: Any, path: str) -> None:
         if split_protocol(location.url)[0] not in OBJECT_STORES:
             filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
         if not filesystem.async_impl:
@@ -47,14 +47,12 @@ def upload(file: Path, location: Location) -> None:
 
 def write(content: bytes, location: Location) -> None:
     """Write a small object, which is there whole or as it was before. Raises as `upload` does."""
-    trouble = Trouble(location, "write it")
 
-    def put() -> None:
-        filesystem, path = trouble.open()
+    def put(filesystem: Any, path: str) -> None:
         if location.is_local:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(Path(path), content)
         else:
             filesystem.pipe_file(path, content)
 
-    trouble.retry(put)
+    Trouble(location, "write it").retry(put)

@@ -7,19 +7,18 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.errors import ConfigError, DataError, EarwitnessError, run_command
-from configs.schema import Data
 from data.index import Sidecar, index_shard, load_sidecar, sidecar_location
 from data.patience import STATS
 from data.sources import Shard, expand
 from data.storage import find
-from tools.arguments import named_sources, without_secrets
+from tools.arguments import named_data
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
@@ -31,21 +30,18 @@ def index(
     shards: Annotated[list[str], typer.Argument(help="Shards (paths, URLs, globs, braces), or one config: all its sources.", metavar="SHARDS...|CONFIG")],
     quick: Annotated[bool, typer.Option("--quick", help="Headers only: no CRC32, no seconds, no look at the content.")] = False,
     caption_key: Annotated[str, typer.Option(help="Where the caption is (for SHARDS).")] = "caption",
-    index_dir: Annotated[str, typer.Option(callback=without_secrets, help="Where the indexes go (for SHARDS).")] = Data.model_fields["index_dir"].default,
+    index_dir: Annotated[Optional[str], typer.Option(help="Where the indexes go (for SHARDS).", show_default="index")] = None,  # noqa: UP045 (typer)
     threads: Annotated[int, typer.Option(min=1, help="Shards at a time.")] = 8,
 ) -> None:
     """Index shards, and name every problem. What is there already and current is not done again. In a Slurm array each job takes its share."""
-    sources, config = named_sources(shards, caption_key)
-    if config and index_dir != Data.model_fields["index_dir"].default:
-        raise ConfigError(f"--index-dir {index_dir}: is for SHARDS; a config says it itself, as data.index_dir")
-    index_dir = config.data.index_dir if config else index_dir
-    everything = [shard for source in sources for shard in expand(source)]
+    data, config = named_data(shards, caption_key, index_dir)
+    everything = [shard for source in data.sources for shard in expand(source)]
     todo = _share(everything)
     totals: Counter[str] = Counter()
     unreadable: list[EarwitnessError] = []
     began = time.monotonic()
     with ThreadPoolExecutor(threads) as pool, Progress(*COLUMNS, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        found = pool.map(lambda shard: _current(shard, index_dir, full=not quick), todo)
+        found = pool.map(lambda shard: _current(shard, data.index_dir, full=not quick), todo)
         try:
             for shard, sidecar in zip(progress.track(todo, description="shards"), found, strict=True):
                 if isinstance(sidecar, Sidecar):
@@ -61,7 +57,7 @@ def index(
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     hours = "" if quick else f", {totals['seconds'] / 3600:.2f} h"
-    print(f"{index_dir}: {len(todo)} shards, {totals['samples']} samples{hours}, {totals['problems']} with a problem, {totals['damaged']} shards damaged")
+    print(f"{data.index_dir}: {len(todo)} shards, {totals['samples']} samples{hours}, {totals['problems']} with a problem, {totals['damaged']} shards damaged")
     if STATS["requests"]:
         print(f"read from elsewhere: {STATS['bytes'] / 1e9:.3f} GB in {STATS['requests']:,} requests, {time.monotonic() - began:.0f} s")
     if unreadable:

@@ -16,13 +16,13 @@ import typer
 
 from configs.errors import CheckpointError, ConfigError, run_command
 from configs.rundir import RunDir
-from configs.schema import Data, Source
+from configs.schema import Source
 from data import storage
 from data.captions import find_caption
 from data.decode import AudioInfo, BadSample, decode, probe
 from data.index import Sidecar, index_shard, load_sidecar
 from data.sources import Shard, expand
-from tools.arguments import named_sources, without_secrets
+from tools.arguments import named_data
 from trainer import checkpoint
 
 EXAMPLES = 3
@@ -38,18 +38,18 @@ def inspect(
     caption_key: Annotated[str, typer.Option(help="Where the caption is (for SHARDS).")] = "caption",
     tokenizer: Annotated[Optional[str], typer.Option(help="Model whose tokens are counted (for SHARDS); a config names its own.")] = None,  # noqa: UP045 (typer)
     samples: Annotated[int, typer.Option(min=0, help="Samples of each source to open, spread evenly over it; 0 opens all.")] = 1000,
-    index_dir: Annotated[str, typer.Option(callback=without_secrets, help="Where the indexes are (for SHARDS).")] = Data.model_fields["index_dir"].default,
+    index_dir: Annotated[Optional[str], typer.Option(help="Where the indexes are (for SHARDS).", show_default="index")] = None,  # noqa: UP045 (typer)
 ) -> None:
     """Show what shards hold (their samples are opened and decoded), or verify every byte of a checkpoint."""
     place = Path(what[0])
     if len(what) == 1 and place.is_dir():
         return _show_checkpoints(place)
-    sources, config = named_sources(what, caption_key)
+    data, config = named_data(what, caption_key, index_dir)
     if config:
-        index_dir, tokenizer = config.data.index_dir, tokenizer or config.model.name_or_path
+        tokenizer = tokenizer or config.model.name_or_path
     measure, unit = _length_of_captions(tokenizer)
-    for source in sources:
-        _show_source(source, index_dir, samples, measure, unit)
+    for source in data.sources:
+        _show_source(source, data.index_dir, samples, measure, unit)
 
 
 def _length_of_captions(tokenizer: str | None) -> tuple[Callable[[str], int], str]:

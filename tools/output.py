@@ -15,10 +15,10 @@ from typing import Any
 from fsspec.core import split_protocol
 
 from configs.errors import ConfigError, EarwitnessError
+from configs.schema import public
 from data.location import Location, open_filesystem
 from data.patience import Trouble
 from data.upload import upload
-from tools.arguments import without_secrets
 
 ABANDONED = timedelta(days=1)
 """After so long an upload to the same place counts as left by a run that was killed."""
@@ -39,7 +39,11 @@ def new_folder(out: str, last: str = "") -> Iterator[Output]:
     A temporary folder beside `out` takes its name; to S3 files are copied from $TMPDIR when they are complete, the one called `last` after
     all others. Raises ConfigError if `out` holds something already or cannot be made, DataError if the bucket is missing or access is denied.
     """
-    protocol, path = split_protocol(without_secrets(out))
+    try:
+        public(out)
+    except ValueError as error:
+        raise ConfigError(f"OUT: {error}") from None
+    protocol, path = split_protocol(out)
     if protocol in (None, "file", "local"):
         with _folder(Path(path)) as folder:
             yield Output(folder, lambda file: None)
@@ -81,8 +85,7 @@ def _prefix(url: str) -> Iterator[Callable[[Path], None]]:
     prefix = f"{prefix}/" if prefix else ""
 
     def call(what: str, method: str, **arguments: Any) -> Any:
-        trouble = Trouble(Location(url), what)
-        return trouble.retry(lambda: trouble.open()[0].call_s3(method, Bucket=bucket, **arguments))
+        return Trouble(Location(url), what).retry(lambda filesystem, _: filesystem.call_s3(method, Bucket=bucket, **arguments))
 
     def abort(wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Abort multipart uploads: nobody sees them, but they are paid for."""
@@ -107,9 +110,9 @@ def _prefix(url: str) -> Iterator[Callable[[Path], None]]:
     try:
         yield put
     except BaseException:
-        trouble = Trouble(Location(url), "remove what was written")
         with suppress(EarwitnessError):
-            trouble.retry(lambda: trouble.open()[0].rm([f"{url}/{name}" for name in moved]) if moved else None)
+            written = [f"{url}/{name}" for name in moved]
+            Trouble(Location(url), "remove what was written").retry(lambda filesystem, _: filesystem.rm(written) if written else None)
         with suppress(EarwitnessError):
             abort(lambda begun: begun["Key"].removeprefix(prefix) in moved)
         raise

@@ -22,11 +22,12 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from configs.errors import ConfigError, DataError, ShardError, run_command
-from configs.schema import Data, RunConfig, Source
+from configs.rundir import write_atomic
+from configs.schema import RunConfig, Source
 from data import storage
 from data.index import Sidecar, load_sidecar
 from data.sources import Shard, expand
-from tools.arguments import named_sources
+from tools.arguments import named_data
 
 BLOCK = 8 << 20
 LOCK = ".stage.lock"
@@ -42,13 +43,12 @@ def stage(
     """Copy shards, verify every copy, and say what to put into the config. What is there already and current is not copied again."""
     if re.match(r"\w+:/", str(folder)):
         raise ConfigError(f"{folder}: is no folder; copies go to a disk")
-    sources, config = named_sources(shards, "caption")
+    data, config = named_data(shards)
     folder = folder.absolute()
     stop = Event()
-    index_dir = config.data.index_dir if config else Data.model_fields["index_dir"].default
     with ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
         try:
-            copies = [copy for source in sources for copy in _copies(source, folder / source.name if config else folder, index_dir)]
+            copies = [copy for source in data.sources for copy in _copies(source, folder / source.name if config else folder, data.index_dir)]
             stack.enter_context(_alone(folder))
             todo = [copy for copy, current in zip(copies, pool.map(_Copy.look, copies), strict=True) if not current]
             _check_space(todo, folder)
@@ -192,9 +192,7 @@ def _staged(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _note(folder: Path, entry: dict[str, Any]) -> None:
     with _noting:
-        temporary = folder / f"{STAGED}.tmp"
-        temporary.write_text(json.dumps(_staged(folder) | entry, indent=1))
-        temporary.replace(folder / STAGED)
+        write_atomic(folder / STAGED, json.dumps(_staged(folder) | entry, indent=1))
 
 
 def _crc32(path: Path) -> int:
