@@ -82,7 +82,7 @@ peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({{"import_seconds": imported - began, "work_seconds": ended - imported, "peak_gigabytes": peak / 1e9}}))
 """
 EXPORTS = {
-    "earwitness": ("from tools.export import export", "export(Path({source!r}), Path({out!r}))"),
+    "earwitness": ("from tools.export import export", "export(Path({source!r}), {out!r})"),
     "deepspeed": ("from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert", "convert({source!r}, {out!r})"),
 }
 
