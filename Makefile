@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/python -m tools.demo
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses logical --maxprocesses 8 --dist loadfile
 
 test-slow: .venv/ready-dev
 	$(BIN)/python -m pytest -m slow

@@ -117,6 +117,7 @@ def half_a_manifest(folder: Path) -> None:
 DAMAGE = {cut_off: "has 1000 bytes", flip_a_bit: "damaged between bytes", without_a_file: "No such file", half_a_manifest: "not a valid checkpoint"}
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(course, whole, launch) -> None:
     """Each kind of damage in turn; what is left of it is kept for somebody to look at."""
     for number, (damage, said) in enumerate(DAMAGE.items()):

@@ -24,7 +24,7 @@ from trainer.optim import learning_rate
 Case = tuple[str, str, int, int]
 """Backend, precision, ranks, micro-batch."""
 CASES = [
-    *[("zero2", "fp32", procs, micro) for procs, micro in ((1, 4), (2, 2), (3, 1), (3, 4))], ("fsdp2", "fp32", 3, 2),
+    *[("zero2", "fp32", procs, micro) for procs, micro in ((1, 4), (2, 2), (3, 1))], ("fsdp2", "fp32", 3, 2),
     *[("zero2", "bf16", procs, micro) for procs, micro in ((1, 4), (3, 2))], ("fsdp2", "bf16", 2, 2),
 ]  # fmt: skip
 KINDS = [("zero2", 1), ("zero2", 2), ("zero2", 4), ("fsdp2", 2)]
@@ -80,7 +80,14 @@ def test_all_runs_took_the_same_batches(trained, cases: list[Case]) -> None:
     assert all(audit(trained(case)) == reference for case in cases)
 
 
-MORE_CASES = [("zero2", "bf16", 1, 2), ("zero2", "fp32", 4, 4), ("zero2", "bf16", 4, 1), ("fsdp2", "fp32", 4, 2), ("fsdp2", "bf16", 1, 2)]
+MORE_CASES = [
+    ("zero2", "fp32", 3, 4),
+    ("zero2", "bf16", 1, 2),
+    ("zero2", "fp32", 4, 4),
+    ("zero2", "bf16", 4, 1),
+    ("fsdp2", "fp32", 4, 2),
+    ("fsdp2", "bf16", 1, 2),
+]
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=str)

@@ -46,7 +46,8 @@ def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launch
     return course
 
 
-@pytest.mark.parametrize("part", ["training", pytest.param("validation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["training", "validation"])
 def test_a_sample_that_crashes_its_decoder_twice_is_left_out_then(course: Poisoned, launch: Launcher, part: str) -> None:
     whole, run, config = course.run("whole"), course.run(part), course.config(part)
     taken = {step: found.keys for (_, step), found in audit_of_attempts(whole.path).items()}

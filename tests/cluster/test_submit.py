@@ -51,6 +51,7 @@ def test_whatever_things_are_called_slurm_is_told_exactly_that(chain: Chain, mon
     assert said == str(run.absolute())
 
 
+@pytest.mark.slow
 def test_the_printed_script_works_when_handed_to_sbatch_by_hand(chain: Chain, tmp_path: Path) -> None:
     folder = tmp_path / 'it\'s a "run" at 100%'
     done = chain.launch("submit", chain.config, f"run.dir={folder}", "--dry-run")
@@ -83,6 +84,7 @@ def test_refused_before_it_costs_an_allocation(chain: Chain, tmp_path: Path, ove
         assert not (tmp_path / "run/config.next.yaml").exists()
 
 
+@pytest.mark.slow
 def test_missing_indexes_are_made_by_a_job_without_gpus_first(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
     values = config_values("run", tmp_path, model, shards, optim={"max_steps": 4}, evaluate={"captions": 0})
     values["slurm"] = {"gpus_per_node": 0, "nodes": "1-3"}
