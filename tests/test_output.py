@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import EarwitnessError
+from configs.errors import run_command
 from data import location
 from tests.making import ROOT, make_clips, run_program
 from tools.output import new_folder
@@ -101,9 +101,11 @@ def test_where_nothing_can_be_written_no_row_is_packed(
 ) -> None:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(EarwitnessError) as refused:
-        pack(table, out)
-    assert said in str(refused.value) and "hunter2" not in str(refused.value) and "absent.wav" not in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        run_command(lambda: pack(table, out))
+    printed = capsys.readouterr()
+    assert done.value.code in (2, 3) and said in printed.err and "absent.wav" not in printed.out, printed.err
+    assert "Traceback" not in printed.err and "hunter2" not in printed.err
 
 
 def test_the_last_file_is_uploaded_last_and_large_ones_in_parts(bucket: Bucket, s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +139,6 @@ import asyncio
 import signal
 import s3fs
 from tools.output import new_folder
-from tools.pack import pack
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
 call = s3fs.S3FileSystem._call_s3

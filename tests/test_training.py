@@ -76,7 +76,7 @@ def exported(finished) -> Path:
     """Its fp32 export."""
     folder = finished[0].parent / "export"
     done = run_program("tools.export", finished[0], folder)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and f"{folder}: step" in done.stdout, done.stderr
     return folder
 
 
@@ -226,6 +226,8 @@ def test_an_export_to_s3_is_the_export_to_a_folder(finished, exported: Path, s3_
     found = [item["Key"] for item in client.list_objects_v2(Bucket="exports")["Contents"]]
     there = {key.removeprefix("out/"): client.get_object(Bucket="exports", Key=key)["Body"].read() for key in found}
     assert there == {path.name: path.read_bytes() for path in exported.iterdir()}
+    refused = run_program("tools.export", finished[0], "s3://exports/out", env=s3_server.environment)
+    assert refused.returncode == 2 and "not empty" in refused.stderr
 
 
 def test_from_s3_the_same_samples_come_in_the_same_order(finished, tmp_path: Path, model: Path, shards: str, s3_server, launch) -> None:
