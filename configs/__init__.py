@@ -1,1 +1,2 @@
-"""Settings: what there is to set (schema), how a YAML file becomes a RunConfig (load), and the folder of a run (rundir)."""
+"""Settings: what there is to set (schema), how a YAML file becomes a RunConfig (load), and the folder of a
+run (rundir)."""

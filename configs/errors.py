@@ -1,4 +1,5 @@
-"""Errors that a user can act on: one paragraph (what, where, what to do) and an exit code. A traceback is for bugs."""
+"""Errors that a user can act on: one paragraph (what, where, what to do) and an exit code. A traceback is for
+bugs."""
 
 from __future__ import annotations
 

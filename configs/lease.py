@@ -1,9 +1,10 @@
 """Which attempt may write a run's checkpoints: one file per attempt, created exclusively.
 
-The attempt's number is the fencing token: the file with the highest number has the run. Whoever creates the next one looks whether the number
-is the highest (else it was held up, and others came before it: it gives its own up), and deletes the older ones; an earlier attempt that
-lives on finds its file gone or a later one there, and leaves. Exclusive creation and deletion work on network file systems, where locks often do
-not; as everybody creates before looking, no two can both find that they have the run.
+The attempt's number is the fencing token: the file with the highest number has the run. Whoever creates the
+next one looks whether the number is the highest (else it was held up, and others came before it: it gives its
+own up), and deletes the older ones; an earlier attempt that lives on finds its file gone or a later one
+there, and leaves. Exclusive creation and deletion work on network file systems, where locks often do not; as
+everybody creates before looking, no two can both find that they have the run.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Superseded(EarwitnessError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run. pid: 0 for a job, which only signs of life tell of; system: the kernel and the process namespace in which
-    `pid` means something; seconds: since the last sign of life."""
+    """Who holds a run. pid: 0 for a job, which only signs of life tell of; system: the kernel and the process
+    namespace in which `pid` means something; seconds: since the last sign of life."""
 
     attempt: int
     job: str
@@ -70,7 +71,10 @@ class Lease:
         if self.superseded(sign=True):
             later = holder(self._run)
             by = f"attempt {later.attempt} ({_place(later)})" if later else "a later attempt"
-            raise Superseded(f"{self._run.path}: {by} has taken over this run; attempt {self.attempt} leaves without saving")
+            raise Superseded(
+                f"{self._run.path}: {by} has taken over this run; attempt {self.attempt} leaves without"
+                " saving"
+            )
 
     def superseded(self, *, sign: bool = False) -> bool:
         """Whether a later attempt has taken over; with `sign` a sign of life is given."""
@@ -88,12 +92,15 @@ class Lease:
 
     def _beat(self) -> None:
         while not self.lost and not self._released.wait(HEARTBEAT):
-            with contextlib.suppress(Superseded, OSError):  # a file system that does not answer for a while: try again
+            with contextlib.suppress(
+                Superseded, OSError
+            ):  # a file system that does not answer for a while: try again
                 self.check()
 
 
 def claim(run: RunDir, *, job: str = "", supersede: bool = False) -> Lease:
-    """Take a run for its next attempt, that of a Slurm job or of this process. With `supersede` also from a live one, as the next job of a chain does.
+    """Take a run for its next attempt, that of a Slurm job or of this process. With `supersede` also from a
+    live one, as the next job of a chain does.
 
     Raises ConfigError if another attempt is at work.
     """
@@ -101,8 +108,9 @@ def claim(run: RunDir, *, job: str = "", supersede: bool = False) -> Lease:
         now = holder(run)
         if now and now.alive and not supersede:
             raise ConfigError(
-                f"{run.path}: attempt {now.attempt} is at work here ({_place(now)}), and gave a sign of life {now.seconds:.0f} s ago. "
-                f"Stop it there first; if it is dead, start again in {max(1, EXPIRES - now.seconds):.0f} s. A second run needs another run.name."
+                f"{run.path}: attempt {now.attempt} is at work here ({_place(now)}), and gave a sign of life"
+                f" {now.seconds:.0f} s ago. Stop it there first; if it is dead, start again in"
+                f" {max(1, EXPIRES - now.seconds):.0f} s. A second run needs another run.name."
             )
         attempt = max(run.next_attempt(), now.attempt + 1 if now else 0)
         mine = Holder(attempt, job, socket.gethostname(), 0 if job else os.getpid(), _system())
@@ -124,8 +132,11 @@ def holder(run: RunDir) -> Holder | None:
         with contextlib.suppress(FileNotFoundError):  # it has just been taken over, or left: look again
             seconds = max(0.0, _now(run) - files[-1].stat().st_mtime)
             try:
-                return Holder(**{**json.loads(files[-1].read_text()), "seconds": seconds})
-            except (ValueError, TypeError):  # damaged, as by a full disk; signs of life are given all the same
+                return Holder(**{**json.loads(files[-1].read_text(encoding="utf-8")), "seconds": seconds})
+            except (
+                ValueError,
+                TypeError,
+            ):  # damaged, as by a full disk; signs of life are given all the same
                 return Holder(int(files[-1].stem.removeprefix("attempt-")), "", "unknown", 0, "", seconds)
     return None
 
@@ -136,7 +147,7 @@ def _create(file: Path, text: str) -> bool:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         return False
-    with os.fdopen(descriptor, "w") as content:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as content:
         content.write(text)
         content.flush()
         os.fsync(descriptor)
@@ -144,7 +155,8 @@ def _create(file: Path, text: str) -> bool:
 
 
 def file_system_time(folder: Path) -> float:
-    """Seconds since the epoch by the clock of a folder's file system, which stamps the signs of life. Raises OSError."""
+    """Seconds since the epoch by the clock of a folder's file system, which stamps the signs of life. Raises
+    OSError."""
     with tempfile.TemporaryFile(dir=folder) as probe:
         os.utime(probe.fileno())
         return os.fstat(probe.fileno()).st_mtime
@@ -170,4 +182,6 @@ def _place(holder: Holder) -> str:
 
 
 def _system() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + str(
+        Path("/proc/self/ns/pid").readlink()
+    )

@@ -43,16 +43,19 @@ def explained(error: ValidationError, origin: str) -> ConfigError:
 
 def dump(config: RunConfig) -> str:
     """RunConfig -> YAML with every setting, which `load` reads back to the same config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(
+        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML file; mappings are merged over those of the file it `extends` (a path relative to it), all else replaces."""
+    """Read a YAML file; mappings are merged over those of the file it `extends` (a path relative to it), all
+    else replaces."""
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     try:
-        values = yaml.load(path.read_text(), Loader=_Loader) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -66,7 +69,8 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Merge two nested mappings; where both have a key, `above` wins, and only mappings are merged further."""
+    """Merge two nested mappings; where both have a key, `above` wins, and only mappings are merged
+    further."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -83,11 +87,14 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    """Apply `a.b=value` in place. An item of a list is named by its number or by its `name`: `data.sources.speech.weight=2`."""
+    """Apply `a.b=value` in place. An item of a list is named by its number or by its `name`:
+    `data.sources.speech.weight=2`."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"{override!r}: an override is written key=value, e.g. optim.lr=1e-5")
@@ -112,7 +119,9 @@ def _number(items: list[Any], part: str, override: str) -> int:
         if part == str(number) or (isinstance(item, dict) and item.get("name") == part):
             return number
     names = [item["name"] for item in items if isinstance(item, dict) and "name" in item]
-    raise ConfigError(f"{override!r}: no item {part!r} in that list; it has {', '.join(names) or f'{len(items)} items'}")
+    raise ConfigError(
+        f"{override!r}: no item {part!r} in that list; it has {', '.join(names) or f'{len(items)} items'}"
+    )
 
 
 def _explain(error: Any) -> str:
@@ -122,10 +131,16 @@ def _explain(error: Any) -> str:
         *parents, key = error["loc"]
         known = _fields_at(parents)
         near = difflib.get_close_matches(str(key), known, 1, 0.5)
-        return f"unknown key {where!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+        return f"unknown key {where!r}; " + (
+            f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        )
     if error["type"] == "missing":
         return f"{where}: missing"
-    given = "" if isinstance(error["input"], dict | list) or SECRET_URL.search(str(error["input"])) else f" (got {error['input']!r})"
+    given = (
+        ""
+        if isinstance(error["input"], dict | list) or SECRET_URL.search(str(error["input"]))
+        else f" (got {error['input']!r})"
+    )
     return f"{where or 'config'}: {error['msg'].removeprefix('Value error, ')}{given}"
 
 
@@ -140,6 +155,10 @@ def _fields_at(path: Sequence[Any]) -> list[str]:
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
     """The section that a field of this type holds, if any."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         return annotation
     return next((found for a in typing.get_args(annotation) if (found := section_in(a))), None)

@@ -29,7 +29,8 @@ class RunDir:
         self.next_config = self.path / "config.next.yaml"
         """What a start asks for; it becomes config.yaml when the run has accepted it."""
         self.base = self.path / "base"
-        """The model's config, tokenizer, processor, generation config and the tensors that are not trained."""
+        """The model's config, tokenizer, processor, generation config and the tensors that are not
+        trained."""
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.events = self.path / "events.jsonl"
@@ -55,7 +56,10 @@ class RunDir:
                 with tempfile.TemporaryFile(dir=folder):
                     pass
         except OSError as error:
-            raise ConfigError(f"{run.path}: cannot write the run's folder: {error.strerror}; set run.dir to a place that you may write") from None
+            raise ConfigError(
+                f"{run.path}: cannot write the run's folder: {error.strerror}; set run.dir to a place that"
+                " you may write"
+            ) from None
         return run
 
     def attempt_logs(self, attempt: int) -> Path:
@@ -69,7 +73,9 @@ class RunDir:
     def read_config(self) -> RunConfig:
         """The resolved config of this run. Raises ConfigError if this folder is none."""
         if not self.config.is_file():
-            raise ConfigError(f"{self.path}: not the folder of a run that has started (it has no config.yaml)")
+            raise ConfigError(
+                f"{self.path}: not the folder of a run that has started (it has no config.yaml)"
+            )
         return load(self.config)
 
     def read_next_config(self) -> RunConfig:
@@ -90,10 +96,13 @@ class RunDir:
         return [line for line in read_lines(self.events) if event in (None, line["event"])]
 
     def unusable(self) -> dict[tuple[str, str], list[str]]:
-        """Keys of the samples that could not be used, by source and reason (numbers in it aside); the commonest first."""
+        """Keys of the samples that could not be used, by source and reason (numbers in it aside); the
+        commonest first."""
         found: dict[tuple[str, str], list[str]] = {}
         for key, line in {line["key"]: line for line in read_lines(self.quarantine)}.items():
-            found.setdefault((key.partition("/")[0], re.sub(r"\d[\d.,]*", "N", line["reason"])), []).append(key)
+            found.setdefault((key.partition("/")[0], re.sub(r"\d[\d.,]*", "N", line["reason"])), []).append(
+                key
+            )
         return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
     def saved_step(self) -> int:
@@ -122,7 +131,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     values = []
-    for line in path.read_text(errors="replace").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             values.append(json.loads(line))
         except json.JSONDecodeError:

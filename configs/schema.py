@@ -1,4 +1,5 @@
-"""Every setting, with its unit and its default. Frozen; unknown keys are refused (configs/load.py names the nearest valid one)."""
+"""Every setting, with its unit and its default. Frozen; unknown keys are refused (configs/load.py names the
+nearest valid one)."""
 
 from __future__ import annotations
 
@@ -11,8 +12,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 T = TypeVar("T")
 
-SECRET_OPTIONS = {"key", "secret", "token", "password", "aws_access_key_id", "aws_secret_access_key", "aws_session_token"}
-SECRET_URL = re.compile(r"://[^/?\"]*:[^/?\"@]*@|[?&](x-amz-signature|x-goog-signature|signature|sig|token|access_token)=", re.IGNORECASE)
+SECRET_OPTIONS = {
+    "key",
+    "secret",
+    "token",
+    "password",
+    "aws_access_key_id",
+    "aws_secret_access_key",
+    "aws_session_token",
+}
+SECRET_URL = re.compile(
+    r"://[^/?\"]*:[^/?\"@]*@|[?&](x-amz-signature|x-goog-signature|signature|sig|token|access_token)=",
+    re.IGNORECASE,
+)
 """Of URLs, in JSON: user and password, or a signature."""
 
 
@@ -20,8 +32,8 @@ def public(value: T) -> T:
     """The same value. Raises ValueError if it holds a URL with a password or a signature."""
     if SECRET_URL.search(json.dumps(value)):
         raise ValueError(
-            "URLs with passwords or signatures are not taken: they would be kept and shown, and signatures expire in the middle of a run; "
-            "give s3://BUCKET/... with keys in the environment or a profile"
+            "URLs with passwords or signatures are not taken: they would be kept and shown, and signatures"
+            " expire in the middle of a run; give s3://BUCKET/... with keys in the environment or a profile"
         )
     return value
 
@@ -32,7 +44,9 @@ Urls = Annotated[list[str], AfterValidator(public)]
 class Section(BaseModel):
     """Base of all sections."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class Run(Section):
@@ -45,7 +59,8 @@ class Run(Section):
     seed: int = Field(0, ge=0)
     """Seed of the sample order and of weights that start at random."""
     allow_change: list[str] = []
-    """Settings in which this run may differ from its checkpoint, e.g. `[optim.lr]`; the refusal names them. New data or a new order begin with a new epoch."""
+    """Settings in which this run may differ from its checkpoint, e.g. `[optim.lr]`; the refusal names them.
+    New data or a new order begin with a new epoch."""
 
     @model_validator(mode="before")
     @classmethod
@@ -59,15 +74,19 @@ class Model(Section):
     """The Whisper to start from."""
 
     name_or_path: str
-    """A name on the model hub, a folder that `from_pretrained` loads, or a folder with a config.json but no weights (random start)."""
+    """A name on the model hub, a folder that `from_pretrained` loads, or a folder with a config.json but no
+    weights (random start)."""
     init_from: str | None = None
-    """A run, a checkpoint or an export whose weights a new phase starts from, with a fresh optimizer and schedule; of the model of `name_or_path`."""
+    """A run, a checkpoint or an export whose weights a new phase starts from, with a fresh optimizer and
+    schedule; of the model of `name_or_path`."""
     freeze: list[str] = []
-    """Prefixes of parameter names that are not trained, e.g. `model.encoder.conv`. The encoder's fixed positions never are."""
+    """Prefixes of parameter names that are not trained, e.g. `model.encoder.conv`. The encoder's fixed
+    positions never are."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more computation."""
     compile: bool = False
-    """torch.compile the encoder (needs a C++ compiler where the job runs; the first step takes about a minute longer)."""
+    """torch.compile the encoder (needs a C++ compiler where the job runs; the first step takes about a minute
+    longer)."""
 
 
 class Validation(Section):
@@ -76,7 +95,8 @@ class Validation(Section):
     fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the samples, chosen by SHA-256 of the key alone, so that overlapping data sets split alike."""
     group: str | None = None
-    """Regular expression; its first group (or whole match) in the key is hashed instead, to keep segments of one recording together."""
+    """Regular expression; its first group (or whole match) in the key is hashed instead, to keep segments of
+    one recording together."""
     shards: Urls = []
     """Shards that hold validation samples only."""
 
@@ -96,7 +116,8 @@ class Source(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Name in logs, curves and audit."""
     shards: Urls = Field(min_length=1)
-    """Paths or URLs, with {000..123} braces or globs: local, `s3://`, `https://`, `hf://`, whatever fsspec opens."""
+    """Paths or URLs, with {000..123} braces or globs: local, `s3://`, `https://`, `hf://`, whatever fsspec
+    opens."""
     caption_key: str = "caption"
     """Dotted path into the sample's JSON, or the ending of a text member, as `.txt`."""
     audio: str | None = None
@@ -104,11 +125,13 @@ class Source(Section):
     weight: float = Field(1.0, gt=0)
     """Passes over this source per epoch: 0.5 is each sample every second epoch, 2 is twice."""
     style: str | None = None
-    """Prompt text that says which style of caption is wanted; it stands before the start token and is not learnt."""
+    """Prompt text that says which style of caption is wanted; it stands before the start token and is not
+    learnt."""
     validation: Validation = Validation()
     """Share held out for validation (`0.01`), or `{fraction, group}`, or `{shards: [...]}`."""
     storage_options: dict[str, Any] = {}
-    """Options for fsspec: endpoint, profile, region. Never keys or secrets: those come from the environment or a profile."""
+    """Options for fsspec: endpoint, profile, region. Never keys or secrets: those come from the environment
+    or a profile."""
 
     @field_validator("shards", mode="before")
     @classmethod
@@ -126,7 +149,10 @@ class Source(Section):
         nested = [value, *(v for v in value.values() if isinstance(v, dict))]
         found = sorted(SECRET_OPTIONS & {key for options in nested for key in options})
         if found:
-            raise ValueError(f"{', '.join(found)}: secrets do not belong in a config; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or `profile`")
+            raise ValueError(
+                f"{', '.join(found)}: secrets do not belong in a config; set AWS_ACCESS_KEY_ID and"
+                " AWS_SECRET_ACCESS_KEY, or `profile`"
+            )
         return public(value)
 
 
@@ -136,9 +162,11 @@ class Data(Section):
     sources: list[Source] = Field(min_length=1)
     """The data sets; each epoch passes over all of them."""
     index_dir: Annotated[str, AfterValidator(public)] = "index"
-    """Where the shards' indexes are kept, which runs may share: a folder, `s3://BUCKET/PREFIX`, or `beside`: the shards, in a folder `index`."""
+    """Where the shards' indexes are kept, which runs may share: a folder, `s3://BUCKET/PREFIX`, or `beside`:
+    the shards, in a folder `index`."""
     cache_dir: Path | None = None
-    """A folder on each node's own disk that keeps what was read from a bucket; the ranks of the node share it, and so may runs."""
+    """A folder on each node's own disk that keeps what was read from a bucket; the ranks of the node share
+    it, and so may runs."""
     cache_gb: float = Field(100, gt=0)
     """What it may hold, in gigabytes; what was not used for longest is removed."""
     max_seconds: float | None = Field(None, gt=0)
@@ -173,7 +201,8 @@ class Batch(Section):
     global_size: int = Field(64, ge=1)
     """Samples per optimizer step, over all ranks. It stays the same on any number of ranks."""
     micro_size: int = Field(8, ge=1)
-    """Samples per forward pass of one rank; lower it when memory runs out. It changes nothing but rounding."""
+    """Samples per forward pass of one rank; lower it when memory runs out. It changes nothing but
+    rounding."""
 
 
 class Optim(Section):
@@ -211,7 +240,8 @@ class EngineSettings(Section):
     """How training is spread over the ranks."""
 
     backend: Literal["zero2", "fsdp2"] = "zero2"
-    """DeepSpeed ZeRO-2 or PyTorch's FSDP2: both divide optimizer state and gradients among the ranks; a run may go on with the other one."""
+    """DeepSpeed ZeRO-2 or PyTorch's FSDP2: both divide optimizer state and gradients among the ranks; a run
+    may go on with the other one."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Of the weights that compute. Master weights, gradients and optimizer state are fp32 in any case."""
     zero2: dict[str, Any] = {}
@@ -230,7 +260,8 @@ class Checkpoint(Section):
     keep_every: int | None = Field(None, ge=1)
     """Keep each checkpoint whose step is a multiple of this."""
     mirror: Annotated[str | None, AfterValidator(public)] = None
-    """URL, e.g. `s3://bucket/mirror`, below which complete checkpoints are copied to MIRROR/NAME; a run whose own folder is gone goes on from there."""
+    """URL, e.g. `s3://bucket/mirror`, below which complete checkpoints are copied to MIRROR/NAME; a run whose
+    own folder is gone goes on from there."""
 
 
 class Evaluate(Section):
@@ -252,9 +283,11 @@ class Monitor(Section):
     every_steps: int = Field(10, ge=1)
     """Optimizer steps between points of the curves."""
     peak_tflops: float | None = Field(None, gt=0)
-    """Peak BF16 TFLOP/s of one device, for MFU; default from a table of known cards, without one MFU stays blank."""
+    """Peak BF16 TFLOP/s of one device, for MFU; default from a table of known cards, without one MFU stays
+    blank."""
     spike_sigma: float = Field(6.0, gt=0)
-    """A step's loss this many standard deviations above the mean of the last 100 is told, and its samples are named in the ledger."""
+    """A step's loss this many standard deviations above the mean of the last 100 is told, and its samples are
+    named in the ledger."""
 
 
 class Slurm(Section):
@@ -285,17 +318,20 @@ class Slurm(Section):
     time_minutes: int = Field(24 * 60, ge=1)
     """Time limit of one attempt; the chain goes on over as many as it takes."""
     signal_seconds: int = Field(120, ge=1)
-    """Seconds before the time limit at which Slurm asks to save; a save that takes more than half of it is told in the ledger."""
+    """Seconds before the time limit at which Slurm asks to save; a save that takes more than half of it is
+    told in the ledger."""
     resubmit: Literal["chain", "requeue", "none"] = "chain"
-    """`chain`: every attempt queues the next one first, which starts if this one ends in any way but success. `requeue`: the job requeues itself, where
-    compute nodes may not submit; Slurm lets it wait for two minutes. `none`: one attempt."""
+    """`chain`: every attempt queues the next one first, which starts if this one ends in any way but success.
+    `requeue`: the job requeues itself, where compute nodes may not submit; Slurm lets it wait for two
+    minutes. `none`: one attempt."""
     max_attempts_without_progress: int = Field(5, ge=1)
     """Attempts that may fail in a row without a new checkpoint, before the chain ends."""
     exclude_minutes: int = Field(240, ge=0)
-    """Minutes for which a node is left out whose ranks have crashed or hung twice, which was lost twice, or that was unfit before the start."""
+    """Minutes for which a node is left out whose ranks have crashed or hung twice, which was lost twice, or
+    that was unfit before the start."""
     hang_seconds: float | None = Field(None, gt=0)
-    """Seconds without a sign of progress after which an attempt counts as hung; default 20 times the longest seen so far, at least two minutes, and half
-    an hour before there is one."""
+    """Seconds without a sign of progress after which an attempt counts as hung; default 20 times the longest
+    seen so far, at least two minutes, and half an hour before there is one."""
     python: str | None = None
     """Python on the compute nodes, as in a container; default the one that submits."""
     setup: list[str] = []

@@ -15,7 +15,8 @@ from data.decode import SAMPLE_RATE
 
 @dataclass(frozen=True)
 class Sample:
-    """A decoded clip with its caption. waveform: (n,) int16 at 16 kHz; source: number of its source; key: SOURCE/SHARD/KEY."""
+    """A decoded clip with its caption. waveform: (n,) int16 at 16 kHz; source: number of its source; key:
+    SOURCE/SHARD/KEY."""
 
     waveform: npt.NDArray[np.int16]
     tokens: Tokens
@@ -33,8 +34,9 @@ class Sample:
 class Batch:
     """A micro-batch.
 
-    waveforms: (B, N) int16 at 16 kHz; lengths: (B,) samples; decoder_input_ids, labels: (B, T) int64, -100 where nothing is to be
-    learnt; source: (B,) source numbers; keys: of the B samples (none in a batch that only keeps a rank in step); window: mel frames.
+    waveforms: (B, N) int16 at 16 kHz; lengths: (B,) samples; decoder_input_ids, labels: (B, T) int64, -100
+    where nothing is to be learnt; source: (B,) source numbers; keys: of the B samples (none in a batch that
+    only keeps a rank in step); window: mel frames.
     """
 
     waveforms: torch.Tensor
@@ -47,7 +49,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("waveforms", "lengths", "decoder_input_ids", "labels", "source")}
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("waveforms", "lengths", "decoder_input_ids", "labels", "source")
+        }
         return replace(self, **moved)
 
 
@@ -56,7 +61,9 @@ def collate(samples: Sequence[Sample], window: int, pad_id: int) -> Batch:
 
     Without samples the batch is one silent clip without labels: its loss and gradient are 0.
     """
-    rows = [(s.waveform, s.tokens.input_ids, s.tokens.labels, s.source) for s in samples] or [(np.zeros(1, np.int16), [pad_id], [IGNORED], 0)]
+    rows = [(s.waveform, s.tokens.input_ids, s.tokens.labels, s.source) for s in samples] or [
+        (np.zeros(1, np.int16), [pad_id], [IGNORED], 0)
+    ]
     waveforms = torch.zeros(len(rows), max(len(waveform) for waveform, *_ in rows), dtype=torch.int16)
     inputs = torch.full((len(rows), max(len(ids) for _, ids, *_ in rows)), pad_id)
     labels = torch.full_like(inputs, IGNORED)
@@ -65,9 +72,20 @@ def collate(samples: Sequence[Sample], window: int, pad_id: int) -> Batch:
         inputs[row, : len(ids)] = torch.tensor(ids)
         labels[row, : len(targets)] = torch.tensor(targets)
     lengths = torch.tensor([len(waveform) for waveform, *_ in rows])
-    return Batch(waveforms, lengths, inputs, labels, torch.tensor([source for *_, source in rows]), tuple(s.key for s in samples), window)
+    return Batch(
+        waveforms,
+        lengths,
+        inputs,
+        labels,
+        torch.tensor([source for *_, source in rows]),
+        tuple(s.key for s in samples),
+        window,
+    )
 
 
-def micro_batches(samples: Sequence[Sample], micro_size: int, count: int, window: int, pad_id: int) -> list[Batch]:
-    """Cut a rank's samples of a step into exactly `count` micro-batches, empty ones at the end, so that all ranks have as many."""
+def micro_batches(
+    samples: Sequence[Sample], micro_size: int, count: int, window: int, pad_id: int
+) -> list[Batch]:
+    """Cut a rank's samples of a step into exactly `count` micro-batches, empty ones at the end, so that all
+    ranks have as many."""
     return [collate(samples[i * micro_size : (i + 1) * micro_size], window, pad_id) for i in range(count)]

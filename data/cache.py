@@ -1,8 +1,8 @@
 """What was read from elsewhere, kept on a node's own disk. The ranks of a node share it, and runs may.
 
-Blocks of BLOCK bytes of a shard are files of their own, named by the shard's URL and tag and written by rename, so that a reader finds a whole
-block or none whoever dies meanwhile; a CRC32 before the content tells of damage. Nobody waits for anybody: where two ranks miss the same block,
-both read it.
+Blocks of BLOCK bytes of a shard are files of their own, named by the shard's URL and tag and written by
+rename, so that a reader finds a whole block or none whoever dies meanwhile; a CRC32 before the content tells
+of damage. Nobody waits for anybody: where two ranks miss the same block, both read it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Cache:
         self._cut_down()
 
     def read(self, location: Location, start: int, end: int) -> bytes:
-        """Bytes [start, end) of a shard, as `storage.read` gives them. Raises what it raises; a disk that fails is told of once, and done without."""
+        """Bytes [start, end) of a shard, as `storage.read` gives them. Raises what it raises; a disk that
+        fails is told of once, and done without."""
         if location.is_local or not (location.size and location.tag) or start == end:
             return storage.read(location, start, end)
         numbers = range(start // BLOCK, (end - 1) // BLOCK + 1)
@@ -44,7 +45,9 @@ class Cache:
         missing = [number for number in numbers if not blocks[number]]
         STATS["cached"] += sum(map(len, blocks.values()))
         while missing:
-            following = next((place for place, number in enumerate(missing) if number != missing[0] + place), len(missing))
+            following = next(
+                (place for place, number in enumerate(missing) if number != missing[0] + place), len(missing)
+            )
             together, missing = missing[:following], missing[following:]
             first = together[0] * BLOCK
             content = storage.read(location, first, min((together[-1] + 1) * BLOCK, location.size))
@@ -64,7 +67,9 @@ class Cache:
         with suppress(OSError):
             found = path.read_bytes()
             content = found[4:]
-            if len(content) == min(BLOCK, location.size - number * BLOCK) and found[:4] == zlib.crc32(content).to_bytes(4, "little"):
+            if len(content) == min(BLOCK, location.size - number * BLOCK) and found[:4] == zlib.crc32(
+                content
+            ).to_bytes(4, "little"):
                 with suppress(OSError):  # another user's, or a disk that may only be read
                     os.utime(path)  # it is in use
                 return content
@@ -82,7 +87,11 @@ class Cache:
                 temporary.unlink()
             if not self._told:
                 self._told = True
-                print(f"data.cache_dir: {self.folder}: {error.strerror}; goes on without keeping what it reads", file=sys.stderr, flush=True)
+                print(
+                    f"data.cache_dir: {self.folder}: {error.strerror}; goes on without keeping what it reads",
+                    file=sys.stderr,
+                    flush=True,
+                )
             return
         with self._lock:
             self._written += len(content)

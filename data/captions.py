@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 LANGUAGE, TASK = "en", "transcribe"
-"""What the prompt tokens of a multilingual Whisper say; captioners are used with generate(language="en", task="transcribe")."""
+"""What the prompt tokens of a multilingual Whisper say; captioners are used with generate(language="en",
+task="transcribe")."""
 IGNORED = -100
 """Label of positions that the loss leaves out."""
 
 
 def find_caption(content: bytes, caption_key: str) -> str:
-    """The caption in a JSON or text member. `caption_key`: a dotted path, or an ending as `.txt`. Raises BadSample."""
+    """The caption in a JSON or text member. `caption_key`: a dotted path, or an ending as `.txt`. Raises
+    BadSample."""
     try:
         text = content.decode()
         found: Any = text if caption_key.startswith(".") else json.loads(text)
@@ -31,7 +33,11 @@ def find_caption(content: bytes, caption_key: str) -> str:
     if not caption_key.startswith("."):
         for part in caption_key.split("."):
             if not isinstance(found, dict) or part not in found:
-                there = f"keys there: {', '.join(map(str, found))}" if isinstance(found, dict) else f"there is {type(found).__name__}"
+                there = (
+                    f"keys there: {', '.join(map(str, found))}"
+                    if isinstance(found, dict)
+                    else f"there is {type(found).__name__}"
+                )
                 raise BadSample(f"no caption under {caption_key!r} ({there})")
             found = found[part]
     if not isinstance(found, str):
@@ -54,7 +60,8 @@ class Tokens:
 
 
 class CaptionEncoder:
-    """Caption -> `[<|startofprev|> style] <|startoftranscript|> [<|en|> <|transcribe|>] <|notimestamps|> caption <|endoftext|>`."""
+    """Caption -> `[<|startofprev|> style] <|startoftranscript|> [<|en|> <|transcribe|>] <|notimestamps|>
+    caption <|endoftext|>`."""
 
     def __init__(
         self,
@@ -65,18 +72,31 @@ class CaptionEncoder:
         long_caption: Literal["truncate", "skip"],
         styles: Sequence[str | None] = (),
     ) -> None:
-        """`prefix`: the tokens that generation starts from; `positions`: the decoder's (448), prompt and prefix included."""
-        self.tokenizer, self.prefix, self.positions, self.long_caption = tokenizer, list(prefix), positions, long_caption
+        """`prefix`: the tokens that generation starts from; `positions`: the decoder's (448), prompt and
+        prefix included."""
+        self.tokenizer, self.prefix, self.positions, self.long_caption = (
+            tokenizer,
+            list(prefix),
+            positions,
+            long_caption,
+        )
         # Done here once, because threads share the encoder.
-        self.prompts = {style: tokenizer.get_prompt_ids(style).tolist() if style else [] for style in {None, *styles}}
+        self.prompts = {
+            style: tokenizer.get_prompt_ids(style).tolist() if style else [] for style in {None, *styles}
+        }
 
         if len(max(self.prompts.values(), key=len)) + len(self.prefix) >= positions:
-            raise ConfigError(f"data.sources: a style is longer than the {positions} positions of the decoder; say it in a few words")
+            raise ConfigError(
+                f"data.sources: a style is longer than the {positions} positions of the decoder; say it in a"
+                " few words"
+            )
         self._ids("")  # the first call sets up the tokenizer
 
     def _ids(self, caption: str) -> list[int]:
         """Tokens of a caption; `<|endoftext|>` written in one is text."""
-        ids: list[int] = self.tokenizer(caption, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids: list[int] = self.tokenizer(caption, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
         return ids
 
     def encode(self, caption: str, style: str | None = None) -> Tokens:
@@ -87,11 +107,14 @@ class CaptionEncoder:
         if len(ids) > room and self.long_caption == "skip":
             raise Skipped(f"the caption has {len(ids)} tokens, there is room for {room}")
         sequence = [*before, *ids[:room], self.tokenizer.eos_token_id]
-        return Tokens(sequence[:-1], [IGNORED] * (len(before) - 1) + sequence[len(before) :], max(0, len(ids) - room))
+        return Tokens(
+            sequence[:-1], [IGNORED] * (len(before) - 1) + sequence[len(before) :], max(0, len(ids) - room)
+        )
 
 
 def prefix_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
-    """The tokens that `generate(language="en", task="transcribe")` starts from: start, for a multilingual model language and task, no time stamps."""
+    """The tokens that `generate(language="en", task="transcribe")` starts from: start, for a multilingual
+    model language and task, no time stamps."""
     names = ["<|notimestamps|>"]
     if getattr(generation_config, "is_multilingual", False):
         names = [f"<|{LANGUAGE}|>", f"<|{TASK}|>", *names]

@@ -16,7 +16,20 @@ import pyarrow.compute as pc
 from configs.errors import DataError
 from configs.schema import RunConfig
 from data import storage
-from data.index import LAYOUT, TRAINING, VALIDATION, VERSION, Index, Sidecar, index_shard, load_sidecar, merge, origin, read_metadata, sidecar_location
+from data.index import (
+    LAYOUT,
+    TRAINING,
+    VALIDATION,
+    VERSION,
+    Index,
+    Sidecar,
+    index_shard,
+    load_sidecar,
+    merge,
+    origin,
+    read_metadata,
+    sidecar_location,
+)
 from data.order import Order, cut_runs
 from data.sources import Shard, expand
 
@@ -29,12 +42,26 @@ class Dataset:
     validation: Index
 
     def order(self, config: RunConfig, frames: int, base: tuple[int, int] = (0, 0)) -> Order:
-        """The order of the training samples. frames: the model's audio window; base: global step at which it begins, and its first epoch."""
+        """The order of the training samples. frames: the model's audio window; base: global step at which it
+        begins, and its first epoch."""
         shard = self.training.column("shard")
-        runs = cut_runs(shard, self.training.column("audio_size") + self.training.column("text_size"), config.batch.global_size)
+        runs = cut_runs(
+            shard,
+            self.training.column("audio_size") + self.training.column("text_size"),
+            config.batch.global_size,
+        )
         weights = [source.weight for source in config.data.sources]
         source = self.training.column("source")[runs[:-1]].astype(np.int64)
-        return Order(runs, source, weights, config.run.seed, config.batch.global_size, config.data.shuffle_window, frames, *base)
+        return Order(
+            runs,
+            source,
+            weights,
+            config.run.seed,
+            config.batch.global_size,
+            config.data.shuffle_window,
+            frames,
+            *base,
+        )
 
 
 def list_shards(config: RunConfig) -> list[Shard]:
@@ -49,7 +76,8 @@ def load_sidecars(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar | 
 
 
 def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
-    """The sidecars of all shards. Local ones without an index get a quick one; for a bucket that is a job of its own.
+    """The sidecars of all shards. Local ones without an index get a quick one; for a bucket that is a job of
+    its own.
 
     Raises DataError for shards of a bucket that have no index, or changed since.
     """
@@ -60,17 +88,26 @@ def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
         stale = [shard for shard in changed if not shard.location.is_local]
         why = "changed since they were indexed" if stale else f"have no index in {config.data.index_dir}"
         raise DataError(
-            f"{len(stale or remote)} of {len(shards)} shards {why}, e.g. {(stale or remote)[0].location.url}. "
-            "Index them once, on a machine without GPUs: python -m tools.index CONFIG"
+            f"{len(stale or remote)} of {len(shards)} shards {why}, e.g. {(stale or remote)[0].location.url}."
+            " Index them once, on a machine without GPUs: python -m tools.index CONFIG"
         )
     for shard in changed:
         print(f"{shard.location.url}: changed since it was indexed; it is indexed anew", flush=True)
     with ThreadPoolExecutor(storage.REQUESTS) as pool:
-        return list(pool.map(lambda shard, sidecar: sidecar or index_shard(shard, config.data.index_dir, full=False), shards, sidecars))
+        return list(
+            pool.map(
+                lambda shard, sidecar: sidecar or index_shard(shard, config.data.index_dir, full=False),
+                shards,
+                sidecars,
+            )
+        )
 
 
-def left_out(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Sidecar], longest: float) -> list[str]:
-    """A line for each shard of which something cannot be used. Raises DataError if it is more than `data.max_bad_fraction`.
+def left_out(
+    config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Sidecar], longest: float
+) -> list[str]:
+    """A line for each shard of which something cannot be used. Raises DataError if it is more than
+    `data.max_bad_fraction`.
 
     Samples longer than `longest` seconds do not count as bad; a line for each source says how many they are.
     """
@@ -81,33 +118,54 @@ def left_out(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Side
         if sidecar.damage:
             lines.append(f"{shard.location.url}: {sidecar.loss()}")
         if len(problems):
-            lines.append(f"{shard.location.url}: {len(problems)} of {len(sidecar.table)} samples are left out, e.g. because of this: {problems[0].as_py()}")
+            lines.append(
+                f"{shard.location.url}: {len(problems)} of {len(sidecar.table)} samples are left out, e.g."
+                f" because of this: {problems[0].as_py()}"
+            )
     if bad > config.data.max_bad_fraction * max(total, 1000):
         raise DataError(
-            "\n".join([*lines[:20], f"{bad} of {total} samples cannot be used, more than data.max_bad_fraction={config.data.max_bad_fraction:g} allows"])
+            "\n".join(
+                [
+                    *lines[:20],
+                    (
+                        f"{bad} of {total} samples cannot be used, more than"
+                        f" data.max_bad_fraction={config.data.max_bad_fraction:g} allows"
+                    ),
+                ]
+            )
         )
     for source in config.data.sources:
-        of_source = [sidecar.table.column("seconds").to_numpy() for shard, sidecar in zip(shards, sidecars, strict=True) if shard.source is source]
+        of_source = [
+            sidecar.table.column("seconds").to_numpy()
+            for shard, sidecar in zip(shards, sidecars, strict=True)
+            if shard.source is source
+        ]
         seconds = np.concatenate(of_source)
         if overlong := int((seconds > longest).sum()):
             lines.append(
-                f"source {source.name}: {overlong:,} of {len(seconds):,} samples are left out, for more than {longest:g} s (up to "
-                f"{np.nanmax(seconds):.1f} s); data.overlong=crop would take a part of each"
+                f"source {source.name}: {overlong:,} of {len(seconds):,} samples are left out, for more than"
+                f" {longest:g} s (up to {np.nanmax(seconds):.1f} s); data.overlong=crop would take a part of"
+                " each"
             )
     return lines
 
 
 def build(config: RunConfig, folder: Path, longest: float) -> list[str]:
-    """Write the merged indexes of a run into `folder`, unless those there are current; one rank does it. `longest`: seconds of the model's window.
+    """Write the merged indexes of a run into `folder`, unless those there are current; one rank does it.
+    `longest`: seconds of the model's window.
 
     Returns what is left out, a line per shard.
     """
     for left in folder.glob(".index-*.tmp"):  # by an attempt that was killed
         left.unlink(missing_ok=True)
     shards = list_shards(config)
-    limit = min(longest, config.data.max_seconds or longest) if config.data.overlong == "skip" else float("inf")
+    limit = (
+        min(longest, config.data.max_seconds or longest) if config.data.overlong == "skip" else float("inf")
+    )
     made = [read_metadata(folder / name) for name in (TRAINING, VALIDATION)]
-    if all(made) and {about.get(b"inputs") for about in made} == {_inputs(config, limit, shards, _origins(config, shards)).encode()}:
+    if all(made) and {about.get(b"inputs") for about in made} == {
+        _inputs(config, limit, shards, _origins(config, shards)).encode()
+    }:
         return list(json.loads(made[0][b"left_out"]))
     sidecars = index_missing(config, shards)
     lines = left_out(config, shards, sidecars, limit)
@@ -127,10 +185,16 @@ def _origins(config: RunConfig, shards: Sequence[Shard]) -> list[str]:
 
 def _inputs(config: RunConfig, limit: float, shards: Sequence[Shard], origins: Sequence[str]) -> str:
     """SHA-256 of all that merged indexes are made from."""
-    listed = [(shard.location.url, shard.validation, origin) for shard, origin in zip(shards, origins, strict=True)]
-    return hashlib.sha256(json.dumps([VERSION, LAYOUT, config.data.model_dump(mode="json"), limit, listed]).encode()).hexdigest()
+    listed = [
+        (shard.location.url, shard.validation, origin) for shard, origin in zip(shards, origins, strict=True)
+    ]
+    return hashlib.sha256(
+        json.dumps([VERSION, LAYOUT, config.data.model_dump(mode="json"), limit, listed]).encode()
+    ).hexdigest()
 
 
 def open_dataset(config: RunConfig, folder: Path) -> Dataset:
     """Map the merged indexes that `build` wrote."""
-    return Dataset(Index(folder / TRAINING, config.data.sources), Index(folder / VALIDATION, config.data.sources))
+    return Dataset(
+        Index(folder / TRAINING, config.data.sources), Index(folder / VALIDATION, config.data.sources)
+    )

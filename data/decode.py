@@ -53,14 +53,15 @@ class AudioInfo:
 
 
 Fit = Callable[[float], tuple[float, float] | None]
-"""Length of a clip -> the stretch to decode (start, length), or None for all of it; in seconds. May raise Skipped."""
+"""Length of a clip -> the stretch to decode (start, length), or None for all of it; in seconds. May raise
+Skipped."""
 
 
 def decode(content: bytes, ending: str, fit: Fit = lambda seconds: None) -> npt.NDArray[np.int16]:
     """Decode an audio file, or the stretch of it that `fit` chooses, to 16 kHz mono.
 
-    No more than that is decoded, but of FFmpeg's formats, which are decoded whole first. Returns (n,) int16. Raises BadSample for
-    content that is not sound audio of at least one sample.
+    No more than that is decoded, but of FFmpeg's formats, which are decoded whole first. Returns (n,) int16.
+    Raises BadSample for content that is not sound audio of at least one sample.
     """
     if _needs_ffmpeg(content, ending):
         whole = _ffmpeg(content)
@@ -70,7 +71,8 @@ def decode(content: bytes, ending: str, fit: Fit = lambda seconds: None) -> npt.
 
 
 def probe(content: bytes, ending: str) -> AudioInfo:
-    """Length and form of an audio file, from its headers where they say so; of FLAC the end is decoded, too. Raises BadSample."""
+    """Length and form of an audio file, from its headers where they say so; of FLAC the end is decoded, too.
+    Raises BadSample."""
     if _needs_ffmpeg(content, ending):
         return AudioInfo(len(_ffmpeg(content)) / SAMPLE_RATE, 0, 0)
     with _open(content) as file:
@@ -114,14 +116,22 @@ def _sndfile(content: bytes, fit: Fit) -> npt.NDArray[np.int16]:
         elif first:  # GSM 6.10 and G.721 are read from the beginning only
             for skipped in range(0, first, READ_FRAMES):
                 file.read(min(READ_FRAMES, first - skipped), dtype="float32")
-        parts, left = [], count  # in parts, because memory for the length that a damaged header claims may not be there
+        parts, left = (
+            [],
+            count,
+        )  # in parts, because memory for the length that a damaged header claims may not be there
         while left and len(part := file.read(min(left, READ_FRAMES), dtype=dtype, always_2d=True)):
             parts.append(part)
             left -= len(part)
         wanted, read = min(count, file.frames - first), count - left
-        length_is_known = file.format != "MP3" or any(mark in _without_id3(content)[:MP3_FRAME] for mark in (b"Xing", b"Info"))  # else an estimate
+        length_is_known = file.format != "MP3" or any(
+            mark in _without_id3(content)[:MP3_FRAME] for mark in (b"Xing", b"Info")
+        )  # else an estimate
         if wanted and length_is_known and read < wanted * COMPLETE:
-            raise BadSample(f"the audio is cut off: {read / rate:.1f} of {wanted / rate:.1f} s are there, counted from second {first / rate:.1f}")
+            raise BadSample(
+                f"the audio is cut off: {read / rate:.1f} of {wanted / rate:.1f} s are there, counted from"
+                f" second {first / rate:.1f}"
+            )
     if not parts:
         raise BadSample(NO_SAMPLES)
     audio = np.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -141,7 +151,8 @@ def _sndfile(content: bytes, fit: Fit) -> npt.NDArray[np.int16]:
 
 
 def _without_id3(content: bytes) -> bytes:
-    """The file without its leading ID3 tag: its cover art would count as audio where the length of an MP3 is estimated from its bytes."""
+    """The file without its leading ID3 tag: its cover art would count as audio where the length of an MP3 is
+    estimated from its bytes."""
     if content[:3] != b"ID3" or len(content) < 10:
         return content
     size = sum((byte & 0x7F) << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0), strict=True))
@@ -156,11 +167,23 @@ def _ffmpeg(content: bytes) -> npt.NDArray[np.int16]:
             "Install it (apt-get install ffmpeg, or conda install ffmpeg), or convert the clips to FLAC."
         )
     with _memory_file(content) as descriptor:
-        command = [program, "-nostdin", "-v", "error", "-timelimit", str(FFMPEG_SECONDS), "-i", f"/proc/self/fd/{descriptor}"]
+        command = [
+            program,
+            "-nostdin",
+            "-v",
+            "error",
+            "-timelimit",
+            str(FFMPEG_SECONDS),
+            "-i",
+            f"/proc/self/fd/{descriptor}",
+        ]
         command += ["-vn", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "s16le", "-"]
         done = subprocess.run(command, pass_fds=[descriptor], capture_output=True, check=False)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip() or f"FFmpeg ended with {done.returncode} (it is stopped after {FFMPEG_SECONDS} s)"
+        said = (
+            done.stderr.decode(errors="replace").strip()
+            or f"FFmpeg ended with {done.returncode} (it is stopped after {FFMPEG_SECONDS} s)"
+        )
         raise BadSample(f"the audio cannot be decoded: {said.splitlines()[-1]}")
     if not done.stdout:
         raise BadSample(NO_SAMPLES)
@@ -169,14 +192,19 @@ def _ffmpeg(content: bytes) -> npt.NDArray[np.int16]:
 
 @contextmanager
 def _open(content: bytes) -> Iterator[soundfile.SoundFile]:
-    stated = int.from_bytes(content[4:8], "little") if content[:4] == b"RIFF" else 0  # libsndfile takes the end of the file for the end of the audio
+    stated = (
+        int.from_bytes(content[4:8], "little") if content[:4] == b"RIFF" else 0
+    )  # libsndfile takes the end of the file for the end of the audio
     if len(content) < stated * COMPLETE and stated < WRITTEN_INTO_A_PIPE:
         raise BadSample(f"the audio is cut off: {len(content):,} of {stated + 8:,} bytes are there")
     with _memory_file(_without_id3(content)) as descriptor:
         try:
             with soundfile.SoundFile(descriptor, closefd=False) as file:
                 if file.frames >= UNKNOWN_FRAMES:
-                    raise BadSample("the audio's header does not say how long it is (an encoder wrote it into a pipe?); encode it to a file again")
+                    raise BadSample(
+                        "the audio's header does not say how long it is (an encoder wrote it into a pipe?);"
+                        " encode it to a file again"
+                    )
                 yield file
         except soundfile.LibsndfileError as error:
             raise BadSample(f"the audio cannot be decoded: {error.error_string}") from None
@@ -184,7 +212,8 @@ def _open(content: bytes) -> Iterator[soundfile.SoundFile]:
 
 @contextmanager
 def _memory_file(content: bytes) -> Iterator[int]:
-    """A descriptor of these bytes. Over BytesIO soundfile calls back into Python at every read, which slows the main thread."""
+    """A descriptor of these bytes. Over BytesIO soundfile calls back into Python at every read, which slows
+    the main thread."""
     descriptor = os.memfd_create("audio")
     try:
         view = memoryview(content)

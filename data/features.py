@@ -18,11 +18,13 @@ BAND = 16
 def log_mel(waveforms: torch.Tensor, lengths: torch.Tensor, frames: int, mels: int) -> torch.Tensor:
     """Log-mel spectrograms of a batch, each as if its waveform had been padded with silence to the window.
 
-    waveforms: (B, N) int16 at 16 kHz; lengths: (B,) samples of each that count, at most frames * 160. Returns (B, mels, frames)
-    float32. Equal to WhisperFeatureExtractor (fed the same int16) to 1e-5.
+    waveforms: (B, N) int16 at 16 kHz; lengths: (B,) samples of each that count, at most frames * 160. Returns
+    (B, mels, frames) float32. Equal to WhisperFeatureExtractor (fed the same int16) to 1e-5.
     """
     out = torch.empty(len(waveforms), mels, frames, device=waveforms.device)
-    if waveforms.device.type == "cpu":  # one clip at a time is faster there, and only the frames that touch sound
+    if (
+        waveforms.device.type == "cpu"
+    ):  # one clip at a time is faster there, and only the frames that touch sound
         for waveform, length, row in zip(waveforms, lengths.tolist(), out, strict=True):
             _spectrum(waveform[None, :length], -(-(length + WINDOW // 2) // HOP), row[None])
     else:
@@ -32,18 +34,25 @@ def log_mel(waveforms: torch.Tensor, lengths: torch.Tensor, frames: int, mels: i
 
 
 def _spectrum(waveforms: torch.Tensor, touched: int, out: torch.Tensor) -> None:
-    """(B, N) int16 -> out, (B, mels, frames); only the first `touched` frames see sound, the others are the value of silence."""
+    """(B, N) int16 -> out, (B, mels, frames); only the first `touched` frames see sound, the others are the
+    value of silence."""
     _, mels, frames = out.shape
     touched = min(touched, frames)
     audio = waveforms.to(torch.float32) / 32768
-    audio = torch.nn.functional.pad(audio, (0, min(frames, touched + 2) * HOP - audio.shape[1]))  # two more hops are more than half a window
+    audio = torch.nn.functional.pad(
+        audio, (0, min(frames, touched + 2) * HOP - audio.shape[1])
+    )  # two more hops are more than half a window
     half = WINDOW // 2
-    padded = torch.cat([audio[:, 1 : half + 1].flip(1), audio, audio[:, -half - 1 : -1].flip(1)], dim=1)  # reflected, as Whisper's is
+    padded = torch.cat(
+        [audio[:, 1 : half + 1].flip(1), audio, audio[:, -half - 1 : -1].flip(1)], dim=1
+    )  # reflected, as Whisper's is
     hann, bands = _constants(mels, audio.device)
     framed = padded[:, : WINDOW + (touched - 1) * HOP].unfold(-1, WINDOW, HOP) * hann
     squares = torch.view_as_real(torch.fft.rfft(framed)).square()
     power = (squares[..., 0] + squares[..., 1]).mT  # (B, bins, touched)
-    energy = torch.cat([filters @ power[:, bins] for bins, filters in bands], dim=1).clamp_(min=1e-10).log10_()  # (B, mels, touched)
+    energy = (
+        torch.cat([filters @ power[:, bins] for bins, filters in bands], dim=1).clamp_(min=1e-10).log10_()
+    )  # (B, mels, touched)
     floor = energy.amax((1, 2), keepdim=True) - 8.0
     out[:, :, :touched] = (energy.maximum(floor) + 4.0) / 4.0
     out[:, :, touched:] = (floor.clamp(min=-10.0) + 4.0) / 4.0
@@ -51,8 +60,13 @@ def _spectrum(waveforms: torch.Tensor, touched: int, out: torch.Tensor) -> None:
 
 @lru_cache
 def _constants(mels: int, device: torch.device) -> tuple[torch.Tensor, list[tuple[slice, torch.Tensor]]]:
-    """The window, and the mel filters in bands: the bins that neighbouring filters look at, and their weights (filters, bins)."""
-    bank = torch.from_numpy(mel_filter_bank(1 + WINDOW // 2, mels, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney", mel_scale="slaney"))
+    """The window, and the mel filters in bands: the bins that neighbouring filters look at, and their weights
+    (filters, bins)."""
+    bank = torch.from_numpy(
+        mel_filter_bank(
+            1 + WINDOW // 2, mels, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+        )
+    )
     bands = []
     for filters in bank.T.to(device, torch.float32).split(BAND):
         seen = filters.any(0).nonzero()[:, 0]

@@ -1,4 +1,5 @@
-"""The samples that are being decoded, in a file that outlives the process; so that one whose decoder crashes or never ends is not tried for ever."""
+"""The samples that are being decoded, in a file that outlives the process; so that one whose decoder crashes
+or never ends is not tried for ever."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ SLOT = struct.Struct("<Qd1008s")
 """Thread (0: the slot is free), begin, and key NUL shard in UTF-8: 1 KiB."""
 THREAD = struct.Struct("<Q")
 DEATHS = 2
-"""Attempts that a sample ends before it is left out. The first time may be chance: another one may have damaged the memory."""
+"""Attempts that a sample ends before it is left out. The first time may be chance: another one may have
+damaged the memory."""
 POISONED = f"its decoder crashed or never ended in {DEATHS} attempts"
 CRASH = re.compile(r"^Fatal Python error: (.+)\n(?:.*\n)*?Current thread 0x([0-9a-f]+)", re.MULTILINE)
-"""What faulthandler writes of a signal like SIGSEGV: its name, and the thread that it has struck, if that is one of Python's."""
+"""What faulthandler writes of a signal like SIGSEGV: its name, and the thread that it has struck, if that is
+one of Python's."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,13 @@ class InHand:
     def holding(self, key: str, shard: str) -> Iterator[None]:
         """Note a sample while this thread decodes it."""
         slot = self._free.pop()
-        SLOT.pack_into(self._memory, slot, threading.get_ident(), time.monotonic(), f"{key}\0{shard}".encode(errors="replace"))
+        SLOT.pack_into(
+            self._memory,
+            slot,
+            threading.get_ident(),
+            time.monotonic(),
+            f"{key}\0{shard}".encode(errors="replace"),
+        )
         try:
             yield
         finally:
@@ -79,7 +88,8 @@ class InHand:
         return sorted(_held(self._memory[:]), key=lambda held: held.began)
 
     def record_endless(self, run: RunDir, attempt: int, rank: int, patience: float) -> list[Held]:
-        """Before a hung rank is ended: write into the ledger what has been in hand for longer than `patience` seconds; the longest comes first."""
+        """Before a hung rank is ended: write into the ledger what has been in hand for longer than `patience`
+        seconds; the longest comes first."""
         endless = [held for held in self.now() if time.monotonic() - held.began > patience]
         for held in endless:
             _record(run, Death(attempt, rank, held.key, held.shard, "never ended"))
@@ -94,23 +104,31 @@ def read(path: Path) -> list[Held]:
 def deaths(run: RunDir, attempt: int) -> list[Death]:
     """The samples in the decoding of which a rank of this attempt has crashed.
 
-    Other deaths (SIGKILL, an error) are not their fault: they only happened to be in hand; as were those of other threads than the one that crashed.
+    Other deaths (SIGKILL, an error) are not their fault: they only happened to be in hand; as were those of
+    other threads than the one that crashed.
     """
     found = []
     for file in sorted(run.attempt_logs(attempt).glob("rank-*.fatal")):
-        crash = CRASH.search(file.read_text(errors="replace"))
+        crash = CRASH.search(file.read_text(errors="replace", encoding="utf-8"))
         record = file.with_suffix(".inhand")
         if crash and record.is_file():
             rank = int(file.stem.removeprefix("rank-"))
-            found += [Death(attempt, rank, held.key, held.shard, crash[1]) for held in read(record) if held.thread == int(crash[2], 16)]
+            found += [
+                Death(attempt, rank, held.key, held.shard, crash[1])
+                for held in read(record)
+                if held.thread == int(crash[2], 16)
+            ]
     return found
 
 
 def find_poisoned(run: RunDir, attempt: int) -> frozenset[str]:
-    """Keys of the samples that are no longer tried. Writes into the ledger first what attempts before this one died of; one rank calls it."""
+    """Keys of the samples that are no longer tried. Writes into the ledger first what attempts before this
+    one died of; one rank calls it."""
     lines = run.ledger()
     known = {(line["attempt"], line["rank"]) for line in lines if line["event"] == "death_in_hand"}
-    looked = max((line["attempt"] for line in lines if line["event"] == "start"), default=0)  # it has itself looked at those before it
+    looked = max(
+        (line["attempt"] for line in lines if line["event"] == "start"), default=0
+    )  # it has itself looked at those before it
     for before in range(looked, attempt):
         for death in deaths(run, before):
             if (death.attempt, death.rank) not in known:

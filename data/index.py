@@ -1,7 +1,7 @@
 """Where every sample lies: a Parquet sidecar per shard, merged into one memory-mapped Arrow file per run.
 
-A quick index walks the headers of a shard: key, offset and size of the audio and the caption member. A full one reads every byte
-once and adds CRC32, seconds, characters of the caption, and what is wrong with a sample.
+A quick index walks the headers of a shard: key, offset and size of the audio and the caption member. A full
+one reads every byte once and adds CRC32, seconds, characters of the caption, and what is wrong with a sample.
 """
 
 from __future__ import annotations
@@ -76,20 +76,26 @@ class Sidecar:
 
     def loss(self) -> str:
         """What is kept and what is lost of a damaged shard, in words."""
-        return f"DAMAGED: {self.damage}; {len(self.table)} samples before that are kept, what came after is lost"
+        return (
+            f"DAMAGED: {self.damage}; {len(self.table)} samples before that are kept, what came after is lost"
+        )
 
 
 def sidecar_location(shard: Shard, index_dir: str | Path) -> Location:
-    """Where the index of a shard is kept, by URL and by what was taken from the samples. index_dir: as in a config's `data`."""
+    """Where the index of a shard is kept, by URL and by what was taken from the samples. index_dir: as in a
+    config's `data`."""
     source, (url, options) = shard.source, (shard.location.url, shard.location.options)
     place = f"{url.rpartition('/')[0]}/index" if str(index_dir) == BESIDE else str(index_dir)
     identity = json.dumps([VERSION, url, source.caption_key, source.audio])
     name = f"{Path(shard.location.name).stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.parquet"
-    return Location(f"{place.rstrip('/')}/{name}", options if split_protocol(place)[0] == split_protocol(url)[0] else "{}")
+    return Location(
+        f"{place.rstrip('/')}/{name}", options if split_protocol(place)[0] == split_protocol(url)[0] else "{}"
+    )
 
 
 def load_sidecar(shard: Shard, index_dir: str | Path) -> Sidecar | None:
-    """The index of a shard, or None if there is none for the shard as it is now (size and ETag or modification time)."""
+    """The index of a shard, or None if there is none for the shard as it is now (size and ETag or
+    modification time)."""
     place = sidecar_location(shard, index_dir)
     if (kept := storage.find(place)) is None:
         return None
@@ -99,7 +105,9 @@ def load_sidecar(shard: Shard, index_dir: str | Path) -> Sidecar | None:
             about = json.loads(file.schema_arrow.metadata[b"earwitness"])
             if (about["size"], about["tag"]) != (now.size, now.tag):
                 return None
-            return Sidecar(file.read(use_threads=False), about["full"], about["damage"], now, origin(now, kept))
+            return Sidecar(
+                file.read(use_threads=False), about["full"], about["damage"], now, origin(now, kept)
+            )
     except (pa.ArrowInvalid, KeyError, TypeError):  # cut off by a full disk, or a machine that lost power
         print(f"{place.url}: this index is damaged; it is made anew", flush=True)
         return None
@@ -111,10 +119,14 @@ def origin(shard: storage.Stat, sidecar: storage.Stat) -> str:
 
 
 def index_shard(shard: Shard, index_dir: str | Path, *, full: bool) -> Sidecar:
-    """Index a shard and keep the result in `index_dir`. Raises DataError if the shard cannot be read at all."""
+    """Index a shard and keep the result in `index_dir`. Raises DataError if the shard cannot be read at
+    all."""
     now = storage.stat(shard.location)
     if not now.size:
-        raise DataError(f"{shard.location.url}: is empty, or a folder: its shards are named by a pattern, as {shard.location.url.rstrip('/')}/*.tar")
+        raise DataError(
+            f"{shard.location.url}: is empty, or a folder: its shards are named by a pattern, as"
+            f" {shard.location.url.rstrip('/')}/*.tar"
+        )
     read = _Blocks(replace(shard.location, tag=now.tag), now.size, FULL_BLOCK if full else QUICK_BLOCK)
     members, damage = [], ""
     try:
@@ -132,7 +144,9 @@ def index_shard(shard: Shard, index_dir: str | Path, *, full: bool) -> Sidecar:
     return save_sidecar(shard, index_dir, pa.Table.from_pylist(rows, SCHEMA), now, full=full, damage=damage)
 
 
-def save_sidecar(shard: Shard, index_dir: str | Path, table: pa.Table, stat: storage.Stat, *, full: bool, damage: str) -> Sidecar:
+def save_sidecar(
+    shard: Shard, index_dir: str | Path, table: pa.Table, stat: storage.Stat, *, full: bool, damage: str
+) -> Sidecar:
     """Keep the index of a shard in `index_dir`; stat: of the shard that was indexed."""
     about = {"url": shard.location.url, "size": stat.size, "tag": stat.tag, "full": full, "damage": damage}
     place, content = sidecar_location(shard, index_dir), pa.BufferOutputStream()
@@ -142,7 +156,8 @@ def save_sidecar(shard: Shard, index_dir: str | Path, table: pa.Table, stat: sto
 
 
 class _Blocks:
-    """Bytes of a shard by position, read block by block; one block is held. Blocks grow as long as what is wanted is near."""
+    """Bytes of a shard by position, read block by block; one block is held. Blocks grow as long as what is
+    wanted is near."""
 
     def __init__(self, location: Location, size: int, block: int) -> None:
         self.location, self.size, self.least, self.block = location, size, block, block
@@ -158,10 +173,13 @@ class _Blocks:
 
 
 def _group(members: Iterable[Member]) -> list[tuple[str, list[tuple[str, Member]]]]:
-    """Members by sample: the key is the path up to the first dot of its last part, the rest the ending, in lower case."""
+    """Members by sample: the key is the path up to the first dot of its last part, the rest the ending, in
+    lower case."""
     samples: dict[str, list[tuple[str, Member]]] = {}
     for member in members:
-        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # Arrow takes UTF-8 only
+        name = member.name.encode("utf-8", "surrogateescape").decode(
+            "utf-8", "backslashreplace"
+        )  # Arrow takes UTF-8 only
         folder, slash, file = name.rpartition("/")
         stem, _, ending = file.partition(".")
         if stem and ending:
@@ -182,8 +200,9 @@ def _row(key: str, parts: list[tuple[str, Member]], source: Source) -> dict[str,
         problem = f"no .{text_ending} member"
     elif len({ending for ending, _ in audio}) > 1:
         raise DataError(
-            f"source {source.name}: sample {key!r} has several audio members (.{', .'.join(ending for ending, _ in audio)}); "
-            f"say which one to use: data.sources.{source.name}.audio={audio[0][0]}"
+            f"source {source.name}: sample {key!r} has several audio members"
+            f" (.{', .'.join(ending for ending, _ in audio)}); say which one to use:"
+            f" data.sources.{source.name}.audio={audio[0][0]}"
         )
     elif len(audio) > 1 or len(text) > 1:
         problem = "the key occurs twice in this shard"
@@ -193,17 +212,30 @@ def _row(key: str, parts: list[tuple[str, Member]], source: Source) -> dict[str,
     ending, sound = audio[0] if audio else ("", nothing)
     words = text[0] if text else nothing
     return {
-        "key": key, "ending": ending, "audio_offset": sound.offset, "audio_size": sound.size, "text_offset": words.offset, "text_size": words.size,
-        "crc32": -1, "seconds": float("nan"), "caption_characters": -1, "problem": problem,
-    }  # fmt: skip
+        "key": key,
+        "ending": ending,
+        "audio_offset": sound.offset,
+        "audio_size": sound.size,
+        "text_offset": words.offset,
+        "text_size": words.size,
+        "crc32": -1,
+        "seconds": float("nan"),
+        "caption_characters": -1,
+        "problem": problem,
+    }
 
 
 def _inspect(row: dict[str, Any], read: _Blocks, shard: Shard) -> None:
     """Complete a row from the bytes of its sample."""
     if row["problem"]:
         return
-    places = {name: (row[f"{name}_offset"], row[f"{name}_offset"] + row[f"{name}_size"]) for name in ("audio", "text")}
-    content = {name: read(*place) for name, place in sorted(places.items(), key=lambda item: item[1])}  # forwards: one block is held
+    places = {
+        name: (row[f"{name}_offset"], row[f"{name}_offset"] + row[f"{name}_size"])
+        for name in ("audio", "text")
+    }
+    content = {
+        name: read(*place) for name, place in sorted(places.items(), key=lambda item: item[1])
+    }  # forwards: one block is held
     audio = content["audio"]
     row["crc32"] = zlib.crc32(content["text"], zlib.crc32(audio))
     try:
@@ -217,8 +249,8 @@ def _inspect(row: dict[str, Any], read: _Blocks, shard: Shard) -> None:
 class Index:
     """The samples of a run, memory-mapped. Rows are sorted by source, shard and position in the shard.
 
-    `source`, `shard`: numbers into the config's sources and `shards`; offsets and sizes in bytes; `crc32` -1 and `seconds` NaN where the
-    shard's index is a quick one.
+    `source`, `shard`: numbers into the config's sources and `shards`; offsets and sizes in bytes; `crc32` -1
+    and `seconds` NaN where the shard's index is a quick one.
     """
 
     def __init__(self, path: Path, sources: Sequence[Source]) -> None:
@@ -226,9 +258,13 @@ class Index:
         with pa.memory_map(str(path)) as file:
             self.table = pa.ipc.open_file(file).read_all()
         self.digest: str = self.table.schema.metadata[b"digest"].decode()
-        named = {source.name: (source, json.dumps(source.storage_options, sort_keys=True)) for source in sources}
+        named = {
+            source.name: (source, json.dumps(source.storage_options, sort_keys=True)) for source in sources
+        }
         listed = json.loads(self.table.schema.metadata[b"shards"])
-        self.shards = [Shard(named[name][0], Location(url, named[name][1], tag, size)) for name, url, tag, size in listed]
+        self.shards = [
+            Shard(named[name][0], Location(url, named[name][1], tag, size)) for name, url, tag, size in listed
+        ]
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -257,11 +293,18 @@ def read_metadata(path: Path) -> dict[bytes, bytes]:
         return {}
 
 
-def merge(shards: Sequence[Shard], sidecars: Sequence[Sidecar], folder: Path, *, longest: float = float("inf"), about: Mapping[str, str] | None = None) -> None:
+def merge(
+    shards: Sequence[Shard],
+    sidecars: Sequence[Sidecar],
+    folder: Path,
+    *,
+    longest: float = float("inf"),
+    about: Mapping[str, str] | None = None,
+) -> None:
     """Merge the sound samples of all shards into two Arrow files in `folder`, TRAINING and VALIDATION.
 
-    Samples known to be longer than `longest` seconds are left out. `about` is kept with both files. Raises DataError if a source has no
-    sample for training.
+    Samples known to be longer than `longest` seconds are left out. `about` is kept with both files. Raises
+    DataError if a source has no sample for training.
     """
     table = pa.concat_tables(sidecar.table.replace_schema_metadata(None) for sidecar in sidecars)
     lengths, names = [len(sidecar.table) for sidecar in sidecars], [shard.source.name for shard in shards]
@@ -271,30 +314,44 @@ def merge(shards: Sequence[Shard], sidecars: Sequence[Sidecar], folder: Path, *,
         "shard": np.repeat(np.arange(len(shards), dtype=np.int32), lengths),
     }
     usable = pc.equal(table["problem"], "").to_numpy() & ~(table["seconds"].to_numpy() > longest)
-    validation = np.concatenate([_held_out(shard, sidecar) for shard, sidecar in zip(shards, sidecars, strict=True)])
+    validation = np.concatenate(
+        [_held_out(shard, sidecar) for shard, sidecar in zip(shards, sidecars, strict=True)]
+    )
     table = table.drop_columns(["problem", "caption_characters"])
-    listed = [[one.source.name, one.location.url, sidecar.shard.tag, sidecar.shard.size] for one, sidecar in zip(shards, sidecars, strict=True)]
+    listed = [
+        [one.source.name, one.location.url, sidecar.shard.tag, sidecar.shard.size]
+        for one, sidecar in zip(shards, sidecars, strict=True)
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     for file, chosen in ((TRAINING, usable & ~validation), (VALIDATION, usable & validation)):
         # Column by column: one of the sidecars' and one of the merged index at a time is copied.
         columns = {name: table[name].filter(pa.array(chosen)).combine_chunks() for name in table.column_names}
         merged = pa.table({**columns, **{name: column[chosen] for name, column in numbers.items()}})
         counts = np.bincount(merged["source"].to_numpy(), minlength=len(sources))
-        if file == TRAINING and (empty := [name for name, count in zip(sources, counts, strict=True) if not count]):
-            raise DataError(f"no sample to train on in source {', '.join(empty)}: see its shards with `python -m tools.index`, which names every problem")
+        if file == TRAINING and (
+            empty := [name for name, count in zip(sources, counts, strict=True) if not count]
+        ):
+            raise DataError(
+                f"no sample to train on in source {', '.join(empty)}: see its shards with `python -m"
+                " tools.index`, which names every problem"
+            )
         metadata = {**(about or {}), "digest": _digest(merged, shards), "shards": json.dumps(listed)}
         _write(merged.replace_schema_metadata(metadata), folder / file)
 
 
 def _write(merged: pa.Table, path: Path) -> None:
-    """Write an Arrow file whose columns are in one piece each; it is on disk before it takes the place of another one."""
+    """Write an Arrow file whose columns are in one piece each; it is on disk before it takes the place of
+    another one."""
     try:
         with replacing(path) as file:
             with pa.ipc.new_file(file, merged.schema) as writer:
                 writer.write_table(merged, max_chunksize=max(1, len(merged)))
             os.fsync(file.fileno())
     except OSError as error:
-        raise EarwitnessError(f"{path}: cannot be written: {error.strerror}. Make room there, or give the run another folder (run.dir).") from error
+        raise EarwitnessError(
+            f"{path}: cannot be written: {error.strerror}. Make room there, or give the run another folder"
+            " (run.dir)."
+        ) from error
 
 
 def _held_out(shard: Shard, sidecar: Sidecar) -> npt.NDArray[np.bool_]:
@@ -305,10 +362,14 @@ def _held_out(shard: Shard, sidecar: Sidecar) -> npt.NDArray[np.bool_]:
 
 
 def held_out(keys: Sequence[str], source: Source) -> npt.NDArray[np.bool_]:
-    """(keys,) which samples belong to the validation part: by SHA-256 of the key alone (or of the part that `group` matches)."""
+    """(keys,) which samples belong to the validation part: by SHA-256 of the key alone (or of the part that
+    `group` matches)."""
     if source.validation.group:
         found = map(re.compile(source.validation.group).search, keys)
-        keys = [(match[1 if match.re.groups else 0] if match else None) or key for match, key in zip(found, keys, strict=True)]
+        keys = [
+            (match[1 if match.re.groups else 0] if match else None) or key
+            for match, key in zip(found, keys, strict=True)
+        ]
     hashes = b"".join(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8] for key in keys)
     return np.frombuffer(hashes, ">u8") < np.uint64(math.ceil(source.validation.fraction * 2**64))
 
@@ -321,8 +382,8 @@ def is_held_out(key: str, source: Source) -> bool:
 def _digest(merged: pa.Table, shards: Sequence[Shard]) -> str:
     """SHA-256 of (source, shard file name, key, size) of all samples: what must not change under a run.
 
-    URLs and ETags may. So may the CRC, which a quick index does not know: a run may go on when a full index was made meanwhile; each
-    sample is checked against its CRC when it is read.
+    URLs and ETags may. So may the CRC, which a quick index does not know: a run may go on when a full index
+    was made meanwhile; each sample is checked against its CRC when it is read.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps([[shard.source.name, shard.location.name] for shard in shards]).encode())

@@ -29,7 +29,8 @@ Read = Callable[[Location, int, int], bytes]
 
 @dataclass
 class Step:
-    """What one rank has for a step: its samples in the order of its lanes, the rejected ones, and the seconds it waited for them."""
+    """What one rank has for a step: its samples in the order of its lanes, the rejected ones, and the seconds
+    it waited for them."""
 
     number: int
     samples: list[Sample]
@@ -72,10 +73,21 @@ class _Plan:
 class Loader(Iterator[Step]):
     """Iterates over some steps of an order, for the lanes of one rank.
 
-    All bookkeeping happens in the thread that calls `next`; threads only read and decode. A failure to read surfaces in `next`.
+    All bookkeeping happens in the thread that calls `next`; threads only read and decode. A failure to read
+    surfaces in `next`.
     """
 
-    def __init__(self, samples: Samples, order: Order, lanes: range, steps: range, *, threads: int, read_ahead_mb: int, read: Read = storage.read) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        order: Order,
+        lanes: range,
+        steps: range,
+        *,
+        threads: int,
+        read_ahead_mb: int,
+        read: Read = storage.read,
+    ) -> None:
         """read: gives a range of a shard, as `storage.read` does."""
         self._read, self.samples, self.order, self.lanes, self.end = read, samples, order, lanes, steps.stop
         self.budget = read_ahead_mb << 20
@@ -153,10 +165,17 @@ class Loader(Iterator[Step]):
     def _enter_epoch(self) -> None:
         self._rows: Ints = self.order.lanes(self._epoch, self.lanes)
         self._windows: dict[int, tuple[int, dict[int, tuple[_Span, _Span]]]] = {}
-        # Spans of a whole window stay in memory until their last sample is used; where that is too much, samples are read singly.
+        # Spans of a whole window stay in memory until their last sample is used; where that is too much,
+        # samples are read singly.
         some = self._rows[self._rows != EMPTY][:1000]
-        size = np.mean([place.end - place.start for place in map(self.samples.place, some.tolist())]) if len(some) else 0
-        self._singly = size * len(self.lanes) * min(self.order.shuffle_window, self._rows.shape[1]) > self.budget
+        size = (
+            np.mean([place.end - place.start for place in map(self.samples.place, some.tolist())])
+            if len(some)
+            else 0
+        )
+        self._singly = (
+            size * len(self.lanes) * min(self.order.shuffle_window, self._rows.shape[1]) > self.budget
+        )
 
     def _slot(self, lane: int, row: int) -> _Slot:
         window = self._in_epoch // self.order.shuffle_window
@@ -166,18 +185,30 @@ class Loader(Iterator[Step]):
         return _Slot(row, self.samples.place(row), self._windows[lane][1][row])
 
     def _spans(self, rows: Ints) -> dict[int, tuple[_Span, _Span]]:
-        """The reads that bring the samples of (the rest of) a lane's window: row -> spans of its audio and its text."""
+        """The reads that bring the samples of (the rest of) a lane's window: row -> spans of its audio and
+        its text."""
         wanted, times = np.unique(rows[rows != EMPTY], return_counts=True)
         spans: dict[int, tuple[_Span, _Span]] = {}
         last, last_shard = None, -1
         for row, uses in zip(wanted.tolist(), times.tolist(), strict=True):
             place = self.samples.place(row)
-            scattered = place.end - place.start > place.audio[1] - place.audio[0] + place.text[1] - place.text[0] + LARGEST_GAP
+            scattered = (
+                place.end - place.start
+                > place.audio[1] - place.audio[0] + place.text[1] - place.text[0] + LARGEST_GAP
+            )
             if scattered:
-                audio, text = _Span(place.location, *place.audio, uses), _Span(place.location, *place.text, uses)
+                audio, text = (
+                    _Span(place.location, *place.audio, uses),
+                    _Span(place.location, *place.text, uses),
+                )
                 spans[row] = audio, text
                 continue
-            near = last is not None and last_shard == place.shard and 0 <= place.start - last.end <= LARGEST_GAP and place.end - last.start <= 2 * RUN_BYTES
+            near = (
+                last is not None
+                and last_shard == place.shard
+                and 0 <= place.start - last.end <= LARGEST_GAP
+                and place.end - last.start <= 2 * RUN_BYTES
+            )
             if last is None or not near or self._singly:
                 last, last_shard = _Span(place.location, place.start, place.end), place.shard
             last.end = place.end

@@ -15,12 +15,18 @@ from configs.errors import DataError
 CONNECTIONS = 64
 """To one endpoint: those of all readers, and their second requests."""
 # botocore's own retries would multiply with ours; its pool of 10 connections would hold readers back.
-S3 = {"retries": {"total_max_attempts": 1}, "max_pool_connections": CONNECTIONS, "connect_timeout": 10, "read_timeout": 60}
+S3 = {
+    "retries": {"total_max_attempts": 1},
+    "max_pool_connections": CONNECTIONS,
+    "connect_timeout": 10,
+    "read_timeout": 60,
+}
 
 
 @dataclass(frozen=True)
 class Location:
-    """One shard: its URL, the options that open it, as JSON, and what is wanted of its content: tag (as `Stat.tag`; empty: whatever is there) and size."""
+    """One shard: its URL, the options that open it, as JSON, and what is wanted of its content: tag (as
+    `Stat.tag`; empty: whatever is there) and size."""
 
     url: str
     options: str = "{}"
@@ -61,7 +67,8 @@ def open_filesystem(location: Location) -> tuple[AbstractFileSystem, str]:
 
 
 def renew(location: Location, refused: AbstractFileSystem | None) -> None:
-    """Open the file system anew at the next use, if it is still the one that was refused: keys may have been changed meanwhile."""
+    """Open the file system anew at the next use, if it is still the one that was refused: keys may have been
+    changed meanwhile."""
     with _opening:
         if _open.get(_which(location)) is refused:
             _open.pop(_which(location), None)

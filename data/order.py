@@ -1,8 +1,9 @@
-"""Which sample comes when: a pure function of (index, seed, epoch, global batch, weights), the same for any number of ranks.
+"""Which sample comes when: a pure function of (index, seed, epoch, global batch, weights), the same for any
+number of ranks.
 
-An epoch is a sequence of *runs* (consecutive samples of a shard, one ranged read) in random order. It is cut into as many *lanes* as
-a global batch has samples; batch `s` is the `s`-th sample of every lane. A rank owns neighbouring lanes. So the position of the
-whole job is one integer, the global step.
+An epoch is a sequence of *runs* (consecutive samples of a shard, one ranged read) in random order. It is cut
+into as many *lanes* as a global batch has samples; batch `s` is the `s`-th sample of every lane. A rank owns
+neighbouring lanes. So the position of the whole job is one integer, the global step.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ EMPTY = -1
 def cut_runs(shard: npt.ArrayLike, size: npt.ArrayLike, global_batch: int) -> Ints:
     """Cut samples into runs of neighbours in one shard.
 
-    shard, size: (n,) shard number and bytes of each sample in the order of the index. Returns (r + 1,) boundaries: run `i` holds
-    samples [b[i], b[i + 1]).
+    shard, size: (n,) shard number and bytes of each sample in the order of the index. Returns (r + 1,)
+    boundaries: run `i` holds samples [b[i], b[i + 1]).
     """
     shards, sizes = np.asarray(shard), np.asarray(size, np.int64)
     if not len(sizes):
@@ -37,7 +38,9 @@ def cut_runs(shard: npt.ArrayLike, size: npt.ArrayLike, global_batch: int) -> In
     before -= sizes
     first = np.flatnonzero(np.r_[True, shards[1:] != shards[:-1]])
     last = np.r_[first[1:], len(sizes)] - 1
-    more = (before[last] - before[first]) // limit  # runs of a shard after its first one; they begin where so many times the limit is reached
+    more = (
+        before[last] - before[first]
+    ) // limit  # runs of a shard after its first one; they begin where so many times the limit is reached
     times = np.arange(1, more.sum() + 1) - np.repeat(np.cumsum(more) - more, more)
     later = np.searchsorted(before, np.repeat(before[first], more) + limit * times)
     return np.unique(np.r_[first, later, len(sizes)]).astype(np.int64)
@@ -47,7 +50,8 @@ def cut_runs(shard: npt.ArrayLike, size: npt.ArrayLike, global_batch: int) -> In
 class Order:
     """The order of the samples of a run.
 
-    runs: (r + 1,) boundaries from `cut_runs`; run_source: (r,) source number of each run; weights: passes per epoch by source.
+    runs: (r + 1,) boundaries from `cut_runs`; run_source: (r,) source number of each run; weights: passes per
+    epoch by source.
     """
 
     runs: Ints
@@ -91,15 +95,22 @@ class Order:
         return epoch, step
 
     def lanes(self, epoch: int, lanes: range) -> Ints:
-        """Samples of some lanes in an epoch: (len(lanes), steps_in(epoch)), EMPTY where a lane is one shorter."""
+        """Samples of some lanes in an epoch: (len(lanes), steps_in(epoch)), EMPTY where a lane is one
+        shorter."""
         runs = self._runs_in(epoch)
         runs = runs[self._random(1, epoch).permutation(len(runs))]
         lengths = self._lengths()[runs]
         total = int(lengths.sum())
         cuts = [lane * total // self.global_batch for lane in range(lanes.start, lanes.stop + 1)]
         first, last = np.searchsorted(np.cumsum(lengths), [cuts[0], cuts[-1]], "right")
-        begin, runs, lengths = int(lengths[:first].sum()), runs[first : last + 1], lengths[first : last + 1]  # those that these lanes touch
-        samples = np.repeat(self.runs[runs] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        begin, runs, lengths = (
+            int(lengths[:first].sum()),
+            runs[first : last + 1],
+            lengths[first : last + 1],
+        )  # those that these lanes touch
+        samples = np.repeat(self.runs[runs] - (np.cumsum(lengths) - lengths), lengths) + np.arange(
+            lengths.sum()
+        )
         out = np.full((len(lanes), -(-total // self.global_batch)), EMPTY, np.int64)
         for row, lane in enumerate(lanes):
             stretch = samples[cuts[row] - begin : cuts[row + 1] - begin]
@@ -109,13 +120,16 @@ class Order:
     def _shuffled(self, stretch: Ints, epoch: int, lane: int) -> Ints:
         """Shuffle a lane inside windows of `shuffle_window` samples."""
         window = min(self.shuffle_window, max(1, len(stretch)))
-        keys = np.full((-(-len(stretch) // window), window), np.inf)  # a short last window is filled up, at its end
+        keys = np.full(
+            (-(-len(stretch) // window), window), np.inf
+        )  # a short last window is filled up, at its end
         keys.flat[: len(stretch)] = self._random(2, epoch, lane).random(len(stretch))
         places = keys.argsort(axis=1, kind="stable") + window * np.arange(len(keys))[:, None]
         return stretch[places.ravel()[: len(stretch)]]
 
     def _runs_in(self, epoch: int) -> Ints:
-        """Runs of an epoch, unshuffled: each `floor(weight)` times, and of the rest the epoch's slice of a fixed cycle through all runs."""
+        """Runs of an epoch, unshuffled: each `floor(weight)` times, and of the rest the epoch's slice of a
+        fixed cycle through all runs."""
         chosen = []
         for source, weight in enumerate(self.weights):
             runs = np.flatnonzero(self.run_source == source)

@@ -1,7 +1,8 @@
 """What is waited for, what is tried again, and for how long; and how often it was needed.
 
-What passes (a connection that breaks, stalls or trickles, a busy server, a name that does not resolve) is tried again until nothing more has
-come for `Limits.patience`; what does not pass (missing, forbidden, replaced) fails at once.
+What passes (a connection that breaks, stalls or trickles, a busy server, a name that does not resolve) is
+tried again until nothing more has come for `Limits.patience`; what does not pass (missing, forbidden,
+replaced) fails at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from typing import Any, TypeVar
 
 from aiohttp import ClientError as HttpError
 from aiohttp import ClientResponseError
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError, ProfileNotFound
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
 from botocore.parsers import ResponseParserError
 from fsspec import AbstractFileSystem
 from huggingface_hub.errors import HfHubHTTPError
@@ -41,7 +49,8 @@ class Limits:
     hedge: float = 1.0
     """Before a second request is sent along with a first one that is late; at least five times the usual."""
     patience: float = 100.0
-    """Without progress, before it fails: less than a watchdog's, so that the storage is named and not a hang."""
+    """Without progress, before it fails: less than a watchdog's, so that the storage is named and not a
+    hang."""
     tell: float = 10.0
     """Of trouble, after which it is told of."""
     pause: tuple[float, float] = (0.2, 4.0)
@@ -50,10 +59,21 @@ class Limits:
 
 LIMITS = Limits()
 STATS: Counter[str] = Counter()
-"""Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and cached (bytes)."""
+"""Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and cached
+(bytes)."""
 HubError: type[Exception] = HfHubHTTPError.__bases__[0]
 """The HTTPError of httpx or httpx2, whichever this huggingface_hub has."""
-FAILURES: tuple[type[Exception], ...] = (OSError, EOFError, BotoCoreError, ClientError, HttpError, HubError, ResponseParserError, ValueError, TypeError)
+FAILURES: tuple[type[Exception], ...] = (
+    OSError,
+    EOFError,
+    BotoCoreError,
+    ClientError,
+    HttpError,
+    HubError,
+    ResponseParserError,
+    ValueError,
+    TypeError,
+)
 """Of file systems; whether one passes `_final` says."""
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
@@ -81,7 +101,8 @@ class Trouble:
         self.since, self.failures = time.monotonic(), self.failures // 2
 
     def failed(self, error: Exception) -> float:
-        """Seconds to wait before the next try. Raises DataError for what does not pass, ShardError once it lasts too long."""
+        """Seconds to wait before the next try. Raises DataError for what does not pass, ShardError once it
+        lasts too long."""
         place = f"{self.location.url}: cannot {self.what}"
         self.failures += 1
         STATS["retries"] += 1
@@ -102,11 +123,16 @@ class Trouble:
             raise ShardError(f"{place}: {tried}. {advice(self.location)}") from error
         if waited > LIMITS.tell and not self.told:
             self.told = True
-            print(f"{place} for {waited:.0f} s now, and goes on trying for {LIMITS.patience:.0f}: {said}", file=sys.stderr, flush=True)
+            print(
+                f"{place} for {waited:.0f} s now, and goes on trying for {LIMITS.patience:.0f}: {said}",
+                file=sys.stderr,
+                flush=True,
+            )
         return random.uniform(0, min(LIMITS.pause[1], LIMITS.pause[0] * 2 ** min(self.failures, 10)))
 
     def retry(self, action: Callable[[Any, str], T]) -> T:
-        """What an action gives with the file system and the path in it, tried again as long as `failed` allows. Raises what that raises."""
+        """What an action gives with the file system and the path in it, tried again as long as `failed`
+        allows. Raises what that raises."""
         while True:
             try:
                 return action(*self.open())
@@ -119,25 +145,41 @@ def _final(error: Exception) -> tuple[str, bool]:
     status, code = int(getattr(getattr(error, "response", None), "status_code", 0)), ""  # as HubError has it
     cause = error if isinstance(error, (ClientError, ClientResponseError)) else error.__cause__
     if isinstance(cause, ClientError):
-        status, code = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), cause.response.get("Error", {}).get("Code", "")
+        status, code = (
+            cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0),
+            cause.response.get("Error", {}).get("Code", ""),
+        )
     elif isinstance(cause, ClientResponseError):
         status = cause.status
     if status == 412:
         return (
-            "it was replaced since it was indexed (its ETag is another one): index it again with `python -m tools.index`, or start `tools.stage` again",
+            (
+                "it was replaced since it was indexed (its ETag is another one): index it again with `python"
+                " -m tools.index`, or start `tools.stage` again"
+            ),
             False,
         )
     if status == 416:
-        return "it is shorter than it was when it was indexed: index it again with `python -m tools.index`", False
-    if code in EXPIRED or code == "400":  # 400 of a HEAD, whose answer has no body that says more, may be the same
+        return (
+            "it is shorter than it was when it was indexed: index it again with `python -m tools.index`",
+            False,
+        )
+    if (
+        code in EXPIRED or code == "400"
+    ):  # 400 of a HEAD, whose answer has no body that says more, may be the same
         return "", True
     if status in (401, 403) or code in REFUSED or isinstance(error, PermissionError):
-        return f"access denied ({' '.join(dict.fromkeys(filter(None, [str(status or ''), code]))) or error})", True
+        return (
+            f"access denied ({' '.join(dict.fromkeys(filter(None, [str(status or ''), code]))) or error})",
+            True,
+        )
     if status == 404 or isinstance(error, FileNotFoundError):
         return "it does not exist" + (f" ({code})" if code not in ("", "404", "NoSuchKey") else ""), False
     if isinstance(error, NO_CREDENTIALS):
         return str(error), True
-    if isinstance(error, (IsADirectoryError, ParamValidationError, ValueError, TypeError)):  # the last two: of an endpoint, or an option, that is none
+    if isinstance(
+        error, (IsADirectoryError, ParamValidationError, ValueError, TypeError)
+    ):  # the last two: of an endpoint, or an option, that is none
         return " ".join(str(error).split()), False
     return "", False
 
@@ -146,4 +188,7 @@ def advice(location: Location) -> str:
     """What to look at where something is missing or forbidden."""
     if location.is_local:
         return "Check the path, and that this machine sees that file system."
-    return "Check bucket and name, the credentials (AWS_ACCESS_KEY_ID, or a profile), the region and the endpoint (AWS_ENDPOINT_URL)."
+    return (
+        "Check bucket and name, the credentials (AWS_ACCESS_KEY_ID, or a profile), the region and the"
+        " endpoint (AWS_ENDPOINT_URL)."
+    )

@@ -1,6 +1,8 @@
-"""A range of an object in a bucket, or wherever fsspec reaches: it comes whole and from the object that was indexed, or the read fails and says why.
+"""A range of an object in a bucket, or wherever fsspec reaches: it comes whole and from the object that was
+indexed, or the read fails and says why.
 
-After a break the next request goes on at the byte that is missing. All waiting happens in fsspec's event loop.
+After a break the next request goes on at the byte that is missing. All waiting happens in fsspec's event
+loop.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ PROGRESS = 256 << 10
 PIECE = 1 << 20
 """Bytes that are taken at once at most: as a rule what has come meanwhile."""
 WHOLE = 4 << 20
-"""Bytes of a request to other file systems, which give an answer as a whole only: it has to come within the patience."""
+"""Bytes of a request to other file systems, which give an answer as a whole only: it has to come within the
+patience."""
 
 
 class Range:
@@ -66,20 +69,36 @@ class Range:
         if "s3" in filesystem.protocol:
             await self._stream(filesystem, path)
             return
-        whole = filesystem._cat_file if filesystem.async_impl else lambda *place, **limits: asyncio.to_thread(filesystem.cat_file, *place, **limits)
+        whole = (
+            filesystem._cat_file
+            if filesystem.async_impl
+            else lambda *place, **limits: asyncio.to_thread(filesystem.cat_file, *place, **limits)
+        )
         while self.position < self.end:
             end = min(self.end, self.position + WHOLE)
             seconds = patience.LIMITS.answer + (end - self.position) / patience.LIMITS.rate
-            part = await within(seconds, f"not whole within {seconds:.0f} s", whole(path, start=self.position, end=end))
+            part = await within(
+                seconds, f"not whole within {seconds:.0f} s", whole(path, start=self.position, end=end)
+            )
             if len(part) != end - self.position:
-                raise EOFError(f"{len(part)} bytes came, not those from {self.position} to {end}: does this server know ranges?")
+                raise EOFError(
+                    f"{len(part)} bytes came, not those from {self.position} to {end}: does this server know"
+                    " ranges?"
+                )
             self._take(part)
 
     async def _stream(self, filesystem: Any, path: str) -> None:
         """By s3fs's client, which its own reads wrap: they know neither If-Match nor a part of an answer."""
         bucket, key, version = filesystem.split_path(path)
-        wanted = {"Bucket": bucket, "Key": key, "Range": f"bytes={self.position}-{self.end - 1}", **filesystem.req_kw}
-        wanted |= ({"VersionId": version} if version else {}) | ({"IfMatch": self.location.tag} if self.location.tag else {})
+        wanted = {
+            "Bucket": bucket,
+            "Key": key,
+            "Range": f"bytes={self.position}-{self.end - 1}",
+            **filesystem.req_kw,
+        }
+        wanted |= ({"VersionId": version} if version else {}) | (
+            {"IfMatch": self.location.tag} if self.location.tag else {}
+        )
         client = await filesystem.set_session()
         answer = await _hedged(lambda: client.get_object(**wanted))
         body = answer["Body"]
@@ -88,7 +107,9 @@ class Range:
                 raise EOFError(f"the answer is of another range: {answer.get('ContentRange')}")
             since, count = time.monotonic(), 0
             while self.position < self.end:
-                part = await within(patience.LIMITS.stall, f"no byte for {patience.LIMITS.stall:.0f} s", body.read(PIECE))
+                part = await within(
+                    patience.LIMITS.stall, f"no byte for {patience.LIMITS.stall:.0f} s", body.read(PIECE)
+                )
                 if not part:
                     return
                 self._take(part)
@@ -117,8 +138,14 @@ async def _hedged(ask: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
             STATS["hedged"] += 1
             tasks.add(asyncio.create_task(ask()))
         deadline = began + patience.LIMITS.answer
-        while not any(task.done() and not task.exception() for task in tasks) and (waiting := {task for task in tasks if not task.done()}):
-            if not (await asyncio.wait(waiting, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED))[0]:
+        while not any(task.done() and not task.exception() for task in tasks) and (
+            waiting := {task for task in tasks if not task.done()}
+        ):
+            if not (
+                await asyncio.wait(
+                    waiting, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED
+                )
+            )[0]:
                 raise TimeoutError(f"no answer within {patience.LIMITS.answer:.0f} s")
         good = next((task for task in tasks if task.done() and not task.exception()), first)
         tasks.remove(good)

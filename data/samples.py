@@ -21,7 +21,8 @@ from data.patience import STATS
 
 @dataclass(frozen=True)
 class Rejected:
-    """A sample whose content could not be used. `bad` is false where the configuration leaves it out (too long)."""
+    """A sample whose content could not be used. `bad` is false where the configuration leaves it out (too
+    long)."""
 
     key: str
     reason: str
@@ -62,7 +63,8 @@ class Samples:
         in_hand: InHand,
         poisoned: frozenset[str] = frozenset(),
     ) -> None:
-        """in_hand: where to note what is being decoded; poisoned: keys of samples whose decoder must not be tried again."""
+        """in_hand: where to note what is being decoded; poisoned: keys of samples whose decoder must not be
+        tried again."""
         self.index, self.encoder, self.overlong, self.seed = index, encoder, overlong, seed
         self.in_hand, self.poisoned = in_hand, poisoned
         self.max_length = round(max_seconds * SAMPLE_RATE)
@@ -99,14 +101,17 @@ class Samples:
             STATS["reread"] += 1
             if zlib.crc32(text, zlib.crc32(audio)) != expected:
                 raise DataError(
-                    f"{shard.location.url}: sample {index.text('key', row)!r} is not what was indexed (CRC32 differs, read twice). "
-                    "The shard was changed or damaged: restore it, or index it again with `python -m tools.index`."
+                    f"{shard.location.url}: sample {index.text('key', row)!r} is not what was indexed (CRC32"
+                    " differs, read twice). The shard was changed or damaged: restore it, or index it again"
+                    " with `python -m tools.index`."
                 )
         try:
             caption = find_caption(text, shard.source.caption_key)
             tokens = self.encoder.encode(caption, shard.source.style)
             with self.in_hand.holding(key, shard.location.url):
-                waveform = decode(audio, index.text("ending", row), lambda seconds: self._fit(seconds, row, step))[: self.max_length]
+                waveform = decode(
+                    audio, index.text("ending", row), lambda seconds: self._fit(seconds, row, step)
+                )[: self.max_length]
         except BadSample as error:
             return Rejected(key, str(error), bad=not isinstance(error, Skipped))
         return Sample(waveform, tokens, caption, int(self._columns["source"][row]), key)
@@ -117,7 +122,9 @@ class Samples:
         if round(seconds * SAMPLE_RATE) <= self.max_length:
             return None
         if self.overlong == "skip":
-            raise Skipped(f"the audio has {seconds:.1f} s, {longest:g} s fit (data.overlong: crop would take a part)")
+            raise Skipped(
+                f"the audio has {seconds:.1f} s, {longest:g} s fit (data.overlong: crop would take a part)"
+            )
         # At whole hundredths of a second, which are whole frames of most rates.
         last = int((seconds - longest) * 100)
         return int(np.random.default_rng([self.seed, 4, step, row]).integers(last + 1)) / 100, longest

@@ -30,7 +30,8 @@ class Shard:
 def expand(source: Source) -> list[Shard]:
     """All shards of a source, training shards first, sorted by name.
 
-    Raises DataError for a glob without a match, a compressed shard, and two shards of one file name (names identify samples).
+    Raises DataError for a glob without a match, a compressed shard, and two shards of one file name (names
+    identify samples).
     """
     held_out = locate(source.validation.shards, source)
     training = [location for location in locate(source.shards, source) if location not in held_out]
@@ -41,7 +42,9 @@ def expand(source: Source) -> list[Shard]:
                     f"source {source.name}: two shards are called {one.name} ({one.url} and {other.url}). "
                     "File names identify samples: rename one, or make two sources of them."
                 )
-    return [Shard(source, location) for location in training] + [Shard(source, location, validation=True) for location in held_out]
+    return [Shard(source, location) for location in training] + [
+        Shard(source, location, validation=True) for location in held_out
+    ]
 
 
 def locate(patterns: Sequence[str], source: Source) -> list[Location]:
@@ -52,23 +55,34 @@ def locate(patterns: Sequence[str], source: Source) -> list[Location]:
         try:
             urls = list(braceexpand(pattern))
         except ValueError:
-            raise DataError(f"source {source.name}: {pattern}: a brace is not closed; a range is written {{000000..000099}}") from None
+            raise DataError(
+                f"source {source.name}: {pattern}: a brace is not closed; a range is written"
+                " {000000..000099}"
+            ) from None
         for url in urls:
             for match in _matches(Location(url, options), source):
                 found[match.url] = match
     for location in found.values():
         suffixes = PurePosixPath(location.name).suffixes
         if suffixes and suffixes[-1] in (".gz", ".tgz", ".zst", ".xz", ".bz2"):
-            raise DataError(f"{location.url}: compressed shards cannot be read at any position; unpack it to a plain .tar (audio gains nothing from it)")
+            raise DataError(
+                f"{location.url}: compressed shards cannot be read at any position; unpack it to a plain .tar"
+                " (audio gains nothing from it)"
+            )
     return sorted(found.values(), key=lambda location: (location.name, location.url))
 
 
 def _matches(location: Location, source: Source) -> list[Location]:
     if location.is_local:
         location = replace(location, url=str(Path(split_protocol(location.url)[1]).absolute()))
-    if not any(character in location.url for character in ("*[" if location.url.startswith("http") else "*?[")):
+    if not any(
+        character in location.url for character in ("*[" if location.url.startswith("http") else "*?[")
+    ):
         return [location]
     matches = glob(location)
     if not matches:
-        raise DataError(f"source {source.name}: {location.url} matches no shard. Quote the pattern in the shell. {advice(location)}")
+        raise DataError(
+            f"source {source.name}: {location.url} matches no shard. Quote the pattern in the shell."
+            f" {advice(location)}"
+        )
     return matches

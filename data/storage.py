@@ -22,7 +22,17 @@ from data.location import Location
 from data.patience import Trouble, advice
 from data.ranges import Range, within
 
-TAGS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "xet_hash", "blob_id", "md5Hash")
+TAGS = (
+    "ETag",
+    "etag",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "xet_hash",
+    "blob_id",
+    "md5Hash",
+)
 """What file systems call that which changes with the content."""
 REQUESTS = 32
 """At a time, where many are asked for."""
@@ -59,7 +69,11 @@ def find(location: Location) -> Stat | None:
                 found = filesystem.info(path)
         except FileNotFoundError as error:  # fsspec's http says so of any failure
             cause = error.__cause__
-            if cause is None or isinstance(cause, (FileNotFoundError, ClientError)) or getattr(cause, "status", 0) in (404, 410):
+            if (
+                cause is None
+                or isinstance(cause, (FileNotFoundError, ClientError))
+                or getattr(cause, "status", 0) in (404, 410)
+            ):
                 return None
             raise cause from None
         return _stat(found)
@@ -68,11 +82,16 @@ def find(location: Location) -> Stat | None:
 
 
 def find_all(locations: Sequence[Location]) -> list[Stat | None]:
-    """As `find` of each; of many in one folder of an S3 bucket by its list, which takes a request for every thousand, or was made by `glob` just now."""
+    """As `find` of each; of many in one folder of an S3 bucket by its list, which takes a request for every
+    thousand, or was made by `glob` just now."""
     folders = Counter((location.url.rpartition("/")[0], location.options) for location in locations)
     with ThreadPoolExecutor(REQUESTS) as pool:
         many = [Location(*folder) for folder, count in folders.items() if count >= WORTH_A_LIST]
-        listed = {(place.url, place.options): found for place, found in zip(many, pool.map(_list, many), strict=True) if found is not None}
+        listed = {
+            (place.url, place.options): found
+            for place, found in zip(many, pool.map(_list, many), strict=True)
+            if found is not None
+        }
 
         def look(location: Location) -> Stat | None:
             folder, _, name = location.url.rpartition("/")
@@ -89,7 +108,11 @@ def _list(folder: Location) -> dict[str, Stat] | None:
         if "s3" not in filesystem.protocol:
             return None
         try:
-            return {entry["name"].rpartition("/")[2]: _stat(entry) for entry in filesystem.ls(path, detail=True) if entry["type"] == "file"}
+            return {
+                entry["name"].rpartition("/")[2]: _stat(entry)
+                for entry in filesystem.ls(path, detail=True)
+                if entry["type"] == "file"
+            }
         except (FileNotFoundError, PermissionError):
             return None
 
@@ -105,13 +128,17 @@ def glob(location: Location) -> list[Location]:
 
     def match(filesystem: Any, path: str) -> list[Location]:
         found = _glob(filesystem, path, local=location.is_local)
-        return [Location(name if location.is_local else filesystem.unstrip_protocol(name), location.options) for name in found]
+        return [
+            Location(name if location.is_local else filesystem.unstrip_protocol(name), location.options)
+            for name in found
+        ]
 
     return Trouble(location, "read the list of shards").retry(match)
 
 
 def _glob(filesystem: AbstractFileSystem, path: str, *, local: bool) -> list[str]:
-    """As the file system's own; which leaves out folders that cannot be listed where a folder's name is a pattern: here that is an error."""
+    """As the file system's own; which leaves out folders that cannot be listed where a folder's name is a
+    pattern: here that is an error."""
     root, _, _ = re.split(r"[*?[]", path, maxsplit=1)[0].rpartition("/")
     if "/" not in path[len(root) + 1 :] or "http" in filesystem.protocol:
         return list(filesystem.glob(path))
@@ -119,7 +146,11 @@ def _glob(filesystem: AbstractFileSystem, path: str, *, local: bool) -> list[str
     def fail(error: OSError) -> None:
         raise error
 
-    files = [f"{folder}/{name}" for folder, _, names in os.walk(root, onerror=fail) for name in names] if local else filesystem.find(root)
+    files = (
+        [f"{folder}/{name}" for folder, _, names in os.walk(root, onerror=fail) for name in names]
+        if local
+        else filesystem.find(root)
+    )
     wanted = re.compile(glob_translate(path))
     return sorted(filter(wanted.match, files))
 
@@ -127,7 +158,8 @@ def _glob(filesystem: AbstractFileSystem, path: str, *, local: bool) -> list[str
 def read(location: Location, start: int, end: int) -> bytes:
     """Bytes [start, end) of a shard.
 
-    Raises DataError at once where trying again would not help (missing, forbidden, replaced), ShardError when nothing has come for long.
+    Raises DataError at once where trying again would not help (missing, forbidden, replaced), ShardError when
+    nothing has come for long.
     """
     if start == end:  # a range that ends before it starts would be answered with the whole object
         return b""
@@ -139,7 +171,10 @@ def read(location: Location, start: int, end: int) -> bytes:
         if len(found) != end - start:
             raise EOFError(f"got {len(found)} of {end - start} bytes")
         if location.tag and stat(location).tag != location.tag:
-            raise DataError(f"{location.url}: was changed since the run began; a run on other samples is another run: put it back, or start anew")
+            raise DataError(
+                f"{location.url}: was changed since the run began; a run on other samples is another run: put"
+                " it back, or start anew"
+            )
         return found
 
     return Trouble(location, f"read bytes {start}-{end}").retry(from_disk)

@@ -1,6 +1,8 @@
-"""Tar archives as people have them, by their headers alone: ustar, GNU and PAX names and sizes, in bounded memory.
+"""Tar archives as people have them, by their headers alone: ustar, GNU and PAX names and sizes, in bounded
+memory.
 
-Python's tarfile takes a damaged or cut-off header for the end of the archive and says nothing; here damage is reported.
+Python's tarfile takes a damaged or cut-off header for the end of the archive and says nothing; here damage is
+reported.
 """
 
 from __future__ import annotations
@@ -10,7 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 BLOCK = 512
-ABOUT_THE_NEXT = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+ABOUT_THE_NEXT = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.XGLTYPE,
+)
 """Types of entries whose content says something of the next member, or of all."""
 
 
@@ -36,7 +44,11 @@ def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
     longer: dict[str, str] = {}
     while True:
         if at + BLOCK > size:
-            raise Damage(f"the archive ends at byte {size} without an end marker" if at == size else f"a header at byte {at} is cut off")
+            raise Damage(
+                f"the archive ends at byte {size} without an end marker"
+                if at == size
+                else f"a header at byte {at} is cut off"
+            )
         header = read(at, at + BLOCK)
         if header == bytes(BLOCK):
             return _check_end(read, at, size)
@@ -45,10 +57,16 @@ def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
         except tarfile.HeaderError as error:
             raise Damage(f"the header at byte {at} is damaged ({error})") from None
         name = longer.get("path", member.name)
-        if member.type == tarfile.GNUTYPE_SPARSE or any(keyword.startswith("GNU.sparse") for keyword in longer):
+        if member.type == tarfile.GNUTYPE_SPARSE or any(
+            keyword.startswith("GNU.sparse") for keyword in longer
+        ):
             raise Damage(f"{name!r} at byte {at} is a sparse file; pack it without --sparse")
         start = at + BLOCK
-        length = _size(longer, member) if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or member.type in ABOUT_THE_NEXT else 0
+        length = (
+            _size(longer, member)
+            if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or member.type in ABOUT_THE_NEXT
+            else 0
+        )
         if start + length > size:
             raise Damage(f"{name!r} at byte {at} claims {length} bytes, the archive has {size - start} left")
         at = start + -(-length // BLOCK) * BLOCK
@@ -70,11 +88,15 @@ def _size(longer: dict[str, str], member: tarfile.TarInfo) -> int:
 
 
 def _check_end(read: Callable[[int, int], bytes], at: int, size: int) -> None:
-    """After the end marker come zeros only; anything else was lost from the middle, or put behind another archive."""
+    """After the end marker come zeros only; anything else was lost from the middle, or put behind another
+    archive."""
     while at < size:
         end = min(at + 128 * BLOCK, size)
         if read(at, end).strip(b"\0"):
-            raise Damage(f"there is more behind the end marker, after byte {at}: a lost block, or archives put together with `cat`")
+            raise Damage(
+                f"there is more behind the end marker, after byte {at}: a lost block, or archives put"
+                " together with `cat`"
+            )
         at = end
 
 

@@ -19,9 +19,11 @@ OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 
 
 def upload(file: Path, location: Location) -> None:
-    """Copy a file to a URL, a large one to an object store in several parts at a time; what is there already is replaced.
+    """Copy a file to a URL, a large one to an object store in several parts at a time; what is there already
+    is replaced.
 
-    Raises DataError where trying again would not help (no bucket, denied), ShardError when it has not helped for long.
+    Raises DataError where trying again would not help (no bucket, denied), ShardError when it has not helped
+    for long.
     """
     trouble = Trouble(location, "write it")
 
@@ -35,7 +37,9 @@ def upload(file: Path, location: Location) -> None:
         if not filesystem.async_impl:
             filesystem.put_file(str(file), path)
             return
-        copying = asyncio.run_coroutine_threadsafe(filesystem._put_file(str(file), path, callback=Progress()), get_loop())
+        copying = asyncio.run_coroutine_threadsafe(
+            filesystem._put_file(str(file), path, callback=Progress()), get_loop()
+        )
         try:
             copying.result()
         except BaseException:

@@ -1,4 +1,5 @@
-"""`python -m launch`: train on this machine, show a config, look the machine over. No torch is imported here, so that it answers at once."""
+"""`python -m launch`: train on this machine, show a config, look the machine over. No torch is imported here,
+so that it answers at once."""
 
 from __future__ import annotations
 
@@ -13,11 +14,18 @@ from configs.errors import ConfigError, run_command
 if TYPE_CHECKING:
     from configs.rundir import RunDir
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Earwitness: trains Whisper to caption what it hears.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Earwitness: trains Whisper to caption what it hears.",
+)
 
 Config = Annotated[Path, typer.Argument(help="YAML file, as configs/turbo.yaml", metavar="CONFIG")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value, as optim.lr=1e-5", metavar="[KEY=VALUE]...")]  # noqa: UP045 (typer)
-
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, as optim.lr=1e-5", metavar="[KEY=VALUE]...")
+]
+Procs = Annotated[Optional[int], typer.Option(min=1, help="Processes; default 1 per GPU or 1")]  # noqa: UP045
 Run = Annotated[Path, typer.Argument(help="Folder of a run, as runs/NAME", metavar="RUN")]
 
 
@@ -25,7 +33,7 @@ Run = Annotated[Path, typer.Argument(help="Folder of a run, as runs/NAME", metav
 def train(
     config: Config,
     overrides: Overrides = None,
-    procs: Annotated[Optional[int], typer.Option(min=1, help="Processes; default one per GPU, or 1.")] = None,  # noqa: UP045
+    procs: Procs = None,
 ) -> None:
     """Train on this machine. The same command again resumes. Ctrl-C saves and leaves (exit code 85)."""
     from configs.load import load
@@ -36,7 +44,10 @@ def train(
     settings = load(config, overrides or [])
     procs = procs or _gpus() or 1
     if procs > settings.batch.global_size:
-        raise ConfigError(f"--procs {procs}: more processes than samples in a step (batch.global_size is {settings.batch.global_size})")
+        raise ConfigError(
+            f"--procs {procs}: more processes than samples in a step (batch.global_size is"
+            f" {settings.batch.global_size})"
+        )
     index_missing(settings, list_shards(settings))  # before any rank waits for it
     raise typer.Exit(run_ranks(RunDir.create(settings), settings, procs))
 
@@ -45,7 +56,13 @@ def train(
 def submit(
     config: Config,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script that sbatch would get, and put the run's folder in order for it.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the script that sbatch would get, and put the run's folder in order for it.",
+        ),
+    ] = False,
 ) -> None:
     """Train on Slurm: submit the first job of a chain that goes on until the run is finished."""
     from configs.load import load
@@ -56,7 +73,9 @@ def submit(
 
 @app.command()
 def status(
-    run: Annotated[Optional[Path], typer.Argument(help="Folder of a run; default all below runs/.", metavar="[RUN]")] = None,  # noqa: UP045 (typer)
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder of a run; default all below runs/.", metavar="[RUN]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Attempts, why each ended, and where the time went."""
@@ -75,7 +94,8 @@ def stop(run: Run) -> None:
 
 @app.command()
 def drill(run: Run) -> None:
-    """Send a running attempt the signal of a preemption, and report the seconds to save, to restart and to the first step."""
+    """Send a running attempt the signal of a preemption, and report the seconds to save, to restart and to
+    the first step."""
     from launch.control import drill
 
     drill(_rundir(run))
@@ -87,7 +107,8 @@ def selftest(
     overrides: Overrides = None,
     minutes: Annotated[float, typer.Option(help="Give up after so long; time in the queue counts.")] = 60,
 ) -> None:
-    """On a new cluster: 20 real steps of a config, a kill, going on with fewer processes, an export; one table."""
+    """On a new cluster: 20 real steps of a config, a kill, going on with fewer processes, an export; one
+    table."""
     from configs.load import load
     from launch.selftest import selftest
 
@@ -103,7 +124,11 @@ def config(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def doctor(config: Annotated[Optional[Path], typer.Argument(help="Also check what this config needs.", metavar="[CONFIG]")] = None) -> None:  # noqa: UP045
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="Also check what this config needs.", metavar="[CONFIG]")
+    ] = None,
+) -> None:
     """Look over driver, CUDA, torch, DeepSpeed, FFmpeg, S3 and Slurm, and say what to mend."""
     from launch.doctor import examine
 

@@ -21,7 +21,8 @@ DRILL_MINUTES = 30
 
 
 def stop(run: RunDir) -> None:
-    """End a run's chain: the attempt at work saves first. Returns when nothing is left of it. Raises ConfigError if there is no chain."""
+    """End a run's chain: the attempt at work saves first. Returns when nothing is left of it. Raises
+    ConfigError if there is no chain."""
     jobs = _jobs(run)
     waiting = [job.job for job in jobs if job.state == "PENDING"]
     running = [job.job for job in jobs if job.state == "RUNNING"]
@@ -38,8 +39,14 @@ def stop(run: RunDir) -> None:
         time.sleep(POLL)
     ended = [line["words"] for line in run.ledger("ended")]
     words = f" ({ended[-1]})" if ended else ""
-    saved = f"the newest checkpoint is of step {step}" if (step := run.saved_step()) else "there is no checkpoint yet"
-    print(f"{run.path}: the chain has ended{words}; {saved}. `python -m launch submit` with its config goes on")
+    saved = (
+        f"the newest checkpoint is of step {step}"
+        if (step := run.saved_step())
+        else "there is no checkpoint yet"
+    )
+    print(
+        f"{run.path}: the chain has ended{words}; {saved}. `python -m launch submit` with its config goes on"
+    )
 
 
 def drill(run: RunDir) -> None:
@@ -50,13 +57,20 @@ def drill(run: RunDir) -> None:
     running = [job.job for job in _jobs(run) if job.state == "RUNNING"]
     attempts = [line for line in run.ledger("attempt") if line.get("job") in running]
     if not attempts or not any(line["attempt"] == attempts[-1]["attempt"] for line in run.ledger("start")):
-        raise ConfigError(f"{run.path}: no attempt is training now; `python -m launch status {run.path}` says what it waits for")
+        raise ConfigError(
+            f"{run.path}: no attempt is training now; `python -m launch status {run.path}` says what it"
+            " waits for"
+        )
     attempt, job = attempts[-1]["attempt"], attempts[-1]["job"]
     began = time.time()
     for signal in ("CONT", "TERM"):  # what Slurm sends
         cluster.send_signal(job, signal)
     print(f"job {job}: sent SIGCONT and SIGTERM, as a preemption does", flush=True)
-    steps = [("attempt", "next attempt starts"), ("start", "it has loaded the checkpoint"), ("progress", "its first step is taken")]
+    steps = [
+        ("attempt", "next attempt starts"),
+        ("start", "it has loaded the checkpoint"),
+        ("progress", "its first step is taken"),
+    ]
     until = began + 60 * DRILL_MINUTES
     saved = wait_for(run, "stop", "durable save", until, lambda line: bool(line["attempt"] == attempt))
     print(f"  {saved['time'] - began:7.1f} s  durable save", flush=True)
@@ -65,20 +79,36 @@ def drill(run: RunDir) -> None:
         print(f"  {found['time'] - began:7.1f} s  {what}", flush=True)
 
 
-def wait_for(run: RunDir, event: str, what: str, until: float, matches: Callable[[dict[str, Any]], bool] = lambda line: True) -> dict[str, Any]:
-    """Wait for a line of the ledger, until a time (s since the epoch). Raises EarwitnessError if it does not come, or the chain ends first."""
+def wait_for(
+    run: RunDir,
+    event: str,
+    what: str,
+    until: float,
+    matches: Callable[[dict[str, Any]], bool] = lambda line: True,
+) -> dict[str, Any]:
+    """Wait for a line of the ledger, until a time (s since the epoch). Raises EarwitnessError if it does not
+    come, or the chain ends first."""
     while True:
         jobs = cluster.queued(chain_jobs(run))  # before the ledger, so that the last words of a job are seen
         if found := next(filter(matches, run.ledger(event)), None):
             return found
         if not jobs or time.time() > until:
-            queue = "; ".join(f"job {job.job} is {job.state.lower()} ({job.reason})" for job in jobs) or "no job of this run is in the queue any more"
-            raise EarwitnessError(f"{run.path}: waited for this in vain: {what}; {queue}. `python -m launch status {run.path}` says more")
+            queue = (
+                "; ".join(f"job {job.job} is {job.state.lower()} ({job.reason})" for job in jobs)
+                or "no job of this run is in the queue any more"
+            )
+            raise EarwitnessError(
+                f"{run.path}: waited for this in vain: {what}; {queue}. `python -m launch status {run.path}`"
+                " says more"
+            )
         time.sleep(POLL)
 
 
 def _jobs(run: RunDir) -> list[cluster.QueuedJob]:
     jobs = cluster.queued(chain_jobs(run))
     if not jobs:
-        raise ConfigError(f"{run.path}: no job of this run is in the queue; `python -m launch status {run.path}` says how it ended")
+        raise ConfigError(
+            f"{run.path}: no job of this run is in the queue; `python -m launch status {run.path}` says how"
+            " it ended"
+        )
     return jobs

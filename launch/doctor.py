@@ -17,7 +17,19 @@ from slurm import cluster
 
 Finding = tuple[str, str, str]
 """What, verdict (ok, note, bad), details."""
-PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "webdataset", "s3fs", "boto3", "soundfile", "soxr", "pyarrow", "submitit")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "safetensors",
+    "webdataset",
+    "s3fs",
+    "boto3",
+    "soundfile",
+    "soxr",
+    "pyarrow",
+    "submitit",
+)
 
 
 def examine(config: Path | None) -> int:
@@ -53,25 +65,60 @@ def _device() -> Iterator[Finding]:
 
     driver = (
         shutil.which("nvidia-smi")
-        and subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False).stdout.split()
+        and subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        ).stdout.split()
     )
-    yield "NVIDIA driver", "ok" if driver else "note", driver[0] if driver else "none: training will run on the CPU"
-    yield "CUDA of torch", "ok" if torch.version.cuda else "note", torch.version.cuda or "this torch is built without CUDA"
+    yield (
+        "NVIDIA driver",
+        "ok" if driver else "note",
+        driver[0] if driver else "none: training will run on the CPU",
+    )
+    yield (
+        "CUDA of torch",
+        "ok" if torch.version.cuda else "note",
+        torch.version.cuda or "this torch is built without CUDA",
+    )
     if not torch.cuda.is_available():
         if driver:
-            yield "GPU", "bad", "torch sees none: install a torch built for a CUDA that this driver supports, and check CUDA_VISIBLE_DEVICES"
-        yield "CPU", "ok", f"{len(os.sched_getaffinity(0))} cores, gloo {'available' if torch.distributed.is_gloo_available() else 'missing'}"
+            yield (
+                "GPU",
+                "bad",
+                (
+                    "torch sees none: install a torch built for a CUDA that this driver supports, and check"
+                    " CUDA_VISIBLE_DEVICES"
+                ),
+            )
+        yield (
+            "CPU",
+            "ok",
+            (
+                f"{len(os.sched_getaffinity(0))} cores, gloo"
+                f" {'available' if torch.distributed.is_gloo_available() else 'missing'}"
+            ),
+        )
         return
     yield "NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version()))
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         fit = torch.cuda.is_bf16_supported(including_emulation=False)
         details = f"{about.name}, {about.total_memory / 1e9:.0f} GB"
-        yield f"GPU {number}", "ok" if fit else "bad", details + ("" if fit else ": no BF16, training needs it (Ampere or newer)")
+        yield (
+            f"GPU {number}",
+            "ok" if fit else "bad",
+            details + ("" if fit else ": no BF16, training needs it (Ampere or newer)"),
+        )
 
 
 def _programs() -> Iterator[Finding]:
-    yield "FFmpeg", "ok" if shutil.which("ffmpeg") else "note", shutil.which("ffmpeg") or "not on the PATH: needed for M4A, AAC, MP4 and WebM clips only"
+    yield (
+        "FFmpeg",
+        "ok" if shutil.which("ffmpeg") else "note",
+        shutil.which("ffmpeg") or "not on the PATH: needed for M4A, AAC, MP4 and WebM clips only",
+    )
     if not cluster.here():
         yield "Slurm", "note", "no sbatch here: only `launch train` will work"
         return
@@ -88,7 +135,11 @@ def _credentials() -> Iterator[Finding]:
     found = boto3.Session().get_credentials()
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
     if found is None:
-        yield "S3 credentials", "note", "none: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, if shards are on S3"
+        yield (
+            "S3 credentials",
+            "note",
+            "none: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, if shards are on S3",
+        )
     else:
         yield "S3 credentials", "ok", f"from {found.method}, endpoint {endpoint}"
 
@@ -106,7 +157,11 @@ def _config(path: Path) -> Iterator[Finding]:
             first = next(shard for shard in shards if shard.source is source)
             size = storage.stat(first.location).size
             count = sum(shard.source is source for shard in shards)
-            yield f"source {source.name}", "ok", f"{count} shards; {first.location.url} has {size / 1e6:.1f} MB"
+            yield (
+                f"source {source.name}",
+                "ok",
+                f"{count} shards; {first.location.url} has {size / 1e6:.1f} MB",
+            )
         sidecars = load_sidecars(config, shards)
         for shard, sidecar in zip(shards, sidecars, strict=True):
             if sidecar and sidecar.damage:

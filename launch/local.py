@@ -22,13 +22,17 @@ from slurm.chain import Cause, Failure, record_end, settle
 GRACE = 20.0
 """Seconds that the other ranks get to leave by themselves after one has failed."""
 GOOD = (ExitCode.FINISHED, ExitCode.SAVED)
-KILLED = "by hand, or by the system for want of memory (`dmesg` tells); then lower batch.micro_size or data.read_ahead_mb"
+KILLED = (
+    "by hand, or by the system for want of memory (`dmesg` tells); then lower batch.micro_size or"
+    " data.read_ahead_mb"
+)
 TAIL = 20
 """Lines shown of the output of a rank that died without a word."""
 
 
 def run_ranks(run: RunDir, config: RunConfig, procs: int) -> int:
-    """Train on `procs` processes; returns the exit code of the run. The error of the rank that failed is printed last.
+    """Train on `procs` processes; returns the exit code of the run. The error of the rank that failed is
+    printed last.
 
     Raises ConfigError if another attempt is at work on the run.
     """
@@ -63,13 +67,22 @@ def _attempt(run: RunDir, attempt: int, procs: int) -> tuple[int, Failure | None
 
 def _start(run: RunDir, attempt: int, rank: int, procs: int, port: int) -> subprocess.Popen[bytes]:
     environment = os.environ | {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "EARWITNESS_DIE_WITH": str(os.getpid()), "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(procs),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "EARWITNESS_DIE_WITH": str(os.getpid()),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+        ),
+    }
     command = [sys.executable, "-m", "launch.worker", str(run.path), str(attempt)]
     # In a session of its own, so that Ctrl-C reaches the launcher alone, which asks all ranks to save.
     with log_file(run, attempt, rank).open("wb") as log:
-        return subprocess.Popen(command, env=environment, start_new_session=True, stdout=None if rank == 0 else log, stderr=log)
+        return subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=None if rank == 0 else log, stderr=log
+        )
 
 
 def log_file(run: RunDir, attempt: int, rank: int) -> Path:
@@ -86,7 +99,11 @@ def _pass_signals_to(ranks: list[subprocess.Popen[bytes]]) -> None:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL if asked and signum == signal.SIGINT else signal.SIGTERM)
         if not asked:
-            print("\nstopping: saving at the end of this step (Ctrl-C again to leave at once)", file=sys.stderr, flush=True)
+            print(
+                "\nstopping: saving at the end of this step (Ctrl-C again to leave at once)",
+                file=sys.stderr,
+                flush=True,
+            )
         asked = True
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
@@ -94,7 +111,8 @@ def _pass_signals_to(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
-    """Wait for all ranks, or GRACE seconds after the first one has failed; their exit codes then (None: still running)."""
+    """Wait for all ranks, or GRACE seconds after the first one has failed; their exit codes then (None: still
+    running)."""
     deadline = float("inf")
     while time.monotonic() < deadline:
         codes = [process.poll() for process in ranks]
@@ -109,20 +127,25 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
 
 
 def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> tuple[int, Failure | None]:
-    """Print the error that ended the run; returns its exit code, and a failure that the ledger does not tell of.
+    """Print the error that ended the run; returns its exit code, and a failure that the ledger does not tell
+    of.
 
-    A rank that was killed is the cause, the others only lost it. One that has aborted is not, unless it was decoding: NCCL does so to those that
-    wait for another one.
+    A rank that was killed is the cause, the others only lost it. One that has aborted is not, unless it was
+    decoding: NCCL does so to those that wait for another one.
     """
     reports = {rank: path for rank in range(len(codes)) if (path := error_file(run, attempt, rank)).exists()}
     silent = [rank for rank, code in enumerate(codes) if code not in (None, *GOOD) and rank not in reports]
     failure = None
     samples = {death.rank: death for death in deaths(run, attempt)}
-    killed = [*samples] or [rank for rank in silent if (codes[rank] or 0) < 0 and codes[rank] != -signal.SIGABRT]
+    killed = [*samples] or [
+        rank for rank in silent if (codes[rank] or 0) < 0 and codes[rank] != -signal.SIGABRT
+    ]
     if reports and not killed:
         rank = min(reports, key=lambda rank: reports[rank].stat().st_mtime_ns)
         aborted = [other for other in silent if codes[other] == -signal.SIGABRT]
-        message = reports[rank].read_text() + "".join(f"\nrank {other} was aborted (its log: {log_file(run, attempt, other)})" for other in aborted)
+        message = reports[rank].read_text(encoding="utf-8") + "".join(
+            f"\nrank {other} was aborted (its log: {log_file(run, attempt, other)})" for other in aborted
+        )
     else:
         rank = (killed or silent)[0]
         code = codes[rank] or 0
@@ -132,11 +155,17 @@ def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> tuple[int, F
         if rank in samples:
             hint = f": {samples[rank]}. Start again; when it has ended {DEATHS} attempts, it is left out"
         trace = log_file(run, attempt, rank).with_suffix(".fatal")
-        said = log_file(run, attempt, rank).read_text(errors="replace").splitlines()[-TAIL:]
+        said = log_file(run, attempt, rank).read_text(errors="replace", encoding="utf-8").splitlines()[-TAIL:]
         if trace.exists():
-            said += "".join(trace.read_text(errors="replace").partition("Current thread")[1:]).splitlines()[:TAIL]
+            said += "".join(
+                trace.read_text(errors="replace", encoding="utf-8").partition("Current thread")[1:]
+            ).splitlines()[:TAIL]
         message = "\n".join([*said, f"rank {rank} {ended}{hint}"])
-    print(f"\nerror on rank {rank} (its log: {log_file(run, attempt, rank)}):\n{message.strip()}", file=sys.stderr, flush=True)
+    print(
+        f"\nerror on rank {rank} (its log: {log_file(run, attempt, rank)}):\n{message.strip()}",
+        file=sys.stderr,
+        flush=True,
+    )
     code = codes[rank] or 0
     return (code if code > 0 else 1), failure
 

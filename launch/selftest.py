@@ -1,4 +1,5 @@
-"""`launch selftest`: on a cluster that nobody has tried yet, everything once, with the config that is to be trained: minutes, and one table."""
+"""`launch selftest`: on a cluster that nobody has tried yet, everything once, with the config that is to be
+trained: minutes, and one table."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ STEPS, SAVE_EVERY = 20, 5
 
 
 def selftest(config: RunConfig, minutes: float) -> int:
-    """Submit a short run, kill it, let it go on with fewer processes, and export it; returns 0 if all went well.
+    """Submit a short run, kill it, let it go on with fewer processes, and export it; returns 0 if all went
+    well.
 
     Raises ConfigError where the config or the cluster would not even take the job.
     """
@@ -35,14 +37,21 @@ def selftest(config: RunConfig, minutes: float) -> int:
         if not run.slurm.is_dir():
             raise ConfigError(f"{run.path}: is in the way, and is not the folder of a selftest")
         if cluster.queued(chain_jobs(run)):
-            raise ConfigError(f"{run.path}: another selftest is at work; `python -m launch stop {run.path}` ends it")
+            raise ConfigError(
+                f"{run.path}: another selftest is at work; `python -m launch stop {run.path}` ends it"
+            )
         shutil.rmtree(run.path)
     changes = {
-        "run": {"name": f"{config.run.name}-selftest", "dir": run.path}, "optim": {"max_steps": STEPS, "epochs": None},
-        "checkpoint": {"every_steps": SAVE_EVERY, "mirror": None}, "evaluate": {"every_steps": 10**9, "captions": 0, "max_samples": config.batch.global_size},
-        "monitor": {"every_steps": 1}, "slurm": {"nodes": most, "resubmit": "chain", "time_minutes": min(60, config.slurm.time_minutes)},
-    }  # fmt: skip
-    short = config.model_copy(update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()})
+        "run": {"name": f"{config.run.name}-selftest", "dir": run.path},
+        "optim": {"max_steps": STEPS, "epochs": None},
+        "checkpoint": {"every_steps": SAVE_EVERY, "mirror": None},
+        "evaluate": {"every_steps": 10**9, "captions": 0, "max_samples": config.batch.global_size},
+        "monitor": {"every_steps": 1},
+        "slurm": {"nodes": most, "resubmit": "chain", "time_minutes": min(60, config.slurm.time_minutes)},
+    }
+    short = config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    )
     test = _Test(run, time.time() + 60 * minutes)
     try:
         test.steps(short, most)
@@ -52,18 +61,25 @@ def selftest(config: RunConfig, minutes: float) -> int:
         cluster.cancel(*[job.job for job in cluster.queued(chain_jobs(run))])
     Console().print(test.table)
     good = not test.failed
-    print(f"verdict: {'this cluster is ready for it' if good else 'see the last line; logs are in ' + str(run.slurm)}")
+    print(
+        "verdict:"
+        f" {'this cluster is ready for it' if good else 'see the last line; logs are in ' + str(run.slurm)}"
+    )
     return 0 if good else 1
 
 
 class _Test:
     def __init__(self, run: RunDir, deadline: float) -> None:
         self.run, self.deadline, self.failed = run, deadline, False
-        self.table = Table("what", "", "found", "seconds", title=f"earwitness selftest, {run.path}", title_justify="left")
+        self.table = Table(
+            "what", "", "found", "seconds", title=f"earwitness selftest, {run.path}", title_justify="left"
+        )
 
     def row(self, what: str, found: str, seconds: float | None = None, *, good: bool = True) -> None:
         self.failed |= not good
-        self.table.add_row(what, "[green]ok" if good else "[red]bad", found, "" if seconds is None else f"{seconds:.1f}")
+        self.table.add_row(
+            what, "[green]ok" if good else "[red]bad", found, "" if seconds is None else f"{seconds:.1f}"
+        )
         print(f"{what}: {found}", flush=True)
 
     def steps(self, config: RunConfig, nodes: int) -> None:
@@ -73,33 +89,73 @@ class _Test:
         first = self.wait("attempt", "the first job to start")
         self.row("queue", f"job {first['job']} on {', '.join(first['nodes'])}", first["time"] - began)
         look = self.wait("preflight", "the look at all nodes")
-        speeds = f", {min(look['tflops']):.0f} to {max(look['tflops']):.0f} TFLOP/s per GPU" if "tflops" in look else ""
-        self.row("nodes", f"{first['ranks']} processes, all-reduce {look['all_reduce_gb_per_second']:.2f} GB/s{speeds}", look["seconds"])
+        speeds = (
+            f", {min(look['tflops']):.0f} to {max(look['tflops']):.0f} TFLOP/s per GPU"
+            if "tflops" in look
+            else ""
+        )
+        self.row(
+            "nodes",
+            f"{first['ranks']} processes, all-reduce {look['all_reduce_gb_per_second']:.2f} GB/s{speeds}",
+            look["seconds"],
+        )
         start = self.wait("start", "the model to be loaded")
         self.row("start-up", f"on {start['device']}", start["time"] - first["time"])
         saved = self.wait("checkpoint", "the first checkpoint")
         self.row("training", f"{saved['step']} steps", saved["time"] - start["time"])
-        self.row("checkpoint", f"{saved['bytes'] / 1e9:.2f} GB, training stopped for {saved['blocking_seconds']:.2f} s", saved["total_seconds"])
+        self.row(
+            "checkpoint",
+            f"{saved['bytes'] / 1e9:.2f} GB, training stopped for {saved['blocking_seconds']:.2f} s",
+            saved["total_seconds"],
+        )
 
-        following = (self.run.slurm / "jobs" / f"{first['job']}.next").read_text().strip()
+        following = (self.run.slurm / "jobs" / f"{first['job']}.next").read_text(encoding="utf-8").strip()
         fewer = max(1, nodes // 2)
         if nodes > 1:
             cluster.set_nodes(following, fewer, fewer * config.slurm.tasks)
         killed = time.time()
-        cluster.send_signal(f"{first['job']}.1", "KILL")  # the ranks' step; to the whole job it would mean that it is cancelled
+        cluster.send_signal(
+            f"{first['job']}.1", "KILL"
+        )  # the ranks' step; to the whole job it would mean that it is cancelled
         second = self.wait("attempt", "the next attempt", lambda line: line["attempt"] > first["attempt"])
-        self.row("all processes killed", f"job {second['job']} goes on by itself on {', '.join(second['nodes'])}", second["time"] - killed)
-        again = self.wait("start", "the checkpoint to be loaded", lambda line: line["attempt"] > first["attempt"])
-        self.row("resumed", f"at step {again['step']} on {again['ranks']} processes instead of {first['ranks']}", again["time"] - second["time"])
+        self.row(
+            "all processes killed",
+            f"job {second['job']} goes on by itself on {', '.join(second['nodes'])}",
+            second["time"] - killed,
+        )
+        again = self.wait(
+            "start", "the checkpoint to be loaded", lambda line: line["attempt"] > first["attempt"]
+        )
+        self.row(
+            "resumed",
+            f"at step {again['step']} on {again['ranks']} processes instead of {first['ranks']}",
+            again["time"] - second["time"],
+        )
         end = self.wait("chain_ended", "the end")
-        self.row("finished", f"{end['why']}, {STEPS} steps", end["time"] - again["time"], good=end["why"] == "finished")
+        self.row(
+            "finished",
+            f"{end['why']}, {STEPS} steps",
+            end["time"] - again["time"],
+            good=end["why"] == "finished",
+        )
         began = time.time()
         out = self.run.path / "export"
         done = subprocess.run(
-            [sys.executable, "-m", "tools.export", str(self.run.path), str(out)], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "tools.export", str(self.run.path), str(out)],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
         )
-        self.row("export", str(out) if done.returncode == 0 else done.stderr.strip(), time.time() - began, good=done.returncode == 0)
+        self.row(
+            "export",
+            str(out) if done.returncode == 0 else done.stderr.strip(),
+            time.time() - began,
+            good=done.returncode == 0,
+        )
 
-    def wait(self, event: str, what: str, matches: Callable[[dict[str, Any]], bool] = lambda line: True) -> dict[str, Any]:
+    def wait(
+        self, event: str, what: str, matches: Callable[[dict[str, Any]], bool] = lambda line: True
+    ) -> dict[str, Any]:
         """Wait for a line of the ledger."""
         return wait_for(self.run, event, what, self.deadline, matches)

@@ -1,4 +1,5 @@
-"""`launch status`: what became of a run, attempt by attempt, and where its time went. It reads only, and works where there is no Slurm, too."""
+"""`launch status`: what became of a run, attempt by attempt, and where its time went. It reads only, and
+works where there is no Slurm, too."""
 
 from __future__ import annotations
 
@@ -63,11 +64,19 @@ def status(run: RunDir | None, *, as_json: bool) -> None:
     """Print one run, or all below `runs/`. Raises ConfigError if there is none."""
     runs = [run] if run else [RunDir(file.parent) for file in sorted(Path("runs").glob("*/events.jsonl"))]
     if not runs:
-        raise ConfigError("there are no runs below runs/ here; name the folder of one: python -m launch status RUN")
+        raise ConfigError(
+            "there are no runs below runs/ here; name the folder of one: python -m launch status RUN"
+        )
     queued, now = queued_jobs(runs), time.time()
     reports = [look(one, queued, now) for one in runs]
     if as_json:
-        print(json.dumps(asdict(reports[0]) if run else [asdict(report) for report in reports], indent=1, ensure_ascii=False))
+        print(
+            json.dumps(
+                asdict(reports[0]) if run else [asdict(report) for report in reports],
+                indent=1,
+                ensure_ascii=False,
+            )
+        )
         return
     console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, markup=False)
     if run:
@@ -99,16 +108,36 @@ def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
     start: dict[str, Any] = next((line for line in reversed(lines) if line["event"] == "start"), {})
     step = next((row.last for row in reversed(rows) if row.last is not None), 0)
     speed = next((row.samples_per_second for row in reversed(rows) if row.samples_per_second), None)
-    told = next((line["time"] for line in reversed(lines) if line["event"] in ("progress", "checkpoint", "start")), None)
-    left = (start["of"] - step) * start["global_size"] if state == "running" and "global_size" in start else None
-    losses = [line["validation/loss"] for line in lines if line["event"] == "evaluation" and "validation/loss" in line]
+    told = next(
+        (line["time"] for line in reversed(lines) if line["event"] in ("progress", "checkpoint", "start")),
+        None,
+    )
+    left = (
+        (start["of"] - step) * start["global_size"] if state == "running" and "global_size" in start else None
+    )
+    losses = [
+        line["validation/loss"]
+        for line in lines
+        if line["event"] == "evaluation" and "validation/loss" in line
+    ]
     return Report(
-        str(run.path), state, words, _next(run, state, on_slurm=bool(mine)), step, start.get("of"), told,
+        str(run.path),
+        state,
+        words,
+        _next(run, state, on_slurm=bool(mine)),
+        step,
+        start.get("of"),
+        told,
         left / speed if left is not None and speed else None,
-        losses[-1] if losses else None, since,
-        {name: {"seconds": round(seconds, 3), "share": round(seconds / (sum(spent.values()) or 1), 5)} for name, seconds in spent.items()},
-        _notices(lines), rows,
-    )  # fmt: skip
+        losses[-1] if losses else None,
+        since,
+        {
+            name: {"seconds": round(seconds, 3), "share": round(seconds / (sum(spent.values()) or 1), 5)}
+            for name, seconds in spent.items()
+        },
+        _notices(lines),
+        rows,
+    )
 
 
 def _at_work(run: RunDir, attempt: dict[str, Any], jobs: list[QueuedJob] | None) -> bool:
@@ -122,7 +151,9 @@ def _at_work(run: RunDir, attempt: dict[str, Any], jobs: list[QueuedJob] | None)
 def _state(lines: list[dict[str, Any]], rows: list[Attempt], jobs: list[QueuedJob] | None) -> tuple[str, str]:
     last = rows[-1] if rows else None
     if last and last.end is None:
-        return "running", last.place + (f", on {', '.join(last.nodes)}" if len(last.nodes) < 4 else "") + ("" if last.first is not None else ", starting up")
+        return "running", last.place + (f", on {', '.join(last.nodes)}" if len(last.nodes) < 4 else "") + (
+            "" if last.first is not None else ", starting up"
+        )
     for job in jobs or []:
         if job.state != "PENDING":
             return "starting", f"job {job.job} on {job.nodes} ({job.state.lower()})"
@@ -130,20 +161,31 @@ def _state(lines: list[dict[str, Any]], rows: list[Attempt], jobs: list[QueuedJo
         return "waiting", ", ".join(f"job {job.job}: {_reason(job)}" for job in jobs)
     if last and last.cause == Cause.FINISHED.name.lower():
         return "finished", last.words
-    told = [line["why"] for line in lines if line["event"] == "chain_ended" and line["time"] >= (last.begin if last else 0)]
+    told = [
+        line["why"]
+        for line in lines
+        if line["event"] == "chain_ended" and line["time"] >= (last.begin if last else 0)
+    ]
     if told:
         return "ended", told[-1]
     if jobs is None and not (last and Cause.told(last.cause) in FINAL):
-        return "unknown", "Slurm does not answer here; " + (f"the last attempt ended: {last.words}" if last else "it has been submitted")
+        return "unknown", "Slurm does not answer here; " + (
+            f"the last attempt ended: {last.words}" if last else "it has been submitted"
+        )
     if last:
         return "ended", last.words
     index = [line["index_log"] for line in lines if line.get("index_log")]
-    return "ended", "no job of it is in the queue, and none has begun" + (f"; was it the indexing? Its log: {index[-1]}" if index else "")
+    return "ended", "no job of it is in the queue, and none has begun" + (
+        f"; was it the indexing? Its log: {index[-1]}" if index else ""
+    )
 
 
 def _reason(job: QueuedJob) -> str:
     if job.reason in NEVER:
-        return f"{job.reason}: it will not start on this cluster as it is; `launch stop`, and ask for less in the slurm section"
+        return (
+            f"{job.reason}: it will not start on this cluster as it is; `launch stop`, and ask for less in"
+            " the slurm section"
+        )
     return "Slurm has not looked at it yet" if job.reason == "None" else job.reason
 
 
@@ -152,13 +194,21 @@ def _next(run: RunDir, state: str, *, on_slurm: bool) -> str:
         return f"python -m tools.export {run.path} captioner"
     if state != "ended":
         return ""
-    return f"python -m launch {'submit' if on_slurm else 'train'} {run.config if run.config.is_file() else 'CONFIG'}"
+    return (
+        f"python -m launch {'submit' if on_slurm else 'train'}"
+        f" {run.config if run.config.is_file() else 'CONFIG'}"
+    )
 
 
 NOTICES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "slow_save": lambda line: f"step {line['step']}: the save took {line['seconds']:.0f} s, and slurm.signal_seconds is {line['grace']:.0f}: {line['advice']}",
+    "slow_save": lambda line: (
+        f"step {line['step']}: the save took {line['seconds']:.0f} s, and slurm.signal_seconds is"
+        f" {line['grace']:.0f}: {line['advice']}"
+    ),
     "skip": lambda line: f"step {line['step']}: its gradient was not finite, and is left out",
-    "spike": lambda line: f"step {line['step']}: its loss, {line['loss']:.4g}, stands out; the ledger names the samples",
+    "spike": lambda line: (
+        f"step {line['step']}: its loss, {line['loss']:.4g}, stands out; the ledger names the samples"
+    ),
     "damaged": lambda line: line["message"],
     "mirror_failed": lambda line: line["message"],
 }
@@ -176,7 +226,14 @@ def _print_runs(console: Console, reports: list[Report]) -> None:
     table = Table("run", "state", "step", "validation loss", "left", "", box=None)
     for report in reports:
         loss = "" if report.validation_loss is None else f"{report.validation_loss:.4f}"
-        table.add_row(report.run, report.state, _steps(report), loss, _duration(report.eta_seconds), "" if report.words == report.state else report.words)
+        table.add_row(
+            report.run,
+            report.state,
+            _steps(report),
+            loss,
+            _duration(report.eta_seconds),
+            "" if report.words == report.state else report.words,
+        )
     console.print(table)
 
 
@@ -184,18 +241,31 @@ def _print_run(console: Console, report: Report) -> None:
     loss = "" if report.validation_loss is None else f", validation loss {report.validation_loss:.4f}"
     left = "" if report.eta_seconds is None else f", {_duration(report.eta_seconds)} left"
     words = "" if report.words == report.state else f": {report.words}"
-    age = f" ({_duration(time.time() - report.step_at)} ago)" if report.step_at and report.state == "running" else ""
+    age = (
+        f" ({_duration(time.time() - report.step_at)} ago)"
+        if report.step_at and report.state == "running"
+        else ""
+    )
     console.print(f"{report.run}: {report.state}{words}\nstep {_steps(report)}{age}{loss}{left}")
     table = Table("attempt", "job", "nodes", "start", "end", "cause", "steps", "samples/s", box=None)
     for row in report.attempts:
-        steps = "" if row.first is None else f"{row.first}-{row.last}" + (f" ({row.repeated} lost)" if row.repeated else "")
+        steps = (
+            ""
+            if row.first is None
+            else f"{row.first}-{row.last}" + (f" ({row.repeated} lost)" if row.repeated else "")
+        )
         speed = "" if row.samples_per_second is None else f"{row.samples_per_second:.1f}"
         nodes = f"{len(row.nodes)} x {row.ranks // len(row.nodes)}"
-        table.add_row(str(row.attempt), row.job, nodes, _clock(row.begin), _clock(row.end), row.words, steps, speed)
+        table.add_row(
+            str(row.attempt), row.job, nodes, _clock(row.begin), _clock(row.end), row.words, steps, speed
+        )
     console.print(table)
     if any(part["seconds"] for part in report.goodput.values()):
         total = sum(part["seconds"] for part in report.goodput.values())
-        console.print(f"goodput: {report.goodput['training']['share']:.1%} of {_duration(total)} went into training that was kept")
+        console.print(
+            f"goodput: {report.goodput['training']['share']:.1%} of {_duration(total)} went into training"
+            " that was kept"
+        )
         table = Table("", "time", "share", box=None, show_header=False)
         for name, part in report.goodput.items():
             table.add_row(name.replace("_", " "), _duration(part["seconds"]), f"{part['share']:.1%}")
@@ -216,7 +286,11 @@ def _clock(when: float | None) -> str:
 
 def _duration(seconds: float | None) -> str:
     """As `3 d 4 h`, `4 h 5 min`, `12 min 30 s`, `8.1 s`."""
-    for size, name, smaller, smaller_name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+    for size, name, smaller, smaller_name in (
+        (86_400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
         if seconds is not None and seconds >= size:
             return f"{seconds // size:.0f} {name} {seconds % size // smaller:.0f} {smaller_name}"
     return "" if seconds is None else f"{seconds:.1f} s"

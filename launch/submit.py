@@ -1,4 +1,5 @@
-"""`launch submit`: look over everything that would waste an allocation, put the run's folder in order, and hand the first job to Slurm."""
+"""`launch submit`: look over everything that would waste an allocation, put the run's folder in order, and
+hand the first job to Slurm."""
 
 from __future__ import annotations
 
@@ -31,24 +32,34 @@ LOCAL_SYSTEMS = {"tmpfs", "ramfs", "overlay", "ext4", "ext3", "xfs", "btrfs"}
 
 
 def submit_run(config: RunConfig, *, dry_run: bool) -> None:
-    """Submit a run, or print the script that would be. Raises ConfigError or DataError for what has to be mended first."""
+    """Submit a run, or print the script that would be. Raises ConfigError or DataError for what has to be
+    mended first."""
     settings = config.slurm
     low, high = (nodes * settings.tasks for nodes in node_range(settings.nodes))
     size = config.batch.global_size
     if high > size:
-        raise ConfigError(f"slurm.nodes={settings.nodes}: up to {high} processes, but a step has {size} samples (batch.global_size); some would be idle")
+        raise ConfigError(
+            f"slurm.nodes={settings.nodes}: up to {high} processes, but a step has {size} samples"
+            " (batch.global_size); some would be idle"
+        )
     if not dry_run and not cluster.here():
-        raise ConfigError("no sbatch here: submit on a login node of the cluster, or train on this machine with `python -m launch train`")
+        raise ConfigError(
+            "no sbatch here: submit on a login node of the cluster, or train on this machine with `python -m"
+            " launch train`"
+        )
     run = RunDir(config.run.dir)
     if cluster.here() and (active := cluster.queued(chain_jobs(run))):
         jobs = ", ".join(f"{job.job} ({job.state.lower()})" for job in active)
         raise ConfigError(
-            f"{run.path}: its chain is still there: {jobs}. `python -m launch status {run.path}` shows it, `python -m launch stop {run.path}` ends it"
+            f"{run.path}: its chain is still there: {jobs}. `python -m launch status {run.path}` shows it,"
+            f" `python -m launch stop {run.path}` ends it"
         )
     if (now := holder(run)) and now.job and cluster.here():  # Slurm knows that it has ended
         Lease(run, now.attempt).release()
     elif now and now.alive:
-        raise ConfigError(f"{run.path}: attempt {now.attempt} is at work on it on {now.host}; stop that one first")
+        raise ConfigError(
+            f"{run.path}: attempt {now.attempt} is at work on it on {now.host}; stop that one first"
+        )
     _check_finished(config, run)
     _check_credentials(config)
     shards = list_shards(config)
@@ -63,11 +74,17 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
     for line in [_per_rank(size, low, high), *_about_checkpoints(config, run), *_about_folder(run)]:
         print(line, file=sys.stderr)
     if missing:
-        print(f"{missing} of {len(shards)} shards are not indexed: a job without GPUs does that first", file=sys.stderr)
+        print(
+            f"{missing} of {len(shards)} shards are not indexed: a job without GPUs does that first",
+            file=sys.stderr,
+        )
     if cluster.here() and (said := look_ahead(script)):
-        print(f"NOTE: no nodes here, free or busy, could take this job ({said}): it waits until there are some", file=sys.stderr)
+        print(
+            f"NOTE: no nodes here, free or busy, could take this job ({said}): it waits until there are some",
+            file=sys.stderr,
+        )
     if dry_run:
-        print(script.read_text())
+        print(script.read_text(encoding="utf-8"))
         print(f"not submitted: `sbatch {script}` would", file=sys.stderr)
         return
     options, about = [], {}
@@ -78,13 +95,23 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
         print(f"job {index} indexes the shards; its log: {about['index_log']}")
     job = submit(script, *options)
     run.record("submitted", job=job, nodes=settings.nodes, tasks_per_node=settings.tasks, **about)
-    print(f"submitted job {job}: {config.run.name}, nodes: {settings.nodes}, processes on each: {settings.tasks}")
-    print(f"  python -m launch status {run.path}    attempts, causes, goodput\n  python -m launch stop {run.path}      save, and end the chain")
-    print(f"  tail -F {run.slurm / f'{job}.log'}    what the job says; the ranks' own logs are in {run.logs}\n  tensorboard --logdir {run.path.parent}")
+    print(
+        f"submitted job {job}: {config.run.name}, nodes: {settings.nodes}, processes on each:"
+        f" {settings.tasks}"
+    )
+    print(
+        f"  python -m launch status {run.path}    attempts, causes, goodput\n  python -m launch stop"
+        f" {run.path}      save, and end the chain"
+    )
+    print(
+        f"  tail -F {run.slurm / f'{job}.log'}    what the job says; the ranks' own logs are in {run.logs}\n "
+        f" tensorboard --logdir {run.path.parent}"
+    )
 
 
 def snapshot(run: RunDir) -> Path:
-    """Copy the code into the run's folder, so that its jobs go on with it whatever happens to the checkout."""
+    """Copy the code into the run's folder, so that its jobs go on with it whatever happens to the
+    checkout."""
     new, old = run.path / "code.new", run.path / "code.old"
     for folder in (new, old):
         shutil.rmtree(folder, ignore_errors=True)
@@ -108,7 +135,10 @@ def fetch_model(config: RunConfig, run: RunDir) -> None:
     try:
         snapshot_download(name, local_dir=run.pretrained, allow_patterns=["*.json", "*.txt", "*.safetensors"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"model.name_or_path: {name}: no folder, and the hub does not give it: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"model.name_or_path: {name}: no folder, and the hub does not give it:"
+            f" {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _check_finished(config: RunConfig, run: RunDir) -> None:
@@ -116,8 +146,9 @@ def _check_finished(config: RunConfig, run: RunDir) -> None:
     ended = run.ledger("ended")
     if ended and Cause.told(ended[-1]["cause"]) is Cause.FINISHED and run.read_config().optim == config.optim:
         raise ConfigError(
-            f"{run.path}: finished at step {run.saved_step()}. More steps: optim.max_steps=N or optim.epochs=N; another run: run.name=NAME; "
-            f"what came of it: python -m tools.export {run.path} captioner"
+            f"{run.path}: finished at step {run.saved_step()}. More steps: optim.max_steps=N or"
+            f" optim.epochs=N; another run: run.name=NAME; what came of it: python -m tools.export {run.path}"
+            " captioner"
         )
 
 
@@ -127,13 +158,15 @@ def _check_credentials(config: RunConfig) -> None:
     on_s3 += [url for url in [config.checkpoint.mirror or ""] if url.startswith("s3://")]
     if on_s3 and "AWS_SECRET_ACCESS_KEY" in os.environ and not config.slurm.setup:
         raise ConfigError(
-            f"{on_s3[0]}: the keys for it are in this shell's environment ({FROZEN[0]}, ...), which is not handed on to jobs: they outlive keys. Put them into "
-            "~/.aws/credentials (and a profile into AWS_PROFILE or storage_options), or into a file that `slurm.setup` reads: [. ~/.config/s3.env]"
+            f"{on_s3[0]}: the keys for it are in this shell's environment ({FROZEN[0]}, ...), which is not"
+            " handed on to jobs: they outlive keys. Put them into ~/.aws/credentials (and a profile into"
+            " AWS_PROFILE or storage_options), or into a file that `slurm.setup` reads: [. ~/.config/s3.env]"
         )
 
 
 def _look_at_shards(config: RunConfig, shards: Sequence[Shard]) -> int:
-    """Read a little of each source, and count the shards without an index. Raises DataError for what cannot be read."""
+    """Read a little of each source, and count the shards without an index. Raises DataError for what cannot
+    be read."""
     for source in config.data.sources:
         storage.stat(next(shard for shard in shards if shard.source is source).location)
     return load_sidecars(config, shards).count(None)
@@ -141,9 +174,13 @@ def _look_at_shards(config: RunConfig, shards: Sequence[Shard]) -> int:
 
 def _submit_index(config: RunConfig, run: RunDir) -> str:
     """A job that indexes all shards of a run, on one node without GPUs."""
-    one_node = config.slurm.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "resubmit": "none"})
+    one_node = config.slurm.model_copy(
+        update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "resubmit": "none"}
+    )
     script = run.slurm.absolute() / "index.sh"
-    script.write_text(index_script(config.model_copy(update={"slurm": one_node}), run, run.code))
+    script.write_text(
+        index_script(config.model_copy(update={"slurm": one_node}), run, run.code), encoding="utf-8"
+    )
     return submit(script)
 
 
@@ -161,12 +198,21 @@ def _about_checkpoints(config: RunConfig, run: RunDir) -> Iterator[str]:
     if not size:
         return
     low = node_range(config.slurm.nodes)[0] * config.slurm.tasks
-    yield f"a checkpoint has {size / 1e9:.2f} GB in {low} or more files; kept: the last {config.checkpoint.keep_last} and the best"
-    seconds, how = (saved[-1]["total_seconds"], "the last one took") if saved else (size / _write_speed(run), "one process would take")
+    yield (
+        f"a checkpoint has {size / 1e9:.2f} GB in {low} or more files; kept: the last"
+        f" {config.checkpoint.keep_last} and the best"
+    )
+    seconds, how = (
+        (saved[-1]["total_seconds"], "the last one took")
+        if saved
+        else (size / _write_speed(run), "one process would take")
+    )
     if seconds < 1:
         seconds, how = 1.0, f"{how} less than"
     yield f"saving: {how} {seconds:.0f} s" + (
-        f". That is more than half of slurm.signal_seconds={config.slurm.signal_seconds}: raise it" if seconds > config.slurm.signal_seconds / 2 else ""
+        f". That is more than half of slurm.signal_seconds={config.slurm.signal_seconds}: raise it"
+        if seconds > config.slurm.signal_seconds / 2
+        else ""
     )
     free = shutil.disk_usage(run.path).free
     if free < size * (config.checkpoint.keep_last + 2):
@@ -179,12 +225,16 @@ def parameters(config: RunConfig, run: RunDir) -> int:
     found = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
     if found is None:
         return 0
-    c = json.loads(found.read_text())
+    c = json.loads(found.read_text(encoding="utf-8"))
     d, attention = c["d_model"], 4 * c["d_model"] ** 2 + 3 * c["d_model"]  # the key has no bias
     norm, embeddings = 2 * d, (c["vocab_size"] + c["max_target_positions"]) * d
     convolutions = 3 * d * c["num_mel_bins"] + d + 3 * d * d + d
-    encoder = c["encoder_layers"] * (attention + 2 * d * c["encoder_ffn_dim"] + c["encoder_ffn_dim"] + d + 2 * norm)
-    decoder = c["decoder_layers"] * (2 * attention + 2 * d * c["decoder_ffn_dim"] + c["decoder_ffn_dim"] + d + 3 * norm)
+    encoder = c["encoder_layers"] * (
+        attention + 2 * d * c["encoder_ffn_dim"] + c["encoder_ffn_dim"] + d + 2 * norm
+    )
+    decoder = c["decoder_layers"] * (
+        2 * attention + 2 * d * c["decoder_ffn_dim"] + c["decoder_ffn_dim"] + d + 3 * norm
+    )
     return int(convolutions + encoder + decoder + 2 * norm + embeddings)
 
 
@@ -203,7 +253,13 @@ def _write_speed(run: RunDir) -> float:
 def _about_folder(run: RunDir) -> Iterator[str]:
     """Say if other machines may not see the run's folder; each attempt looks before it starts."""
     path = run.path.absolute()
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    place, system = max(((place, system) for place, system in mounts if path.is_relative_to(place)), key=lambda mount: len(mount[0]))
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    place, system = max(
+        ((place, system) for place, system in mounts if path.is_relative_to(place)),
+        key=lambda mount: len(mount[0]),
+    )
     if system in LOCAL_SYSTEMS:
-        yield f"{path} is on {system} ({place}), which looks like this machine's own disk: all compute nodes must see it under this path"
+        yield (
+            f"{path} is on {system} ({place}), which looks like this machine's own disk: all compute nodes"
+            " must see it under this path"
+        )

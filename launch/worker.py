@@ -1,7 +1,9 @@
-"""What every rank runs: `python -m launch.worker RUN ATTEMPT`, told by RANK, WORLD_SIZE and LOCAL_RANK, or by srun, which one it is.
+"""What every rank runs: `python -m launch.worker RUN ATTEMPT`, told by RANK, WORLD_SIZE and LOCAL_RANK, or by
+srun, which one it is.
 
 Here the trainer and the signals of a job meet.
 """
+
 # ruff: noqa: E402
 
 from __future__ import annotations
@@ -76,22 +78,37 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
     gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if in_job() and config.slurm.gpus_per_node > 0 and gpus <= (local_rank if gpus != 1 else 0):  # one: the site binds each rank to its own
-        raise distributed.UnfitNode(node_name(), f"{node_name()}: only {gpus} of {config.slurm.gpus_per_node} GPUs answer")
+    if (
+        in_job() and config.slurm.gpus_per_node > 0 and gpus <= (local_rank if gpus != 1 else 0)
+    ):  # one: the site binds each rank to its own
+        raise distributed.UnfitNode(
+            node_name(), f"{node_name()}: only {gpus} of {config.slurm.gpus_per_node} GPUs answer"
+        )
     world = distributed.start(nodes)
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
     try:
-        session = prepare(config, run, lease, world, stop, in_hand, grace=config.slurm.signal_seconds if in_job() else None)
+        session = prepare(
+            config, run, lease, world, stop, in_hand, grace=config.slurm.signal_seconds if in_job() else None
+        )
     except Stopped:
         return _leave(run, lease, world, stop, Outcome.SAVED, run.saved_step())
     if world.rank == 0:
         lease.check()
         run.accept_config()
-        about = {"of": session.total_steps, "global_size": config.batch.global_size, "ranks": world.size, "device": str(world.device)}
+        about = {
+            "of": session.total_steps,
+            "global_size": config.batch.global_size,
+            "ranks": world.size,
+            "device": str(world.device),
+        }
         run.record("start", attempt=lease.attempt, step=session.state.step, **about)
         resumed = f"resumes at step {session.state.step}" if session.state.step else "starts"
-        print(f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt {lease.attempt}", flush=True)
+        print(
+            f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt"
+            f" {lease.attempt}",
+            flush=True,
+        )
     outcome = train(session, stop, watch)
     code = _leave(run, lease, world, stop, outcome, session.state.step)
     watch.close()
@@ -112,31 +129,50 @@ def _leave(run: RunDir, lease: Lease, world: World, stop: StopFlag, outcome: Out
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED
 
 
-def _watchdog(run: RunDir, lease: Lease, rank: int, nodes: list[str], in_hand: InHand, seconds: float | None) -> Watchdog:
+def _watchdog(
+    run: RunDir, lease: Lease, rank: int, nodes: list[str], in_hand: InHand, seconds: float | None
+) -> Watchdog:
     """This rank's, which writes a hang into the ledger, and the samples that seem to be at fault."""
 
     def report(hang: Hang) -> None:
         run.record("hang", attempt=lease.attempt, words=hang.words, node=hang.node, suspects=hang.suspects)
-        write_atomic(error_file(run, lease.attempt, rank), f"hang: {hang.words}\nAll stacks are in {run.attempt_logs(lease.attempt)}/rank-*.stacks")
+        write_atomic(
+            error_file(run, lease.attempt, rank),
+            f"hang: {hang.words}\nAll stacks are in {run.attempt_logs(lease.attempt)}/rank-*.stacks",
+        )
 
     def held(patience: float) -> str:
-        return ", ".join(f"{one.key} of {one.shard}" for one in in_hand.record_endless(run, lease.attempt, rank, patience))
+        return ", ".join(
+            f"{one.key} of {one.shard}" for one in in_hand.record_endless(run, lease.attempt, rank, patience)
+        )
 
-    return Watchdog(run.attempt_logs(lease.attempt), rank, nodes, seconds=seconds, in_hand=held, report=report, orphaned=lease.superseded)
+    return Watchdog(
+        run.attempt_logs(lease.attempt),
+        rank,
+        nodes,
+        seconds=seconds,
+        in_hand=held,
+        report=report,
+        orphaned=lease.superseded,
+    )
 
 
 def _nodes(run: RunDir, attempt: int) -> list[str]:
     """That of each rank."""
     ranks = int(os.environ["WORLD_SIZE"])
-    nodes = next((line["nodes"] for line in run.ledger("attempt") if line["attempt"] == attempt and "nodes" in line), [node_name()])
+    nodes = next(
+        (line["nodes"] for line in run.ledger("attempt") if line["attempt"] == attempt and "nodes" in line),
+        [node_name()],
+    )
     return [nodes[number * len(nodes) // ranks] for number in range(ranks)]
 
 
 @contextmanager
 def _crash_report(run: RunDir, attempt: int, rank: int) -> Iterator[None]:
-    """Let a crash in native code leave its trace in a file, beside what was in hand then. At an end that Python sees, both are removed."""
+    """Let a crash in native code leave its trace in a file, beside what was in hand then. At an end that
+    Python sees, both are removed."""
     trace = error_file(run, attempt, rank).with_suffix(".fatal")
-    with trace.open("w") as file:
+    with trace.open("w", encoding="utf-8") as file:
         faulthandler.enable(file)
         try:
             yield
@@ -147,14 +183,20 @@ def _crash_report(run: RunDir, attempt: int, rank: int) -> Iterator[None]:
 
 
 def out_of_memory(error: Exception, run: RunDir) -> str | None:
-    """What to do about it, if the error is that memory ran out: numpy's, torch's on a GPU, or torch's on a CPU."""
-    if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)):
+    """What to do about it, if the error is that memory ran out: numpy's, torch's on a GPU, or torch's on a
+    CPU."""
+    if not (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
         return None
     size = run.read_next_config().batch.micro_size
     said = next(iter(str(error).splitlines()), type(error).__name__)
     return (
-        f"there is too little memory: {said}\nLower batch.micro_size ({size} now; it changes nothing but rounding), set "
-        "model.gradient_checkpointing=true, lower data.read_ahead_mb if it is the host's memory, or take more memory, and start again."
+        f"there is too little memory: {said}\nLower batch.micro_size ({size} now; it changes nothing but"
+        " rounding), set model.gradient_checkpointing=true, lower data.read_ahead_mb if it is the host's"
+        " memory, or take more memory, and start again."
     )
 
 
@@ -163,7 +205,15 @@ def _report(run: RunDir, lease: Lease, rank: int, error: Exception, message: str
     print(message, file=sys.stderr, flush=True)
     kind, node = type(error).__name__, getattr(error, "node", node_name())
     if kind != "PeerFailed":
-        run.record("error", attempt=lease.attempt, rank=rank, node=node, kind=kind, exit_code=exit_code, message=message)
+        run.record(
+            "error",
+            attempt=lease.attempt,
+            rank=rank,
+            node=node,
+            kind=kind,
+            exit_code=exit_code,
+            message=message,
+        )
         write_atomic(error_file(run, lease.attempt, rank), message)
 
 

@@ -1,4 +1,5 @@
-"""A chain of attempts: how each one ended, and whether and where the next one may go on. Read from the run's ledger and from what Slurm said."""
+"""A chain of attempts: how each one ended, and whether and where the next one may go on. Read from the run's
+ledger and from what Slurm said."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from configs.schema import Slurm, node_range
 GUILT_LIMIT = 2
 """Faults after which a node is left out."""
 BACK_OFF, GROWTH, LONGEST_BACK_OFF = 60.0, 5, 600.0
-"""Seconds that are waited after the second failure in a row without progress, how much longer after each further one, and the most."""
+"""Seconds that are waited after the second failure in a row without progress, how much longer after each
+further one, and the most."""
 MISFORTUNES_WITHOUT_PROGRESS = 10
 
 
@@ -57,15 +59,20 @@ MISFORTUNES = {Cause.NODE_LOST, Cause.UNFIT_NODE, Cause.POISONED_SAMPLE}
 """These are no fault of the run; but MISFORTUNES_WITHOUT_PROGRESS of them are enough."""
 FAULTS_OF_NODES = {Cause.NODE_LOST, Cause.UNFIT_NODE, Cause.HANG, Cause.CRASH}
 JOB_STATES = {
-    "CANCELLED": Cause.CANCELLED, "PREEMPTED": Cause.PREEMPTED, "TIMEOUT": Cause.TIME_LIMIT, "DEADLINE": Cause.TIME_LIMIT,
-    "NODE_FAIL": Cause.NODE_LOST, "BOOT_FAIL": Cause.NODE_LOST, "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY,
-}  # fmt: skip
+    "CANCELLED": Cause.CANCELLED,
+    "PREEMPTED": Cause.PREEMPTED,
+    "TIMEOUT": Cause.TIME_LIMIT,
+    "DEADLINE": Cause.TIME_LIMIT,
+    "NODE_FAIL": Cause.NODE_LOST,
+    "BOOT_FAIL": Cause.NODE_LOST,
+    "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY,
+}
 
 
 @dataclass(frozen=True)
 class End:
-    """How an attempt ended. at: when, in seconds since the epoch, or when it was last heard of; node: the one at fault, if one is; saved: step of the
-    newest checkpoint then."""
+    """How an attempt ended. at: when, in seconds since the epoch, or when it was last heard of; node: the one
+    at fault, if one is; saved: step of the newest checkpoint then."""
 
     attempt: int
     cause: Cause
@@ -91,7 +98,8 @@ class Verdict:
 
 
 def settle(run: RunDir, chain: str = "-") -> None:
-    """Write into the ledger how attempts ended of which it is not known yet; but one that is not of this chain may be at work still."""
+    """Write into the ledger how attempts ended of which it is not known yet; but one that is not of this
+    chain may be at work still."""
     now = holder(run)
     for line in unsettled(run.ledger()):
         if not (now and now.alive and now.attempt == line["attempt"] and line.get("chain", "") != chain):
@@ -105,7 +113,8 @@ def unsettled(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def record_end(run: RunDir, attempt: int, code: int | None = None, failure: Failure | None = None) -> End:
-    """Find out how an attempt ended, and write it into the ledger. code: of the ranks' step, if it has just ended; failure: the first, if it is known."""
+    """Find out how an attempt ended, and write it into the ledger. code: of the ranks' step, if it has just
+    ended; failure: the first, if it is known."""
     found = find_end(run, attempt, code, failure)
     run.record("ended", **found.line)
     return found
@@ -114,7 +123,10 @@ def record_end(run: RunDir, attempt: int, code: int | None = None, failure: Fail
 def find_end(run: RunDir, attempt: int, code: int | None = None, failure: Failure | None = None) -> End:
     """How an attempt ended, by what there is to read; nothing is written."""
     lines = run.ledger()
-    mine = {event: [line for line in lines if line["event"] == event and line.get("attempt") == attempt] for event in ("attempt", "stop", "error", "hang")}
+    mine = {
+        event: [line for line in lines if line["event"] == event and line.get("attempt") == attempt]
+        for event in ("attempt", "stop", "error", "hang")
+    }
     job = mine["attempt"][0].get("job", "")
     saved = run.saved_step()
     state = job_state(run, job)
@@ -130,9 +142,14 @@ def find_end(run: RunDir, attempt: int, code: int | None = None, failure: Failur
             return end(Cause.STOPPED)
         by = {"SIGUSR2": Cause.TIME_LIMIT}.get(mine["stop"][0].get("signal", ""), Cause.SAVED)
         return end(JOB_STATES.get(state, by), f"saved at step {mine['stop'][0]['step']}")
-    errors = sorted(mine["error"], key=lambda line: (bool(LOST_PEER.search(_first_line(line["message"]))), line["time"]))  # clocks differ
+    errors = sorted(
+        mine["error"], key=lambda line: (bool(LOST_PEER.search(_first_line(line["message"]))), line["time"])
+    )  # clocks differ
     trained = any(line["event"] == "progress" and line["attempt"] == attempt for line in lines)
-    if errors and errors[0].get("exit_code") in (ExitCode.USAGE, *(() if trained else (ExitCode.DATA,))):  # credentials may have expired: read them anew
+    if errors and errors[0].get("exit_code") in (
+        ExitCode.USAGE,
+        *(() if trained else (ExitCode.DATA,)),
+    ):  # credentials may have expired: read them anew
         return end(Cause.BAD_INPUT, _first_line(errors[0]["message"]))
     if mine["hang"]:
         return end(Cause.HANG, mine["hang"][0]["words"], mine["hang"][0].get("node", ""))
@@ -144,26 +161,42 @@ def find_end(run: RunDir, attempt: int, code: int | None = None, failure: Failur
     if state in JOB_STATES:
         node = failure.node if failure and failure.cause is Cause.NODE_LOST else ""
         return end(
-            JOB_STATES[state], node or "before it could save; " + (f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint yet"), node
+            JOB_STATES[state],
+            node
+            or "before it could save; "
+            + (f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint yet"),
+            node,
         )
     if errors and not (failure and failure.by_signal and LOST_PEER.search(_first_line(errors[0]["message"]))):
         what = Cause.OUT_OF_MEMORY if "too little memory" in errors[0]["message"] else Cause.ERROR
-        return end(what, f"rank {errors[0]['rank']}: {_first_line(errors[0]['message'])}", errors[0].get("node", ""))
+        return end(
+            what, f"rank {errors[0]['rank']}: {_first_line(errors[0]['message'])}", errors[0].get("node", "")
+        )
     if failure:
         last = "" if failure.by_signal else _last_line(run, attempt, failure.rank)
-        return end(failure.cause, failure.words + (f"; its log ends with: {last}" if last else ""), failure.node)
+        return end(
+            failure.cause, failure.words + (f"; its log ends with: {last}" if last else ""), failure.node
+        )
     known = f"job {job}, state {state or 'not known'}" if job else "no word of it, as after a kill"
     return end(Cause.UNKNOWN, known + (f", exit code {code}" if code else ""))
 
 
 def _last_sign(lines: Sequence[dict[str, Any]], attempt: int) -> float:
     """When an attempt was last heard of: what comes between its beginning and the next one's is its own."""
-    begun = next(number for number, line in enumerate(lines) if line["event"] == "attempt" and line["attempt"] == attempt)
-    own = takewhile(lambda line: line["event"] not in ("attempt", "ended", "submitted", "chain_ended"), lines[begun + 1 :])
+    begun = next(
+        number
+        for number, line in enumerate(lines)
+        if line["event"] == "attempt" and line["attempt"] == attempt
+    )
+    own = takewhile(
+        lambda line: line["event"] not in ("attempt", "ended", "submitted", "chain_ended"), lines[begun + 1 :]
+    )
     return max(line["time"] for line in (lines[begun], *own))
 
 
-def decide(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int, now: float | None = None) -> Verdict:
+def decide(
+    settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int, now: float | None = None
+) -> Verdict:
     """Whether a chain goes on after these `ended` lines of the ledger, oldest first.
 
     partition_nodes: how many nodes there are; never so many are left out that too few remain.
@@ -174,18 +207,34 @@ def decide(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int
     last = ends[-1]
     if Cause.told(last["cause"]) in FINAL:
         return Verdict(False, last["words"])
-    without_progress = [Cause.told(end["cause"]) for end in takewhile(lambda end: end["saved"] == last["saved"], reversed(ends))]
-    failures, misfortunes = (sum(cause in kind for cause in without_progress) for kind in (FAILURES, MISFORTUNES))
+    without_progress = [
+        Cause.told(end["cause"])
+        for end in takewhile(lambda end: end["saved"] == last["saved"], reversed(ends))
+    ]
+    failures, misfortunes = (
+        sum(cause in kind for cause in without_progress) for kind in (FAILURES, MISFORTUNES)
+    )
     if failures >= settings.max_attempts_without_progress or misfortunes >= MISFORTUNES_WITHOUT_PROGRESS:
-        why = f"{failures + misfortunes} attempts failed in a row without a checkpoint after step {last['saved']}; the last one: {last['words']}"
+        why = (
+            f"{failures + misfortunes} attempts failed in a row without a checkpoint after step"
+            f" {last['saved']}; the last one: {last['words']}"
+        )
         return Verdict(False, f"{why} (slurm.max_attempts_without_progress)")
     many = failures + misfortunes - 2
     delay = min(LONGEST_BACK_OFF, BACK_OFF * GROWTH**many) if many >= 0 else 0.0
     return Verdict(True, "", _exclude(settings, ends, partition_nodes, now), delay)
 
 
-def _exclude(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int, now: float) -> tuple[str, ...]:
-    recent = [end for end in ends if end["node"] and now - end["time"] < 60 * settings.exclude_minutes and Cause.told(end["cause"]) in FAULTS_OF_NODES]
+def _exclude(
+    settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: int, now: float
+) -> tuple[str, ...]:
+    recent = [
+        end
+        for end in ends
+        if end["node"]
+        and now - end["time"] < 60 * settings.exclude_minutes
+        and Cause.told(end["cause"]) in FAULTS_OF_NODES
+    ]
     guilt = Counter[str]()
     for end in recent:
         guilt[end["node"]] += GUILT_LIMIT if Cause.told(end["cause"]) is Cause.UNFIT_NODE else 1
@@ -196,8 +245,12 @@ def _exclude(settings: Slurm, ends: Sequence[dict[str, Any]], partition_nodes: i
 
 def chain_jobs(run: RunDir) -> set[str]:
     """All jobs that were ever submitted for a run."""
-    following = {path.read_text().strip() for path in (run.slurm / "jobs").glob("*.next")}
-    known = {str(line["job"]) for line in run.ledger() if line["event"] in ("submitted", "attempt") and line.get("job")}
+    following = {path.read_text(encoding="utf-8").strip() for path in (run.slurm / "jobs").glob("*.next")}
+    known = {
+        str(line["job"])
+        for line in run.ledger()
+        if line["event"] in ("submitted", "attempt") and line.get("job")
+    }
     return {job for job in following | known if job}
 
 
@@ -209,7 +262,7 @@ def stop_requested(run: RunDir) -> bool:
 def job_state(run: RunDir, job: str) -> str:
     """State of a job, as it was noted last; empty if it was not."""
     record = run.slurm / "jobs" / job
-    text = record.read_text() if job and record.is_file() else ""
+    text = record.read_text(encoding="utf-8") if job and record.is_file() else ""
     found = re.search(r"JobState=([A-Z_]+)", text)
     if found and found[1] in ("RUNNING", "FAILED") and re.search(r"PreemptTime=\d", text):
         return "PREEMPTED"  # and has left within its grace
@@ -244,9 +297,17 @@ def first_failure(run: RunDir, job: str, attempt: int) -> Failure | None:
         if what != f"Exited with exit code {ExitCode.SAVED.value}":
             cause = Cause.OUT_OF_MEMORY if "Out Of Memory" in what else Cause.CRASH
             found.append(
-                Failure(cause, f"rank {tasks} on {node}: {what}", node, not what.startswith(("Exited", "Terminated")), int(re.split("[,-]", tasks)[0]))
+                Failure(
+                    cause,
+                    f"rank {tasks} on {node}: {what}",
+                    node,
+                    not what.startswith(("Exited", "Terminated")),
+                    int(re.split("[,-]", tasks)[0]),
+                )
             )
-    return next((failure for failure in found if failure.by_signal), found[0] if found else None)  # the others may be told of first
+    return next(
+        (failure for failure in found if failure.by_signal), found[0] if found else None
+    )  # the others may be told of first
 
 
 def _srun_output(run: RunDir, job: str, attempt: int) -> str:
@@ -254,14 +315,25 @@ def _srun_output(run: RunDir, job: str, attempt: int) -> str:
     log = run.slurm / f"{job}.log"
     if not job or not log.is_file():
         return ""
-    _, _, after = log.read_text(errors="replace").partition(f"attempt {attempt} begins\n")
+    _, _, after = log.read_text(errors="replace", encoding="utf-8").partition(f"attempt {attempt} begins\n")
     return re.split(r"attempt \d+ begins\n", after)[0]
 
 
 def _last_line(run: RunDir, attempt: int, rank: int) -> str:
     """The last that a rank wrote, before it could tell of an error in another way."""
     log = run.attempt_logs(attempt) / f"rank-{rank:05d}.log"
-    return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "") if log.is_file() else ""
+    return (
+        next(
+            (
+                line
+                for line in reversed(log.read_text(errors="replace", encoding="utf-8").splitlines())
+                if line.strip()
+            ),
+            "",
+        )
+        if log.is_file()
+        else ""
+    )
 
 
 def _first_line(text: str) -> str:

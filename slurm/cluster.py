@@ -16,7 +16,8 @@ LONGEST = 300.0
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job that Slurm still has in hand. state: PENDING, RUNNING, COMPLETING, ...; nodes: as n[1-4]; reason: why it waits."""
+    """A job that Slurm still has in hand. state: PENDING, RUNNING, COMPLETING, ...; nodes: as n[1-4]; reason:
+    why it waits."""
 
     job: str
     state: str
@@ -47,7 +48,8 @@ def cancel(*jobs: str) -> None:
 
 
 def send_signal(job: str, signal: str) -> None:
-    """Send a signal (TERM, USR2) to all tasks of a running job, as Slurm does at a preemption or before the time limit."""
+    """Send a signal (TERM, USR2) to all tasks of a running job, as Slurm does at a preemption or before the
+    time limit."""
     run("scancel", f"--signal={signal}", job)
 
 
@@ -59,13 +61,21 @@ def set_nodes(job: str, nodes: int, tasks: int) -> None:
 def run(*command: str, environment: Mapping[str, str] | None = None, seconds: float = LONGEST) -> str:
     """What a command of Slurm's prints within so many seconds. Raises EarwitnessError with its complaint."""
     try:
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=seconds).stdout
+        return subprocess.run(
+            command, env=environment, check=True, capture_output=True, encoding="utf-8", timeout=seconds
+        ).stdout
     except FileNotFoundError:
-        raise EarwitnessError(f"{command[0]}: not found; this needs Slurm's commands, as on a login node") from None
+        raise EarwitnessError(
+            f"{command[0]}: not found; this needs Slurm's commands, as on a login node"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise EarwitnessError(f"{' '.join(command)}: no answer within {seconds:.0f} s; is the cluster up{_where()}?") from None
+        raise EarwitnessError(
+            f"{' '.join(command)}: no answer within {seconds:.0f} s; is the cluster up{_where()}?"
+        ) from None
     except subprocess.CalledProcessError as error:
-        raise EarwitnessError(f"{' '.join(command)}: {error.stderr.strip() or f'exit code {error.returncode}'}") from None
+        raise EarwitnessError(
+            f"{' '.join(command)}: {error.stderr.strip() or f'exit code {error.returncode}'}"
+        ) from None
 
 
 def _where() -> str:

@@ -16,14 +16,19 @@ def in_job() -> bool:
 
 
 def join_job() -> None:
-    """Tell torch.distributed, through the environment, which rank this is and where all ranks meet; nothing outside of srun's tasks.
+    """Tell torch.distributed, through the environment, which rank this is and where all ranks meet; nothing
+    outside of srun's tasks.
 
-    Node names may not resolve: the address is that of the node that the job runs its commands on, which is also that of rank 0.
+    Node names may not resolve: the address is that of the node that the job runs its commands on, which is
+    also that of rank 0.
     """
     if "RANK" in os.environ or not in_job():
         return
     names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
-    seed = "/".join(os.environ.get(name, "") for name in ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    seed = "/".join(
+        os.environ.get(name, "")
+        for name in ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    )
     port = FIRST_PORT + zlib.crc32(seed.encode()) % (LAST_PORT - FIRST_PORT)
     os.environ |= {name: os.environ[of_slurm] for name, of_slurm in names.items()}
     os.environ |= {"MASTER_ADDR": os.environ["SLURM_LAUNCH_NODE_IPADDR"], "MASTER_PORT": str(port)}

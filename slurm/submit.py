@@ -28,7 +28,7 @@ def write_script(config: RunConfig, run: RunDir, code: Path) -> Path:
     """Write RUN/slurm/job.sh, which sbatch takes as it is; returns its path."""
     script = run.slurm.absolute() / "job.sh"
     script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(script_text(config, run, code))
+    script.write_text(script_text(config, run, code), encoding="utf-8")
     script.chmod(0o755 & ~_umask())
     return script
 
@@ -37,17 +37,29 @@ def script_text(config: RunConfig, run: RunDir, code: Path) -> str:
     """What a job of this run does: options for sbatch, lines of the user's, and job.sh."""
     settings = config.slurm
     variables = {
-        "run": str(run.path.absolute()), "code": str(code.absolute()), "python": settings.python or sys.executable, "tasks": str(settings.tasks),
-        "resubmit": settings.resubmit, "mail": settings.notify if settings.notify and "://" not in settings.notify else "",
-    }  # fmt: skip
+        "run": str(run.path.absolute()),
+        "code": str(code.absolute()),
+        "python": settings.python or sys.executable,
+        "tasks": str(settings.tasks),
+        "resubmit": settings.resubmit,
+        "mail": settings.notify if settings.notify and "://" not in settings.notify else "",
+    }
     lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-    body = BODY.read_text().replace("@SETUP@", "\n".join(settings.setup))
-    return _with_header(config, run, "%j.log", [*lines, f"srun_args=({shlex.join(settings.srun_args)})", body])
+    body = BODY.read_text(encoding="utf-8").replace("@SETUP@", "\n".join(settings.setup))
+    return _with_header(
+        config, run, "%j.log", [*lines, f"srun_args=({shlex.join(settings.srun_args)})", body]
+    )
 
 
 def index_script(config: RunConfig, run: RunDir, code: Path) -> str:
     """A job that indexes the shards that a run asks for."""
-    command = [config.slurm.python or sys.executable, "-m", "tools.index", str(run.next_config.absolute()), "--quick"]
+    command = [
+        config.slurm.python or sys.executable,
+        "-m",
+        "tools.index",
+        str(run.next_config.absolute()),
+        "--quick",
+    ]
     lines = [
         *config.slurm.setup,
         f"export PYTHONPATH={shlex.quote(str(code.absolute()))} PYTHONSAFEPATH=1",
@@ -59,62 +71,112 @@ def index_script(config: RunConfig, run: RunDir, code: Path) -> str:
 def _with_header(config: RunConfig, run: RunDir, log: str, commands: list[str]) -> str:
     executor = SlurmExecutor(run.slurm)
     executor.parameters = _parameters(config, run, log)
-    return executor._make_submission_file_text("\n".join([f"unset {' '.join(FROZEN)}  # read anew by each attempt", *commands]), "")
+    return executor._make_submission_file_text(
+        "\n".join([f"unset {' '.join(FROZEN)}  # read anew by each attempt", *commands]), ""
+    )
 
 
 def submit(script: Path, *options: str) -> str:
     """Hand a script to sbatch; returns the job's id. Raises ConfigError with what Slurm said."""
     with _clean_environment():
         try:
-            return SlurmExecutor._get_job_id_from_submission_command(CommandFunction(["sbatch", *options, str(script)], verbose=False)())
+            return SlurmExecutor._get_job_id_from_submission_command(
+                CommandFunction(["sbatch", *options, str(script)], verbose=False)()
+            )
         except (FailedJobError, FailedSubmissionError, OSError) as error:
             said = [line for line in str(error).splitlines() if "sbatch: error" in line] or [str(error)]
-            raise ConfigError("\n".join(["Slurm does not take the job:", *said, f"The script is {script}"])) from None
+            raise ConfigError(
+                "\n".join(["Slurm does not take the job:", *said, f"The script is {script}"])
+            ) from None
 
 
 def _parameters(config: RunConfig, run: RunDir, log: str) -> dict[str, Any]:
     """For submitit. Raises ConfigError for characters that Slurm cannot be told."""
     settings, folder = config.slurm, str(run.slurm.absolute())
     if "\\" in folder:
-        raise ConfigError(f"run.dir: {folder}: Slurm cannot write its output into a folder with a backslash in its name")
+        raise ConfigError(
+            f"run.dir: {folder}: Slurm cannot write its output into a folder with a backslash in its name"
+        )
     on_gpus = settings.gpus_per_node > 0
     flags = {
-        "job_name": config.run.name, "output": f"{folder.replace('%', '%%')}/{log}", "chdir": str(Path.cwd()), "open-mode": "append",
-        "partition": settings.partition, "account": settings.account, "qos": settings.qos, "constraint": settings.constraint,
-        "reservation": settings.reservation, "nodes": settings.nodes, **_tasks(settings), "cpus_per_task": settings.cpus_per_task,
+        "job_name": config.run.name,
+        "output": f"{folder.replace('%', '%%')}/{log}",
+        "chdir": str(Path.cwd()),
+        "open-mode": "append",
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "reservation": settings.reservation,
+        "nodes": settings.nodes,
+        **_tasks(settings),
+        "cpus_per_task": settings.cpus_per_task,
         "gres": f"gpu:{settings.gpus_per_node}" if on_gpus and settings.gpu_request == "gres" else None,
-        "gpus_per_node": settings.gpus_per_node if on_gpus and settings.gpu_request == "gpus_per_node" else None,
-        "mem": f"{settings.memory_gb}G" if settings.memory_gb else None, "time": settings.time_minutes,
-        "signal": f"USR2@{settings.signal_seconds}", "no_requeue" if settings.resubmit == "none" else "requeue": True,
-    }  # fmt: skip
+        "gpus_per_node": (
+            settings.gpus_per_node if on_gpus and settings.gpu_request == "gpus_per_node" else None
+        ),
+        "mem": f"{settings.memory_gb}G" if settings.memory_gb else None,
+        "time": settings.time_minutes,
+        "signal": f"USR2@{settings.signal_seconds}",
+        "no_requeue" if settings.resubmit == "none" else "requeue": True,
+    }
     if wrong := [name for name, value in flags.items() if isinstance(value, str) and not value.isprintable()]:
-        raise ConfigError(f"{', '.join(wrong)}: line breaks and other control characters cannot be told to Slurm")
+        raise ConfigError(
+            f"{', '.join(wrong)}: line breaks and other control characters cannot be told to Slurm"
+        )
     # submitit quotes as a shell wants it; sbatch takes a backslash for an escape within single quotes, too.
-    escaped = {name: value.replace("\\", "\\\\") if isinstance(value, str) else value for name, value in flags.items() if value is not None}
+    escaped = {
+        name: value.replace("\\", "\\\\") if isinstance(value, str) else value
+        for name, value in flags.items()
+        if value is not None
+    }
     options = [f"#SBATCH {option}" for option in settings.sbatch]
-    return {"use_srun": False, "wckey": None, "stderr_to_stdout": True, "setup": options, "additional_parameters": escaped}
+    return {
+        "use_srun": False,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "setup": options,
+        "additional_parameters": escaped,
+    }
 
 
 def _tasks(settings: Slurm) -> dict[str, int]:
-    """Room for the processes of a node. Of a range, --ntasks-per-node would take no more nodes than the fewest nodes have tasks."""
+    """Room for the processes of a node. Of a range, --ntasks-per-node would take no more nodes than the
+    fewest nodes have tasks."""
     low, high = node_range(settings.nodes)
-    return {"ntasks_per_node": settings.tasks} if low == high else {"mincpus": settings.tasks * (settings.cpus_per_task or 1)}
+    return (
+        {"ntasks_per_node": settings.tasks}
+        if low == high
+        else {"mincpus": settings.tasks * (settings.cpus_per_task or 1)}
+    )
 
 
 def look_ahead(script: Path) -> str | None:
-    """What Slurm says of a script that none of its nodes, free or busy, could take; None if some could, or for complaints that `submit` will hear, too."""
+    """What Slurm says of a script that none of its nodes, free or busy, could take; None if some could, or
+    for complaints that `submit` will hear, too."""
     try:
         with _clean_environment():
             cluster.run("sbatch", "--test-only", str(script))
     except EarwitnessError as error:
-        return next((line.rpartition(": ")[2] for line in str(error).splitlines() if "node configuration is not available" in line), None)
+        return next(
+            (
+                line.rpartition(": ")[2]
+                for line in str(error).splitlines()
+                if "node configuration is not available" in line
+            ),
+            None,
+        )
     return None
 
 
 @contextlib.contextmanager
 def _clean_environment() -> Iterator[None]:
     """Without what would become options of the job, as the variables of another job, and without secrets."""
-    dropped = {name: os.environ.pop(name) for name in list(os.environ) if name in FROZEN or (name.startswith("SLURM_") and name != "SLURM_CONF")}
+    dropped = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name in FROZEN or (name.startswith("SLURM_") and name != "SLURM_CONF")
+    }
     try:
         yield
     finally:

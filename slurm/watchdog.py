@@ -1,8 +1,10 @@
-"""Turns a hang into a report and an exit. Every rank has a watchdog, which is given a sign of life in every phase.
+"""Turns a hang into a report and an exit. Every rank has a watchdog, which is given a sign of life in every
+phase.
 
-Whichever notices first asks the others, through a file in the attempt's log folder, what they are doing; ranks that do not even answer are
-the first suspects, then those that have not arrived where the others wait. Where Python itself is stuck (a call that holds the interpreter),
-faulthandler's own thread ends the process a little later.
+Whichever notices first asks the others, through a file in the attempt's log folder, what they are doing;
+ranks that do not even answer are the first suspects, then those that have not arrived where the others wait.
+Where Python itself is stuck (a call that holds the interpreter), faulthandler's own thread ends the process a
+little later.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ HUNG = 70
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank was doing. arrived: it waits for the others at an agreement; seconds: since its last sign of life; in_hand: a sample that it decodes."""
+    """What a rank was doing. arrived: it waits for the others at an agreement; seconds: since its last sign
+    of life; in_hand: a sample that it decodes."""
 
     rank: int
     node: str
@@ -79,7 +82,7 @@ class Watchdog:
         self._last, self._armed = time.monotonic(), 0.0
         self._longest: dict[tuple[str, bool], float] = {}
         self._closed = threading.Event()
-        self._stacks = (folder / f"rank-{rank:05d}.stacks").open("w")
+        self._stacks = (folder / f"rank-{rank:05d}.stacks").open("w", encoding="utf-8")
         self._arm()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -134,19 +137,33 @@ class Watchdog:
 
     def _leave_if_orphaned(self) -> None:
         if self._orphaned():
-            print("a later attempt has taken over this run, and this rank is stuck: it leaves", file=sys.stderr, flush=True)
+            print(
+                "a later attempt has taken over this run, and this rank is stuck: it leaves",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(1)
 
     def _hang(self, asked: Path, idle: float) -> None:
         with contextlib.suppress(OSError):
             faulthandler.dump_traceback(self._stacks, all_threads=True)
             self._stacks.flush()
-        sign = Sign(self._rank, self._nodes[self._rank], self._phase, self._step, self._arrived, round(idle, 1), self._in_hand(idle / 2))
+        sign = Sign(
+            self._rank,
+            self._nodes[self._rank],
+            self._phase,
+            self._step,
+            self._arrived,
+            round(idle, 1),
+            self._in_hand(idle / 2),
+        )
         part = self._folder / f"rank-{self._rank:05d}.hang"
         temporary = part.with_suffix(".hang.tmp")
-        temporary.write_text(json.dumps(asdict(sign)))
+        temporary.write_text(json.dumps(asdict(sign)), encoding="utf-8")
         temporary.replace(part)
-        recorder = threading.Thread(target=dump_flight_recorder, args=(self._folder / f"rank-{self._rank:05d}.nccl",), daemon=True)
+        recorder = threading.Thread(
+            target=dump_flight_recorder, args=(self._folder / f"rank-{self._rank:05d}.nccl",), daemon=True
+        )
         recorder.start()  # by itself: NCCL may be what hangs
         try:
             asked.touch(exist_ok=False)
@@ -156,28 +173,44 @@ class Watchdog:
         deadline = time.monotonic() + GATHER
         while time.monotonic() < deadline and len(list(self._folder.glob("rank-*.hang"))) < len(self._nodes):
             time.sleep(0.1)
-        signs = [Sign(**json.loads(file.read_text())) for file in sorted(self._folder.glob("rank-*.hang"))]
+        signs = [
+            Sign(**json.loads(file.read_text(encoding="utf-8")))
+            for file in sorted(self._folder.glob("rank-*.hang"))
+        ]
         hang = explain(signs, self._nodes)
-        print(f"hang: {hang.words}\n" + "\n".join(map(str, signs)) + f"\nall stacks: {self._folder}/rank-*.stacks", file=sys.stderr, flush=True)
+        print(
+            f"hang: {hang.words}\n"
+            + "\n".join(map(str, signs))
+            + f"\nall stacks: {self._folder}/rank-*.stacks",
+            file=sys.stderr,
+            flush=True,
+        )
         self._report(hang)
 
 
 def explain(signs: Sequence[Sign], nodes: Sequence[str]) -> Hang:
-    """Who holds the others up, by what each rank says of itself; those that say nothing come first. nodes: that of each rank."""
+    """Who holds the others up, by what each rank says of itself; those that say nothing come first. nodes:
+    that of each rank."""
     ranks = len(nodes)
     answered = {sign.rank: sign for sign in signs}
     silent = [rank for rank in range(ranks) if rank not in answered]
     longest = max(sign.seconds for sign in signs)
     if silent:
         known = "; the others: " + _phases(signs)
-        return Hang(f"{_names(silent)} gave no sign of life for {longest:.0f} s, not even of the watchdog{known}", _common(nodes, silent), silent)
+        return Hang(
+            f"{_names(silent)} gave no sign of life for {longest:.0f} s, not even of the watchdog{known}",
+            _common(nodes, silent),
+            silent,
+        )
     late = [sign for sign in signs if not sign.arrived] or list(signs)
     first = min(sign.step for sign in late)
     late = [sign for sign in late if sign.step == first]
     if len(late) == ranks:
         return Hang(f"all ranks are stuck for {longest:.0f} s: {_phases(signs)}", "", [])
     suspects = [sign.rank for sign in late]
-    return Hang(f"{_phases(late)} for {longest:.0f} s, while the others wait", _common(nodes, suspects), suspects)
+    return Hang(
+        f"{_phases(late)} for {longest:.0f} s, while the others wait", _common(nodes, suspects), suspects
+    )
 
 
 def _common(nodes: Sequence[str], ranks: Sequence[int]) -> str:
@@ -189,11 +222,16 @@ def _common(nodes: Sequence[str], ranks: Sequence[int]) -> str:
 def _phases(signs: Sequence[Sign]) -> str:
     groups: dict[str, list[Sign]] = {}
     for sign in signs:
-        groups.setdefault(f"{sign.phase}, step {sign.step}" + ", waiting for the others" * sign.arrived, []).append(sign)
+        groups.setdefault(
+            f"{sign.phase}, step {sign.step}" + ", waiting for the others" * sign.arrived, []
+        ).append(sign)
     parts = []
     for what, group in groups.items():
         in_hand = next((f" (in hand: {sign.in_hand})" for sign in group if sign.in_hand), "")
-        parts.append(f"{_names([sign.rank for sign in group])} on {', '.join(sorted({sign.node for sign in group}))}: {what}{in_hand}")
+        parts.append(
+            f"{_names([sign.rank for sign in group])} on {', '.join(sorted({sign.node for sign in group}))}:"
+            f" {what}{in_hand}"
+        )
     return "; ".join(parts)
 
 
@@ -203,7 +241,8 @@ def _names(ranks: Sequence[int]) -> str:
 
 
 def dump_flight_recorder(file: Path) -> None:
-    """Write NCCL's flight recorder (the collectives of late, for torch's analysis tools), where there is one."""
+    """Write NCCL's flight recorder (the collectives of late, for torch's analysis tools), where there is
+    one."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return

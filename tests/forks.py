@@ -1,4 +1,5 @@
-"""The real launcher and the real ranks without seconds of imports: their processes are forked from one that has imported everything.
+"""The real launcher and the real ranks without seconds of imports: their processes are forked from one that
+has imported everything.
 
 `python -m tests.forks` reads one JSON request per line, and answers with the exit code.
 """
@@ -35,10 +36,11 @@ FORK = multiprocessing.get_context("fork")
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL at call number `nth` of a function (`module:attribute`; after it has returned, with `after`), or some time after it.
+    """SIGKILL at call number `nth` of a function (`module:attribute`; after it has returned, with `after`),
+    or some time after it.
 
-    rank: the victim; None: the whole node, the launcher included. signum: another signal, as SIGTERM, which asks to save.
-    content: a segmentation fault instead, in all calls whose first argument holds it.
+    rank: the victim; None: the whole node, the launcher included. signum: another signal, as SIGTERM, which
+    asks to save. content: a segmentation fault instead, in all calls whose first argument holds it.
     """
 
     function: str
@@ -80,9 +82,11 @@ class Kill:
 
 
 class Rank(FORK.Process):
-    """A rank that is forked before its launcher does anything, and waits to be told of a run: as launch.local sees one, once it is started.
+    """A rank that is forked before its launcher does anything, and waits to be told of a run: as launch.local
+    sees one, once it is started.
 
-    So it comes from a process with one thread. The launcher has several later, Arrow's, and a copy of it would not be sound.
+    So it comes from a process with one thread. The launcher has several later, Arrow's, and a copy of it
+    would not be sound.
     """
 
     def __init__(self, rank: int, procs: int, kill: Kill | None) -> None:
@@ -96,7 +100,13 @@ class Rank(FORK.Process):
 
     def _work(self, rank: int, procs: int, kill: Kill | None) -> None:
         path, attempt, port = self._told.recv()
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(procs),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         with local.log_file(RunDir(path), attempt, rank).open("wb") as log:
             for descriptor in (2,) if rank == 0 else (1, 2):
                 os.dup2(log.fileno(), descriptor)
@@ -135,7 +145,7 @@ def command(request: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries print
     for name in (
         "deepspeed",
@@ -146,7 +156,9 @@ def main() -> None:
         "transformers.models.whisper.modeling_whisper",
     ):
         importlib.import_module(name)
-    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads cannot be forked soundly"
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, (
+        "a process with threads cannot be forked soundly"
+    )
     for line in sys.stdin:
         process = FORK.Process(target=command, args=(json.loads(line),))
         process.start()
@@ -168,16 +180,32 @@ class Launcher:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def __call__(self, config: dict[str, Any] | Path, *overrides: str, procs: int = 1, kill: Kill | None = None, env: dict[str, str] | None = None) -> Done:
+    def __call__(
+        self,
+        config: dict[str, Any] | Path,
+        *overrides: str,
+        procs: int = 1,
+        kill: Kill | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Done:
         """Train; `config`: a file, or the values for one, which is left beside the run's folder."""
         assert self._process.stdin and self._process.stdout
         if isinstance(config, dict):
             path = Path(f"{config['run']['dir']}.yaml")
-            path.write_text(yaml.safe_dump(config))
+            path.write_text(yaml.safe_dump(config), encoding="utf-8")
             config = path
-        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        with (
+            tempfile.NamedTemporaryFile("r", encoding="utf-8") as out,
+            tempfile.NamedTemporaryFile("r", encoding="utf-8") as err,
+        ):
             outputs, trap = [out.name, err.name], asdict(kill) if kill else None
-            request = {"arguments": [str(config), *overrides], "procs": procs, "outputs": outputs, "kill": trap, "env": env or {}}
+            request = {
+                "arguments": [str(config), *overrides],
+                "procs": procs,
+                "outputs": outputs,
+                "kill": trap,
+                "env": env or {},
+            }
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             return Done(int(self._process.stdout.readline()), out.read(), err.read())
@@ -202,7 +230,12 @@ def serve() -> Iterator[Launcher]:
     single_threaded = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OPENBLAS_NUM_THREADS": "1"}
     environment = os.environ | {"PYTHONPATH": str(ROOT), **single_threaded}
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.forks"], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.forks"],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
     ) as process:
         yield Launcher(process)
         assert process.stdin

@@ -1,4 +1,5 @@
-"""What tests train on: small Whispers with a tokenizer of their own, and sounds with captions, all made here and seeded."""
+"""What tests train on: small Whispers with a tokenizer of their own, and sounds with captions, all made here
+and seeded."""
 
 from __future__ import annotations
 
@@ -33,24 +34,32 @@ def sound_of(number: int, rate: int = 16_000, channels: int = 1) -> np.ndarray:
     random = np.random.default_rng(number)
     kind, pitch, count = KINDS[number % 3], list(PITCHES.values())[number // 3 % 3], 1 + number // 9 % 3
     time = np.arange(int(rate * (0.5 + 0.1 * (number % 10)))) / rate
-    wave = {"beep": np.sin(2 * np.pi * pitch * time), "buzz": np.sign(np.sin(2 * np.pi * pitch * time)) * 0.5, "hiss": random.standard_normal(len(time)) * 0.2}[
-        kind
-    ]
+    wave = {
+        "beep": np.sin(2 * np.pi * pitch * time),
+        "buzz": np.sign(np.sin(2 * np.pi * pitch * time)) * 0.5,
+        "hiss": random.standard_normal(len(time)) * 0.2,
+    }[kind]
     wave *= (time * count * 2 / time[-1]) % 1 < 0.6
     wave += random.standard_normal(len(time)) * 0.003
     return np.repeat((wave * 0.5).astype(np.float32)[:, None], channels, axis=1)
 
 
-def make_clips(folder: Path, numbers: range, endings: tuple[str, ...] = ("flac", "wav", "ogg", "mp3")) -> Path:
+def make_clips(
+    folder: Path, numbers: range, endings: tuple[str, ...] = ("flac", "wav", "ogg", "mp3")
+) -> Path:
     """Write clips of several formats, rates and channels, and a CSV; returns the CSV."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in numbers:
-        ending, rate, channels = endings[number % len(endings)], (16_000, 44_100, 8_000)[number % 3], 1 + number % 2
+        ending, rate, channels = (
+            endings[number % len(endings)],
+            (16_000, 44_100, 8_000)[number % 3],
+            1 + number % 2,
+        )
         soundfile.write(folder / f"clip{number:04d}.{ending}", sound_of(number, rate, channels), rate)
         rows.append({"file": f"clip{number:04d}.{ending}", "caption": caption_of(number), "licence": "CC0"})
     table = folder / "clips.csv"
-    with table.open("w", newline="") as file:
+    with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -62,7 +71,9 @@ def make_model(folder: Path, **shape: int) -> Path:
     return make_whisper(folder, map(caption_of, range(200)), **shape)
 
 
-def config_values(name: str, folder: Path, model: Path, shards: str, **sections: dict[str, object]) -> dict[str, object]:
+def config_values(
+    name: str, folder: Path, model: Path, shards: str, **sections: dict[str, object]
+) -> dict[str, object]:
     """Values of a small config; `sections` are merged over it."""
     source = {"name": "sounds", "shards": [shards], "validation": 0.15}
     values: dict[str, dict[str, object]] = {
@@ -74,18 +85,31 @@ def config_values(name: str, folder: Path, model: Path, shards: str, **sections:
         "evaluate": {"captions": 2, "max_samples": 8},
         "monitor": {"every_steps": 1},
     }
-    return {key: {**value, **sections.get(key, {})} for key, value in values.items()} | {k: v for k, v in sections.items() if k not in values}
+    return {key: {**value, **sections.get(key, {})} for key, value in values.items()} | {
+        k: v for k, v in sections.items() if k not in values
+    }
 
 
-def run_program(*arguments: object, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
+def run_program(
+    *arguments: object, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 1200
+) -> subprocess.CompletedProcess[str]:
     """Run `python -m ...` of this checkout, from its root unless told otherwise."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-    return subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=timeout,
+        check=False,
+    )
 
 
 @dataclass
 class Taken:
-    """What the audit says of a step in an attempt: keys in the order of lanes, samples that could not be used, ranks that have reported."""
+    """What the audit says of a step in an attempt: keys in the order of lanes, samples that could not be
+    used, ranks that have reported."""
 
     keys: list[str] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)

@@ -1,4 +1,5 @@
-"""The benchmarks run, and say in JSON what they promise; what they find on a model this small means nothing."""
+"""The benchmarks run, and say in JSON what they promise; what they find on a model this small means
+nothing."""
 
 from __future__ import annotations
 
@@ -21,13 +22,23 @@ def bench(folder: Path, what: str, *options: object) -> dict:
 
 
 def positive(figures: dict[str, float]) -> bool:
-    return all(value > 0 for name, value in figures.items() if name not in ("hidden_seconds", "largest_mel_difference"))
+    return all(
+        value > 0
+        for name, value in figures.items()
+        if name not in ("hidden_seconds", "largest_mel_difference")
+    )
 
 
 @pytest.mark.slow
 def test_saving_and_loading_are_measured(tmp_path: Path) -> None:
     found = bench(tmp_path, "checkpoint", "--model", "sandbox")
-    fields = {"earwitness": TRAINING, "dcp": TRAINING, "deepspeed": WAITING, "earwitness sync": WAITING, "dcp sync": WAITING}
+    fields = {
+        "earwitness": TRAINING,
+        "dcp": TRAINING,
+        "deepspeed": WAITING,
+        "earwitness sync": WAITING,
+        "dcp sync": WAITING,
+    }
     assert {method: set(about["median"]) for method, about in found["save"].items()} == fields
     assert set(found["load"]) == {"earwitness 2 -> 2", "deepspeed 2 -> 2", "earwitness 2 -> 3"}
     assert all(positive(about["median"]) and positive(about["first"]) for about in found["save"].values())
@@ -39,7 +50,12 @@ def test_saving_and_loading_are_measured(tmp_path: Path) -> None:
 def test_exports_are_measured(tmp_path: Path) -> None:
     found = bench(tmp_path, "export", "--model", "sandbox")
     for about in found["export"].values():
-        assert set(about["median"]) == {"total_seconds", "import_seconds", "work_seconds", "peak_gigabytes"} and positive(about["median"])
+        assert set(about["median"]) == {
+            "total_seconds",
+            "import_seconds",
+            "work_seconds",
+            "peak_gigabytes",
+        } and positive(about["median"])
     assert set(found["aims"]) == {"export time", "export work", "export memory"}
 
 
@@ -53,9 +69,24 @@ def test_starts_are_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_readers_are_measured(tmp_path: Path) -> None:
-    found = bench(tmp_path, "data", "--clips", 32, "--format", "flac-10s-16k-mono", "--place", "local", "--place", "s3-far")
-    readers = {"earwitness", "waveforms", "webdataset"} | {name for name in ("datasets", "litdata") if f"skipped {name}" not in found}
-    assert set(found["data"]) == {f"flac-10s-16k-mono, {place}, {reader}" for place in ("local", "s3-far") for reader in readers}
+    found = bench(
+        tmp_path,
+        "data",
+        "--clips",
+        32,
+        "--format",
+        "flac-10s-16k-mono",
+        "--place",
+        "local",
+        "--place",
+        "s3-far",
+    )
+    readers = {"earwitness", "waveforms", "webdataset"} | {
+        name for name in ("datasets", "litdata") if f"skipped {name}" not in found
+    }
+    assert set(found["data"]) == {
+        f"flac-10s-16k-mono, {place}, {reader}" for place in ("local", "s3-far") for reader in readers
+    }
     for name, about in found["data"].items():
         figures = about["median"]
         assert positive(figures) and figures["distinct_samples"] == 32

@@ -1,4 +1,5 @@
-"""What was read once from a bucket comes from the node's disk: whole, of the same object, and never more than was allowed."""
+"""What was read once from a bucket comes from the node's disk: whole, of the same object, and never more than
+was allowed."""
 
 from __future__ import annotations
 
@@ -38,10 +39,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     return ranges
 
 
-@pytest.mark.parametrize(("start", "end"), [(0, 10), (BLOCK - 1, BLOCK + 1), (100, SIZE), (SIZE - 1, SIZE), (2 * BLOCK, 3 * BLOCK)])
-def test_a_range_comes_as_it_is_and_the_second_time_from_the_disk(tmp_path: Path, asked: Asked, start: int, end: int) -> None:
+@pytest.mark.parametrize(
+    ("start", "end"), [(0, 10), (BLOCK - 1, BLOCK + 1), (100, SIZE), (SIZE - 1, SIZE), (2 * BLOCK, 3 * BLOCK)]
+)
+def test_a_range_comes_as_it_is_and_the_second_time_from_the_disk(
+    tmp_path: Path, asked: Asked, start: int, end: int
+) -> None:
     assert Cache(tmp_path, 1).read(SHARD, start, end) == CONTENT[start:end]
-    assert asked == [(start // BLOCK * BLOCK, min(-(-end // BLOCK) * BLOCK, SIZE))], "whole blocks, in one request"
+    assert asked == [(start // BLOCK * BLOCK, min(-(-end // BLOCK) * BLOCK, SIZE))], (
+        "whole blocks, in one request"
+    )
     assert Cache(tmp_path, 1).read(SHARD, start, end) == CONTENT[start:end] and len(asked) == 1
 
 
@@ -52,7 +59,14 @@ def test_only_what_is_missing_is_asked_for(tmp_path: Path, asked: Asked) -> None
     assert asked[1:] == [(0, 2 * BLOCK), (3 * BLOCK, SIZE)]
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + bytes([content[-1] ^ 1]), lambda content: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1],
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        lambda content: b"",
+    ],
+)
 def test_a_damaged_block_is_read_anew(tmp_path: Path, asked: Asked, damage: Callable[[bytes], bytes]) -> None:
     kept = Cache(tmp_path, 1)
     kept.read(SHARD, 0, 10)
@@ -64,12 +78,18 @@ def test_a_damaged_block_is_read_anew(tmp_path: Path, asked: Asked, damage: Call
 
 def test_what_replaced_an_object_is_another_object(tmp_path: Path, asked: Asked) -> None:
     kept = Cache(tmp_path, 1)
-    for location in (SHARD, Location(SHARD.url, "{}", "other", SIZE), Location("s3://bucket/b.tar", "{}", "tag", SIZE)):
+    for location in (
+        SHARD,
+        Location(SHARD.url, "{}", "other", SIZE),
+        Location("s3://bucket/b.tar", "{}", "tag", SIZE),
+    ):
         kept.read(location, 0, 10)
     assert len(asked) == 3
 
 
-def test_it_holds_no_more_than_it_may_and_drops_what_was_not_used_for_longest(tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_holds_no_more_than_it_may_and_drops_what_was_not_used_for_longest(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "ABANDONED", 0.0)
     kept = Cache(tmp_path, 3.5 * BLOCK / 1e9)
     (tmp_path / "ab").mkdir()
@@ -85,8 +105,10 @@ def test_it_holds_no_more_than_it_may_and_drops_what_was_not_used_for_longest(tm
     assert not asked, "block 1 was not used for longest"
 
 
-def test_a_disk_that_fails_is_told_of_once_and_done_without(tmp_path: Path, asked: Asked, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("in the way")
+def test_a_disk_that_fails_is_told_of_once_and_done_without(
+    tmp_path: Path, asked: Asked, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     kept = Cache(tmp_path / "file", 1)
     for _ in range(2):
         assert kept.read(SHARD, 0, SIZE) == CONTENT
@@ -114,14 +136,32 @@ def test_processes_share_it_whoever_is_killed_meanwhile(tmp_path: Path, asked: A
     (tmp_path / "content").write_bytes(CONTENT)
 
     def start(rounds: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", WORKER, str(tmp_path / "cache"), str(tmp_path / "content"), str(rounds)]
-        return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-c",
+            WORKER,
+            str(tmp_path / "cache"),
+            str(tmp_path / "content"),
+            str(rounds),
+        ]
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
 
     killed, living = start(10**9), start(300)
     assert killed.stdout is not None and killed.stdout.readline() == "begins\n"
     kept = Cache(tmp_path / "cache", 4 * BLOCK / 1e9)
     with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(lambda number: kept.read(SHARD, number, number + BLOCK) == CONTENT[number : number + BLOCK], range(0, 4 * BLOCK, 77_777))) == {True}
+        assert set(
+            pool.map(
+                lambda number: kept.read(SHARD, number, number + BLOCK) == CONTENT[number : number + BLOCK],
+                range(0, 4 * BLOCK, 77_777),
+            )
+        ) == {True}
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert living.wait() == 0

@@ -1,4 +1,5 @@
-"""Whether a chain goes on, which nodes it leaves out, and who is named for a hang: rules that docs/slurm.md promises, without a cluster."""
+"""Whether a chain goes on, which nodes it leaves out, and who is named for a hang: rules that docs/slurm.md
+promises, without a cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ NODES = ["n1", "n1", "n2", "n2"]
 
 
 def ended(cause: str, node: str = "", saved: int = 0, minutes_ago: float = 1) -> dict[str, Any]:
-    return {"cause": cause, "words": f"{cause}: what it said", "node": node, "saved": saved, "time": NOW - 60 * minutes_ago}
+    return {
+        "cause": cause,
+        "words": f"{cause}: what it said",
+        "node": node,
+        "saved": saved,
+        "time": NOW - 60 * minutes_ago,
+    }
 
 
 @pytest.mark.parametrize("cause", ["finished", "stopped", "cancelled", "bad_input", "superseded"])
@@ -30,7 +37,10 @@ def test_what_is_final_ends_the_chain_with_its_words(cause: str) -> None:
     assert decide(SETTINGS, [ended("preempted"), ended(cause)], 4, NOW).why == f"{cause}: what it said"
 
 
-@pytest.mark.parametrize("cause", ["preempted", "saved", "node_lost", "crash", "hang", "error", "time_limit", "unknown", "poisoned_sample"])
+@pytest.mark.parametrize(
+    "cause",
+    ["preempted", "saved", "node_lost", "crash", "hang", "error", "time_limit", "unknown", "poisoned_sample"],
+)
 def test_after_one_of_anything_else_it_goes_on_at_once(cause: str) -> None:
     verdict = decide(SETTINGS, [ended(cause)], 4, NOW)
     assert verdict.go and not verdict.delay
@@ -38,15 +48,28 @@ def test_after_one_of_anything_else_it_goes_on_at_once(cause: str) -> None:
 
 def test_failures_without_progress_are_counted_waited_for_and_enough_at_last() -> None:
     many = Slurm(nodes=2, max_attempts_without_progress=6)
-    assert [decide(many, [ended("crash")] * count, 4, NOW).delay for count in range(1, 6)] == [0, 60, 300, 600, 600]
+    assert [decide(many, [ended("crash")] * count, 4, NOW).delay for count in range(1, 6)] == [
+        0,
+        60,
+        300,
+        600,
+        600,
+    ]
     verdict = decide(SETTINGS, [ended("crash"), ended("hang"), ended("error")], 4, NOW)
-    assert not verdict.go and verdict.why.startswith("3 attempts failed in a row without a checkpoint after step 0; the last one: error: what it said")
+    assert not verdict.go and verdict.why.startswith(
+        "3 attempts failed in a row without a checkpoint after step 0; the last one: error: what it said"
+    )
 
 
 def test_a_checkpoint_resets_the_count_and_preemptions_do_not_count() -> None:
     assert decide(SETTINGS, [ended("crash"), ended("crash"), ended("crash", saved=8)], 4, NOW).go
     assert decide(SETTINGS, [ended("preempted")] * 50, 4, NOW).go
-    assert not decide(SETTINGS, [ended("crash"), ended("preempted"), ended("crash"), ended("preempted"), ended("crash")], 4, NOW).go
+    assert not decide(
+        SETTINGS,
+        [ended("crash"), ended("preempted"), ended("crash"), ended("preempted"), ended("crash")],
+        4,
+        NOW,
+    ).go
 
 
 def test_misfortunes_are_borne_longer() -> None:
@@ -62,10 +85,15 @@ def test_misfortunes_are_borne_longer() -> None:
         ([ended("unfit_node", "n3")], ("n3",)),
         ([ended("error", "n3", saved=2), ended("error", "n3", saved=4)], ()),  # an exception is the code's
         ([ended("unfit_node", "n3", minutes_ago=61)], ()),
-        ([ended("unfit_node", node, saved=step) for step, node in enumerate(["n1", "n2", "n3", "n4"])], ("n3", "n4")),  # two must remain: the newest
+        (
+            [ended("unfit_node", node, saved=step) for step, node in enumerate(["n1", "n2", "n3", "n4"])],
+            ("n3", "n4"),
+        ),  # two must remain: the newest
     ],
 )
-def test_guilty_nodes_are_left_out_for_a_time_as_long_as_enough_remain(ends: list[dict[str, Any]], left_out: tuple[str, ...]) -> None:
+def test_guilty_nodes_are_left_out_for_a_time_as_long_as_enough_remain(
+    ends: list[dict[str, Any]], left_out: tuple[str, ...]
+) -> None:
     assert decide(SETTINGS, ends, 4, NOW).exclude == left_out
 
 
@@ -74,7 +102,9 @@ def test_no_node_is_left_out_where_none_can_be_spared() -> None:
     assert decide(Slurm(nodes="1-8"), [ended("unfit_node", "n2")], 2, NOW).exclude == ("n2",)
 
 
-def sign(rank: int, *, arrived: bool = True, step: int = 7, phase: str = "training", in_hand: str = "") -> Sign:
+def sign(
+    rank: int, *, arrived: bool = True, step: int = 7, phase: str = "training", in_hand: str = ""
+) -> Sign:
     return Sign(rank, NODES[rank], phase, step, arrived, 60.0, in_hand)
 
 
@@ -83,33 +113,66 @@ def sign(rank: int, *, arrived: bool = True, step: int = 7, phase: str = "traini
     [
         ([sign(0), sign(1), sign(2)], "n2", [3], "rank 3 gave no sign of life"),
         ([sign(0), sign(1)], "n2", [2, 3], "ranks 2, 3 gave no sign of life"),
-        ([sign(0), sign(1, arrived=False, in_hand="x.flac of a.tar"), sign(2), sign(3)], "n1", [1], "(in hand: x.flac of a.tar)"),
-        ([sign(0, step=8), sign(1, step=8), sign(2, arrived=False), sign(3, step=8, arrived=False)], "n2", [2], "rank 2 on n2: training, step 7"),
+        (
+            [sign(0), sign(1, arrived=False, in_hand="x.flac of a.tar"), sign(2), sign(3)],
+            "n1",
+            [1],
+            "(in hand: x.flac of a.tar)",
+        ),
+        (
+            [sign(0, step=8), sign(1, step=8), sign(2, arrived=False), sign(3, step=8, arrived=False)],
+            "n2",
+            [2],
+            "rank 2 on n2: training, step 7",
+        ),
         ([sign(rank) for rank in range(4)], "", [], "all ranks are stuck"),
-        ([sign(0), sign(1, arrived=False), sign(2), sign(3, arrived=False)], "", [1, 3], "while the others wait"),
+        (
+            [sign(0), sign(1, arrived=False), sign(2), sign(3, arrived=False)],
+            "",
+            [1, 3],
+            "while the others wait",
+        ),
     ],
 )
-def test_a_hang_is_the_fault_of_who_is_silent_then_of_who_has_not_arrived(signs: list[Sign], node: str, suspects: list[int], words: str) -> None:
+def test_a_hang_is_the_fault_of_who_is_silent_then_of_who_has_not_arrived(
+    signs: list[Sign], node: str, suspects: list[int], words: str
+) -> None:
     hang = explain(signs, NODES)
     assert (hang.node, hang.suspects) == (node, suspects) and words in hang.words
 
 
 def finding(node: str, problem: str = "", fatal: int = 0, **values: Any) -> Finding:
-    return Finding(node, {"clock": problem} if problem else {}, {"code": "c0de", "versions": "torch 2", **values}, fatal)
+    return Finding(
+        node, {"clock": problem} if problem else {}, {"code": "c0de", "versions": "torch 2", **values}, fatal
+    )
 
 
 @pytest.mark.parametrize(
     ("findings", "node", "words"),
     [
         ([finding("n1"), finding("n2", "+100 s off")], "n2", "n2 is unfit: clock: +100 s off"),
-        ([finding("n1"), finding("n2"), finding("n3", versions="torch 1")], "n3", "n3 has other versions than most: torch 1 instead of torch 2"),
-        ([finding(f"n{number}", tflops=speed) for number, speed in enumerate([600.0, 610.0, 300.0])], "n2", "n2: a GPU does 300 TFLOP/s"),
+        (
+            [finding("n1"), finding("n2"), finding("n3", versions="torch 1")],
+            "n3",
+            "n3 has other versions than most: torch 1 instead of torch 2",
+        ),
+        (
+            [finding(f"n{number}", tflops=speed) for number, speed in enumerate([600.0, 610.0, 300.0])],
+            "n2",
+            "n2: a GPU does 300 TFLOP/s",
+        ),
         ([finding("n1", "off"), finding("n2", "off")], None, "before the start, on all nodes: clock: off"),
         ([finding("n1", "no such key", fatal=3)], None, "on all nodes: clock: no such key"),
-        ([finding("n1", "off")], "n1", "n1 is unfit"),  # of one node nobody knows whether another one would do
+        (
+            [finding("n1", "off")],
+            "n1",
+            "n1 is unfit",
+        ),  # of one node nobody knows whether another one would do
     ],
 )
-def test_what_differs_from_the_others_is_unfit_and_what_all_have_is_not_a_nodes_fault(findings: list[Finding], node: str | None, words: str) -> None:
+def test_what_differs_from_the_others_is_unfit_and_what_all_have_is_not_a_nodes_fault(
+    findings: list[Finding], node: str | None, words: str
+) -> None:
     error = preflight._compare(findings)
     assert words in str(error) and getattr(error, "node", None) == node
     assert getattr(error, "exit_code", 1) == (findings[0].fatal or 1)

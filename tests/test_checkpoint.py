@@ -1,4 +1,5 @@
-"""Only whole and sound checkpoints are used, none is lost to a failed write, and training waits for no disk."""
+"""Only whole and sound checkpoints are used, none is lost to a failed write, and training waits for no
+disk."""
 
 from __future__ import annotations
 
@@ -73,7 +74,10 @@ class PlainEngine:
                 self.mine.append((name, bounds[rank], bounds[rank + 1]))
 
     def fragments(self) -> list[Fragment]:
-        return [Fragment(name, start, end, {kind: self.state[name][kind][start:end] for kind in KINDS}) for name, start, end in self.mine]
+        return [
+            Fragment(name, start, end, {kind: self.state[name][kind][start:end] for kind in KINDS})
+            for name, start, end in self.mine
+        ]
 
 
 def on_ranks(size: int, work: Callable[[World], Any]) -> list[Any]:
@@ -87,10 +91,14 @@ def on_ranks(size: int, work: Callable[[World], Any]) -> list[Any]:
 
     meeting = Meeting(size)
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(outcome, [Threads(rank, size, torch.device("cpu"), meeting) for rank in range(size)]))
+        return list(
+            pool.map(outcome, [Threads(rank, size, torch.device("cpu"), meeting) for rank in range(size)])
+        )
 
 
-def save(root: Path, step: int, size: int = 1, metrics: dict[str, float] | None = None, **hooks: Any) -> list[Any]:
+def save(
+    root: Path, step: int, size: int = 1, metrics: dict[str, float] | None = None, **hooks: Any
+) -> list[Any]:
     """Save a checkpoint and wait for it; the outcome on each rank."""
 
     def work(world: World) -> None:
@@ -113,7 +121,8 @@ def names(root: Path) -> list[str]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_what_ranks_have_saved_is_read_back_in_any_slice(tmp_path: Path, size: int) -> None:
-    """However it was divided: by rank, by random slice, at the borders of fragments and of digested blocks."""
+    """However it was divided: by rank, by random slice, at the borders of fragments and of digested
+    blocks."""
     assert save(tmp_path, 3, size) == [None] * size
     reader, state, slices = Reader(tmp_path / "step-00000003"), PlainEngine(3).state, random.Random(size)
     assert reader.verify() == []
@@ -129,15 +138,22 @@ def test_a_rank_reads_only_the_blocks_of_its_share(tmp_path: Path, monkeypatch: 
     save(tmp_path, 1)
     checked = []
     original = Reader._check
-    monkeypatch.setattr(Reader, "_check", lambda self, file, block: checked.append(block) or original(self, file, block))
+    monkeypatch.setattr(
+        Reader, "_check", lambda self, file, block: checked.append(block) or original(self, file, block)
+    )
     Reader(tmp_path / "step-00000001")("a.weight", "master", 0, 1_000_000)
     assert set(checked) <= {0, 1}  # of 5: that with its 4 MB, and the one after, which is read ahead
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is the state at the time of the save, though the weights change before the disk has taken a byte."""
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the state at the time of the save, though the weights change before the disk has
+    taken a byte."""
     engine, go = PlainEngine(1), threading.Event()
-    monkeypatch.setattr(writer._Job, "_write", lambda job, write=writer._Job._write: go.wait(30) and write(job))
+    monkeypatch.setattr(
+        writer._Job, "_write", lambda job, write=writer._Job._write: go.wait(30) and write(job)
+    )
     one = Writer(tmp_path, 0, engine, Threads(0, 1, torch.device("cpu"), Meeting(1)), SHAPES)
     one.save(Manifest(1, 1, {}))
     one.hold()
@@ -146,7 +162,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     assert checkpoint.find(tmp_path) == []
     go.set()
     one.finish()
-    assert torch.equal(Reader(tmp_path / "step-00000001")("b", "master", 0, 5), PlainEngine(1).state["b"]["master"])
+    assert torch.equal(
+        Reader(tmp_path / "step-00000001")("b", "master", 0, 5), PlainEngine(1).state["b"]["master"]
+    )
 
 
 def test_the_ledger_is_told_of_a_checkpoint_that_is_complete(tmp_path: Path) -> None:
@@ -157,7 +175,9 @@ def test_the_ledger_is_told_of_a_checkpoint_that_is_complete(tmp_path: Path) -> 
     assert commit.bytes == size and 0 < commit.blocking_seconds < commit.total_seconds
 
 
-def test_an_urgent_save_replaces_one_that_has_far_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_urgent_save_replaces_one_that_has_far_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And waits for one that is nearly there: here, until its file is written but for the sync."""
     for far in (True, False):
         root = tmp_path / str(far)
@@ -207,7 +227,9 @@ def test_files_belong_to_the_group_of_a_shared_folder(tmp_path: Path) -> None:
     os.chown(tmp_path, 0, 12345)
     tmp_path.chmod(0o2770)
     save(tmp_path, 1)
-    assert {path.stat().st_gid for path in [tmp_path / "step-00000001", *(tmp_path / "step-00000001").iterdir()]} == {12345}
+    assert {
+        path.stat().st_gid for path in [tmp_path / "step-00000001", *(tmp_path / "step-00000001").iterdir()]
+    } == {12345}
 
 
 @pytest.mark.parametrize("block", [0, 2], ids=["header's block", "later block"])
@@ -258,14 +280,24 @@ def no_quota(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_the_way(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (root / "step-00000002.a0.tmp").write_text("a folder cannot be made here")
+    (root / "step-00000002.a0.tmp").write_text("a folder cannot be made here", encoding="utf-8")
 
 
-@pytest.mark.parametrize(("cause", "said"), [(full_disk, "No space left"), (no_quota, "quota exceeded"), (in_the_way, "File exists")])
-def test_a_failed_write_says_why_and_leaves_the_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause, said: str) -> None:
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [(full_disk, "No space left"), (no_quota, "quota exceeded"), (in_the_way, "File exists")],
+)
+def test_a_failed_write_says_why_and_leaves_the_earlier_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause, said: str
+) -> None:
     save(tmp_path, 1)
     cause(tmp_path, monkeypatch)
-    with pytest.raises(CheckpointError, match=rf"(?s)cannot write the checkpoint of step 2.*{said}.*Earlier checkpoints are intact; make room"):
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            rf"(?s)cannot write the checkpoint of step 2.*{said}.*Earlier checkpoints are intact; make room"
+        ),
+    ):
         only(save(tmp_path, 2))
     assert [folder.name for folder in checkpoint.find(tmp_path)] == ["step-00000001"]
     assert cause is in_the_way or names(tmp_path) == ["step-00000001"]
@@ -296,7 +328,13 @@ def test_the_last_the_best_and_every_nth_are_kept(tmp_path: Path) -> None:
         save(tmp_path, step, metrics={"validation/loss": loss})
     (tmp_path / "step-00000005.damaged").mkdir()
     checkpoint.retain(tmp_path, Checkpoint(keep_last=2, keep_every=3), "validation/loss")
-    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000005", "step-00000005.damaged", "step-00000006"]
+    assert names(tmp_path) == [
+        "step-00000002",
+        "step-00000003",
+        "step-00000005",
+        "step-00000005.damaged",
+        "step-00000006",
+    ]
     assert checkpoint.best_of(tmp_path, "validation/loss") == (0.3, tmp_path / "step-00000002")
 
 

@@ -40,7 +40,7 @@ def write(tmp_path: Path) -> Write:
     def write(text: str, name: str = "mine.yaml") -> Path:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return path
 
     return write
@@ -48,7 +48,7 @@ def write(tmp_path: Path) -> Write:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_loads_with_the_command_that_it_opens_with(path: Path) -> None:
-    command = re.match(r"# python -m launch (?:train|submit) (.*)", path.read_text())
+    command = re.match(r"# python -m launch (?:train|submit) (.*)", path.read_text(encoding="utf-8"))
     assert command, "the first line names the command that runs it"
     name, *rest = shlex.split(command[1])
     assert name == f"configs/{path.name}"
@@ -65,9 +65,13 @@ def test_every_config_loads_with_the_command_that_it_opens_with(path: Path) -> N
         ("data.sources.0.validation={fractoin: 0.1}", "data.sources.0.validation.fractoin", "fraction"),
     ],
 )
-def test_unknown_key_is_refused_with_the_nearest_one(write: Write, override: str, wrong: str, near: str) -> None:
+def test_unknown_key_is_refused_with_the_nearest_one(
+    write: Write, override: str, wrong: str, near: str
+) -> None:
     path = write(CONFIG)
-    with pytest.raises(ConfigError, match=re.escape(f"{path}: unknown key {wrong!r}; did you mean {near!r}?")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"{path}: unknown key {wrong!r}; did you mean {near!r}?")
+    ):
         load(path, [override])
 
 
@@ -82,12 +86,26 @@ def test_all_errors_come_at_once_and_name_the_file(write: Write) -> None:
         load(path, ["optim.lr=-1", "batch.global_size=many", "model.name=x", "data.sources.0={name: speech}"])
     lines = str(error.value).splitlines()
     assert all(line.startswith(f"{path}: ") for line in lines)
-    assert [next(key for key in ("model.name", "data.sources.0.shards", "batch.global_size", "optim.lr") if key in line) for line in lines] == [
-        "model.name", "data.sources.0.shards", "batch.global_size", "optim.lr",
-    ]  # fmt: skip
+    assert [
+        next(
+            key
+            for key in ("model.name", "data.sources.0.shards", "batch.global_size", "optim.lr")
+            if key in line
+        )
+        for line in lines
+    ] == [
+        "model.name",
+        "data.sources.0.shards",
+        "batch.global_size",
+        "optim.lr",
+    ]
 
 
-@pytest.mark.parametrize("content", [b"a: [", b"- a", b"extends: nowhere.yaml", b"extends: [other.yaml]", b"run: {name: caf\xe9}"], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    [b"a: [", b"- a", b"extends: nowhere.yaml", b"extends: [other.yaml]", b"run: {name: caf\xe9}"],
+    ids=repr,
+)
 def test_a_file_that_is_no_config_is_an_error_that_names_a_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
@@ -100,10 +118,15 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
         load(tmp_path / "absent.yaml")
 
 
-def test_extends_merges_mappings_and_replaces_lists_relative_to_the_file(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_extends_merges_mappings_and_replaces_lists_relative_to_the_file(
+    write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     write(CONFIG, "base.yaml")
     write("extends: ../base.yaml\nbatch: {global_size: 32}\noptim: {lr: 1e-5}", "team/team.yaml")
-    path = write("extends: team.yaml\nbatch: {micro_size: 2}\ndata: {sources: [{name: birds, shards: b.tar}]}", "team/mine.yaml")
+    path = write(
+        "extends: team.yaml\nbatch: {micro_size: 2}\ndata: {sources: [{name: birds, shards: b.tar}]}",
+        "team/mine.yaml",
+    )
     monkeypatch.chdir(tmp_path)
     config = load(path.relative_to(tmp_path))
     assert (config.batch.global_size, config.batch.micro_size) == (32, 2)
@@ -123,9 +146,15 @@ OVERRIDES: dict[str, Callable[[RunConfig], bool]] = {
     "engine.zero2.bf16.enabled=false": lambda config: config.engine.zero2 == {"bf16": {"enabled": False}},
     "data.sources.music.weight=2": lambda config: [source.weight for source in config.data.sources] == [1, 2],
     "data.sources.0.weight=2": lambda config: [source.weight for source in config.data.sources] == [2, 0.5],
-    "data.sources.music.shards=[a.tar, b.tar]": lambda config: config.data.sources[1].shards == ["a.tar", "b.tar"],
-    "data.sources.music.shards=s3://b/{0..9}.tar": lambda config: config.data.sources[1].shards == ["s3://b/{0..9}.tar"],
-    "data.sources.1={name: birds, shards: b.tar}": lambda config: [source.name for source in config.data.sources] == ["speech", "birds"],
+    "data.sources.music.shards=[a.tar, b.tar]": (
+        lambda config: config.data.sources[1].shards == ["a.tar", "b.tar"]
+    ),
+    "data.sources.music.shards=s3://b/{0..9}.tar": (
+        lambda config: config.data.sources[1].shards == ["s3://b/{0..9}.tar"]
+    ),
+    "data.sources.1={name: birds, shards: b.tar}": (
+        lambda config: [source.name for source in config.data.sources] == ["speech", "birds"]
+    ),
     "optim.betas.1=0.95": lambda config: config.optim.betas == (0.9, 0.95),
     "data.max_seconds=": lambda config: config.data.max_seconds is None,
     "run.name=a=b": lambda config: config.run.name == "a=b" and config.run.dir == Path("runs/a=b"),
@@ -138,15 +167,34 @@ def test_override(write: Write, override: str) -> None:
     assert OVERRIDES[override](config), config
 
 
-@pytest.mark.parametrize("override", ["optim.lr", "=1", "optim.lr.x=1", "data.sources.birds.weight=1", "data.sources.2.weight=1", "optim.lr=[1"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.lr",
+        "=1",
+        "optim.lr.x=1",
+        "data.sources.birds.weight=1",
+        "data.sources.2.weight=1",
+        "optim.lr=[1",
+    ],
+)
 def test_override_that_leads_nowhere_is_refused_by_its_own_words(write: Write, override: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(repr(override))):
         load(write(CONFIG), [override])
 
 
-@pytest.mark.parametrize("options", ["{secret: hunter2}", "{client_kwargs: {aws_secret_access_key: hunter2}}", "{token: hunter2, profile: mine}"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "{secret: hunter2}",
+        "{client_kwargs: {aws_secret_access_key: hunter2}}",
+        "{token: hunter2, profile: mine}",
+    ],
+)
 def test_secrets_are_refused_and_not_repeated(write: Write, options: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.sources\.0\.storage_options: .*secrets do not belong in a config") as error:
+    with pytest.raises(
+        ConfigError, match=r"data\.sources\.0\.storage_options: .*secrets do not belong in a config"
+    ) as error:
         load(write(CONFIG), [f"data.sources.0.storage_options={options}"])
     assert "hunter2" not in str(error.value)
 
@@ -185,25 +233,35 @@ words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20) | st.samp
 
 
 @seeded
-@given(words, st.none() | words, st.floats(0, 1, exclude_min=True), st.lists(words), st.dictionaries(words, st.integers() | words | st.booleans(), max_size=3))
+@given(
+    words,
+    st.none() | words,
+    st.floats(0, 1, exclude_min=True),
+    st.lists(words),
+    st.dictionaries(words, st.integers() | words | st.booleans(), max_size=3),
+)
 def test_dump_is_read_back_to_the_same_config(tmp_path_factory, name, style, lr, freeze, options) -> None:
     folder = tmp_path_factory.getbasetemp()
-    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
     config = load(folder / "config.yaml")
     source = config.data.sources[0].model_copy(update={"style": style})
-    config = config.model_copy(update={
-        "run": config.run.model_copy(update={"name": name}),
-        "model": config.model.model_copy(update={"freeze": freeze}),
-        "data": config.data.model_copy(update={"sources": [source]}),
-        "optim": config.optim.model_copy(update={"lr": lr}),
-        "engine": config.engine.model_copy(update={"zero2": options}),
-    })  # fmt: skip
-    (folder / "config.yaml").write_text(dump(config))
+    config = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"name": name}),
+            "model": config.model.model_copy(update={"freeze": freeze}),
+            "data": config.data.model_copy(update={"sources": [source]}),
+            "optim": config.optim.model_copy(update={"lr": lr}),
+            "engine": config.engine.model_copy(update={"zero2": options}),
+        }
+    )
+    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     assert load(folder / "config.yaml") == config
 
 
 # Settings as the schema has them: a key is either a section everywhere or a value everywhere.
-leaves = st.dictionaries(st.sampled_from("abc"), st.integers() | st.none() | st.lists(st.integers(), max_size=2), max_size=3)
+leaves = st.dictionaries(
+    st.sampled_from("abc"), st.integers() | st.none() | st.lists(st.integers(), max_size=2), max_size=3
+)
 sections = st.builds(dict.__or__, leaves, st.fixed_dictionaries({}, optional={"x": leaves, "y": leaves}))
 configs = st.builds(dict.__or__, leaves, st.fixed_dictionaries({}, optional={"X": sections, "Y": sections}))
 
@@ -223,7 +281,11 @@ def test_merge_takes_what_is_above_and_keeps_what_is_below(below, middle, above)
 def test_every_setting_is_described() -> None:
     def undescribed(section: type[BaseModel], at: str) -> Iterator[str]:
         for name, field in section.model_fields.items():
-            inner = [t for t in (field.annotation, *typing.get_args(field.annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+            inner = [
+                t
+                for t in (field.annotation, *typing.get_args(field.annotation))
+                if isinstance(t, type) and issubclass(t, BaseModel)
+            ]
             if not field.description and not any(kind.__doc__ for kind in inner):
                 yield f"{at}{name}"
             for kind in inner:

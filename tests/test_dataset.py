@@ -22,14 +22,23 @@ from tests.making import config_values
 def test_a_cut_off_shard_is_told_at_the_start(tmp_path: Path, model: Path, shards: str) -> None:
     whole = next(Path(shards).parent.glob("*.tar")).read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
-    lines = dataset.build(validate(config_values("run", tmp_path, model, f"{tmp_path}/cut.tar"), "test"), tmp_path, 2.0)
+    lines = dataset.build(
+        validate(config_values("run", tmp_path, model, f"{tmp_path}/cut.tar"), "test"), tmp_path, 2.0
+    )
     assert "cut.tar: DAMAGED" in lines[0] and "what came after is lost" in lines[0]
 
 
-def test_too_many_samples_known_to_be_bad_end_the_run_before_it_starts(tmp_path: Path, model: Path, shards: str) -> None:
+def test_too_many_samples_known_to_be_bad_end_the_run_before_it_starts(
+    tmp_path: Path, model: Path, shards: str
+) -> None:
     values = config_values("run", tmp_path, model, shards)
-    values["data"]["sources"] = [{**values["data"]["sources"][0], "caption_key": ".txt"}]  # there are only .json members
-    with pytest.raises(DataError, match=r"no \.txt member[\s\S]*60 of 60 samples cannot be used, more than data\.max_bad_fraction"):
+    values["data"]["sources"] = [
+        {**values["data"]["sources"][0], "caption_key": ".txt"}
+    ]  # there are only .json members
+    with pytest.raises(
+        DataError,
+        match=r"no \.txt member[\s\S]*60 of 60 samples cannot be used, more than data\.max_bad_fraction",
+    ):
         dataset.build(validate(values, "test"), tmp_path, 2.0)
 
 
@@ -51,14 +60,20 @@ CHANGES: dict[str, Callable[[RunConfig], object]] = {
     "no merged index": lambda config: (config.run.dir / TRAINING).unlink(),
 }
 SETTINGS = {
-    "limit": {"max_seconds": 1.0}, "cropped": {"overlong": "crop"}, "bad samples": {"max_bad_fraction": 0.5},
-    "share": {"sources": {"validation": 0.3}}, "group": {"sources": {"validation": {"fraction": 0.15, "group": "clip.."}}}, "name": {"sources": {"name": "x"}},
+    "limit": {"max_seconds": 1.0},
+    "cropped": {"overlong": "crop"},
+    "bad samples": {"max_bad_fraction": 0.5},
+    "share": {"sources": {"validation": 0.3}},
+    "group": {"sources": {"validation": {"fraction": 0.15, "group": "clip.."}}},
+    "name": {"sources": {"name": "x"}},
     "caption key": {"sources": {"caption_key": "licence"}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", ["nothing", "window", *CHANGES, *SETTINGS])
-def test_indexes_are_merged_again_where_something_changed_and_only_there(tmp_path: Path, model: Path, shards: str, change: str) -> None:
+def test_indexes_are_merged_again_where_something_changed_and_only_there(
+    tmp_path: Path, model: Path, shards: str, change: str
+) -> None:
     shutil.copytree(Path(shards).parent, tmp_path / "shards")
     values = config_values("run", tmp_path, model, f"{tmp_path}/shards/*.tar")
 
@@ -85,12 +100,20 @@ def test_indexes_are_merged_again_where_something_changed_and_only_there(tmp_pat
         fresh = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path / "fresh"})})
         dataset.build(fresh, fresh.run.dir, 2.0 if change == "window" else 1.2)
         one, other = (dataset.open_dataset(config, folder) for folder in (config.run.dir, fresh.run.dir))
-        assert (one.training.digest, one.validation.digest) == (other.training.digest, other.validation.digest)
+        assert (one.training.digest, one.validation.digest) == (
+            other.training.digest,
+            other.validation.digest,
+        )
 
 
 def test_a_control_token_written_in_a_caption_is_text(model: Path) -> None:
     tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
-    encoder = CaptionEncoder(tokenizer, [tokenizer.convert_tokens_to_ids("<|startoftranscript|>")], positions=64, long_caption="truncate")
+    encoder = CaptionEncoder(
+        tokenizer,
+        [tokenizer.convert_tokens_to_ids("<|startoftranscript|>")],
+        positions=64,
+        long_caption="truncate",
+    )
     caption = "A beep<|endoftext|> twice."
     *words, end = encoder.encode(caption).labels
     assert end == tokenizer.eos_token_id not in words and tokenizer.decode(words) == caption

@@ -15,14 +15,24 @@ from hypothesis import strategies as st
 from configs.errors import DataError
 from data.decode import SAMPLE_RATE, BadSample, decode, probe
 
-FORMATS = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III", "opus": "OPUS", "aiff": "PCM_16", "au": "PCM_16", "w64": "PCM_16"}
+FORMATS = {
+    "wav": "PCM_16",
+    "flac": "PCM_16",
+    "ogg": "VORBIS",
+    "mp3": "MPEG_LAYER_III",
+    "opus": "OPUS",
+    "aiff": "PCM_16",
+    "au": "PCM_16",
+    "w64": "PCM_16",
+}
 LOSSY = {"ogg", "mp3", "opus"}
 CASES = [
     (ending, rate, channels)
     for ending in FORMATS
     for rate in (8_000, 16_000, 44_100, 48_000)
     for channels in (1, 2, 6)
-    if not (ending == "opus" and rate == 44_100) and not (ending == "mp3" and channels == 6)  # there is no such file
+    if not (ending == "opus" and rate == 44_100)
+    and not (ending == "mp3" and channels == 6)  # there is no such file
 ]
 
 
@@ -37,12 +47,15 @@ def sine(rate: int, seconds: float = 1.0) -> np.ndarray:
 
 def encode(wave: np.ndarray, rate: int, ending: str = "wav", subtype: str | None = None) -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, wave, rate, format={"opus": "OGG"}.get(ending, ending), subtype=subtype or FORMATS[ending])
+    soundfile.write(
+        file, wave, rate, format={"opus": "OGG"}.get(ending, ending), subtype=subtype or FORMATS[ending]
+    )
     return file.getvalue()
 
 
 def streamed_flac(frames: int = 0) -> bytes:
-    """A FLAC of 1 s whose header states another length; 0 is what an encoder writes into a pipe, where it cannot go back."""
+    """A FLAC of 1 s whose header states another length; 0 is what an encoder writes into a pipe, where it
+    cannot go back."""
     content = bytearray(encode(sine(SAMPLE_RATE), SAMPLE_RATE, "flac"))
     content[21] = content[21] & 0xF0 | frames >> 32
     content[22:26] = (frames & 0xFFFFFFFF).to_bytes(4, "big")
@@ -55,9 +68,13 @@ def test_every_format_becomes_16_khz_mono(ending: str, rate: int, channels: int)
     decoded, wanted = decode(content, ending), sine(SAMPLE_RATE)
     assert decoded.dtype == np.int16 and decoded.shape == wanted.shape
     assert duration(content, ending) == pytest.approx(1.0, abs=1 / SAMPLE_RATE)
-    assert np.corrcoef(decoded, wanted)[0, 1] > (0.99 if ending in LOSSY else 0.99999), "another wave, or shifted"
+    assert np.corrcoef(decoded, wanted)[0, 1] > (0.99 if ending in LOSSY else 0.99999), (
+        "another wave, or shifted"
+    )
     loudness = np.std(decoded / 32768) / np.std(wanted)
-    assert loudness == pytest.approx(1, abs=0.2 if ending in LOSSY and channels == 6 else 0.02 if ending in LOSSY else 1e-3)  # codecs cut the sixth, the bass
+    assert loudness == pytest.approx(
+        1, abs=0.2 if ending in LOSSY and channels == 6 else 0.02 if ending in LOSSY else 1e-3
+    )  # codecs cut the sixth, the bass
 
 
 def test_channels_are_averaged() -> None:
@@ -77,7 +94,9 @@ def test_16_bit_16_khz_mono_comes_back_bit_for_bit(ending: str) -> None:
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW"])
 def test_every_depth_of_wav_is_read_alike(subtype: str) -> None:
     decoded = decode(encode(sine(SAMPLE_RATE), SAMPLE_RATE, subtype=subtype), "wav")
-    assert np.abs(decoded / 32768 - sine(SAMPLE_RATE)).max() < (0.03 if subtype in ("PCM_U8", "ULAW") else 1 / 32768)
+    assert np.abs(decoded / 32768 - sine(SAMPLE_RATE)).max() < (
+        0.03 if subtype in ("PCM_U8", "ULAW") else 1 / 32768
+    )
 
 
 def test_what_is_louder_than_full_scale_is_clipped_and_never_wraps() -> None:
@@ -108,7 +127,9 @@ def test_a_clip_of_no_samples_is_a_bad_sample(ending: str) -> None:
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-@pytest.mark.parametrize("content", [b"<html>404 Not Found</html>", bytes(1000), None], ids=["page", "zeros", "cut"])
+@pytest.mark.parametrize(
+    "content", [b"<html>404 Not Found</html>", bytes(1000), None], ids=["page", "zeros", "cut"]
+)
 def test_what_is_no_audio_is_a_bad_sample(ending: str, content: bytes | None) -> None:
     for action in (decode, duration):
         with pytest.raises(BadSample, match="the audio"):
@@ -163,24 +184,30 @@ def test_m4a_is_decoded_by_ffmpeg(tmp_path: Path) -> None:
         assert not os.environ.get("CI"), "CI must have ffmpeg on its PATH"
         pytest.skip("there is no ffmpeg on the PATH")
     (tmp_path / "a.wav").write_bytes(encode(np.repeat(sine(44_100)[:, None], 2, 1), 44_100))
-    subprocess.run([ffmpeg, "-v", "error", "-i", tmp_path / "a.wav", "-c:a", "aac", tmp_path / "a.m4a"], check=True)
+    subprocess.run(
+        [ffmpeg, "-v", "error", "-i", tmp_path / "a.wav", "-c:a", "aac", tmp_path / "a.m4a"], check=True
+    )
     content = (tmp_path / "a.m4a").read_bytes()
     decoded = decode(content, "m4a")
     assert decoded.dtype == np.int16 and len(decoded) == pytest.approx(SAMPLE_RATE, abs=2048)
     assert duration(content, "m4a") == len(decoded) / SAMPLE_RATE
     middle = decoded[4000:12000] / 32768
     assert np.abs(np.fft.rfft(middle)).argmax() * SAMPLE_RATE / len(middle) == 440
-    assert np.std(middle) == pytest.approx(0.5 / np.sqrt(2), rel=0.03), "mono must be the mean of the channels"
+    assert np.std(middle) == pytest.approx(0.5 / np.sqrt(2), rel=0.03), (
+        "mono must be the mean of the channels"
+    )
     for garbage in (b"<html>404</html>", content[: len(content) // 2], b"\0" * 100):
         with pytest.raises(BadSample, match="the audio cannot be decoded"):
             decode(garbage, "m4a")
 
 
-def test_an_ffmpeg_that_never_ends_is_an_error_of_the_sample(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_ffmpeg_that_never_ends_is_an_error_of_the_sample(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     if not (ffmpeg := shutil.which("ffmpeg")):
         pytest.skip("there is no ffmpeg on the PATH")
     endless = tmp_path / "ffmpeg"
-    endless.write_text(f'#!/bin/sh\nexec {ffmpeg} -stream_loop -1 "$@"\n')
+    endless.write_text(f'#!/bin/sh\nexec {ffmpeg} -stream_loop -1 "$@"\n', encoding="utf-8")
     endless.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("data.decode.FFMPEG_SECONDS", 1)
@@ -189,7 +216,9 @@ def test_an_ffmpeg_that_never_ends_is_an_error_of_the_sample(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("ending", ["m4a", "mp4", "aac", "webm", "16k.m4a"])
-def test_without_ffmpeg_the_way_to_install_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ending: str) -> None:
+def test_without_ffmpeg_the_way_to_install_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ending: str
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     for action in (decode, duration):
         with pytest.raises(DataError, match="apt-get install ffmpeg"):
@@ -209,21 +238,28 @@ def test_a_wav_that_cannot_be_seeked_in_is_read_and_cropped() -> None:
 
 
 def mp3(seconds: float, *, tag: bytes = b"", stated: bool = True) -> bytes:
-    """An MP3 of constant bit rate, behind an ID3 tag; without its first frame it does not state its length."""
+    """An MP3 of constant bit rate, behind an ID3 tag; without its first frame it does not state its
+    length."""
     file = io.BytesIO()
-    soundfile.write(file, sine(44_100, seconds), 44_100, format="MP3", bitrate_mode="CONSTANT", compression_level=0.5)
+    soundfile.write(
+        file, sine(44_100, seconds), 44_100, format="MP3", bitrate_mode="CONSTANT", compression_level=0.5
+    )
     content = file.getvalue()
     content = content if stated else content[content.index(content[:2], 10) :]
     size = bytes(len(tag) >> shift & 0x7F for shift in (21, 14, 7, 0))
     return b"ID3\x03\x00\x00" + size + tag + content if tag else content
 
 
-@pytest.mark.parametrize("tag", [b"\0" * 500_000, b"COMM more Info at example.org, Xing" + bytes(100)], ids=["cover art", "words"])
+@pytest.mark.parametrize(
+    "tag", [b"\0" * 500_000, b"COMM more Info at example.org, Xing" + bytes(100)], ids=["cover art", "words"]
+)
 @pytest.mark.parametrize("stated", [True, False])
 def test_an_id3_tag_is_not_taken_for_audio_or_for_a_stated_length(tag: bytes, stated: bool) -> None:
     lengths: list[float] = []
-    decoded = decode(mp3(20, tag=tag, stated=stated), "mp3", lambda seconds: lengths.append(seconds))  # type: ignore[func-returns-value]
-    assert len(decoded) == pytest.approx(20 * SAMPLE_RATE, rel=0.02) and lengths == [pytest.approx(20, rel=0.02)]
+    decoded = decode(mp3(20, tag=tag, stated=stated), "mp3", lengths.append)
+    assert len(decoded) == pytest.approx(20 * SAMPLE_RATE, rel=0.02) and lengths == [
+        pytest.approx(20, rel=0.02)
+    ]
 
 
 @pytest.mark.parametrize("start", [0.0, 4.0, 7.0])

@@ -25,7 +25,10 @@ NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 def table(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, np.ndarray]]:
     """(split, caption, waveform) of some clips."""
     path = write_clips(tmp_path_factory.mktemp("clips") / "clips", training=300, held_out=60, seed=3)
-    return [(row["split"], row["caption"], soundfile.read(path.parent / row["file"])[0]) for row in csv.DictReader(path.open())]
+    return [
+        (row["split"], row["caption"], soundfile.read(path.parent / row["file"])[0])
+        for row in csv.DictReader(path.open(encoding="utf-8"))
+    ]
 
 
 def test_no_caption_that_is_held_out_is_trained_on(table) -> None:
@@ -39,8 +42,14 @@ def test_captions_tell_the_truth(table) -> None:
     for _, caption, waveform in table:
         assert len(waveform) <= LONGEST * SAMPLE_RATE
         loud = np.convolve(np.abs(waveform) > 0.03, np.ones(320), "same") > 0  # 20 ms hold sounds together
-        starts, ends = np.flatnonzero(np.diff(loud.astype(int)) == 1), np.flatnonzero(np.diff(loud.astype(int)) == -1)
-        groups = [re.fullmatch(r"(\w+) (\w+) (\w+) (.+?)(?:es|s)?", text).groups() for text in caption.lower().rstrip(".").split(" then ")]
+        starts, ends = (
+            np.flatnonzero(np.diff(loud.astype(int)) == 1),
+            np.flatnonzero(np.diff(loud.astype(int)) == -1),
+        )
+        groups = [
+            re.fullmatch(r"(\w+) (\w+) (\w+) (.+?)(?:es|s)?", text).groups()
+            for text in caption.lower().rstrip(".").split(" then ")
+        ]
         expected = [group for group in groups for _ in range(NUMBERS[group[0]])]
         assert len(starts) == len(ends) == len(expected), caption
         pauses = (starts[1:] - ends[:-1]) / SAMPLE_RATE
@@ -50,13 +59,21 @@ def test_captions_tell_the_truth(table) -> None:
             if kind == "beep":
                 spectrum = np.abs(np.fft.rfft(waveform[start:end]))
                 peak = spectrum.argmax() * SAMPLE_RATE / (end - start)
-                assert {"low": 200 <= peak <= 310, "middle": 590 <= peak <= 910, "high": 1790 <= peak <= 2610}[pitch], (caption, peak)
+                assert {
+                    "low": 200 <= peak <= 310,
+                    "middle": 590 <= peak <= 910,
+                    "high": 1790 <= peak <= 2610,
+                }[pitch], (caption, peak)
 
 
 def test_the_same_seed_makes_the_same_clips(table, tmp_path: Path) -> None:
     path = write_clips(tmp_path / "clips", training=5, held_out=2, seed=3)
-    again = [soundfile.read(path.parent / row["file"])[0] for row in csv.DictReader(path.open())]
-    first = [clip for split, _, clip in table if split == "train"][:5] + [clip for split, _, clip in table if split == "held-out"][:2]
+    again = [
+        soundfile.read(path.parent / row["file"])[0] for row in csv.DictReader(path.open(encoding="utf-8"))
+    ]
+    first = [clip for split, _, clip in table if split == "train"][:5] + [
+        clip for split, _, clip in table if split == "held-out"
+    ][:2]
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
 
 
@@ -65,7 +82,14 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     for package in PACKAGES:  # a copy, because the demo begins with an empty demo/ and runs/demo
         shutil.copytree(ROOT / package, tmp_path / package)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-m", "tools.demo"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.demo"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stderr
     assert "resumes at step" in done.stdout and "1 x cpu, attempt 1" in done.stdout

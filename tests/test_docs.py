@@ -1,4 +1,5 @@
-"""The pages that are made from the schema are as the schema is, and editors get the same verdict on a config as the program."""
+"""The pages that are made from the schema are as the schema is, and editors get the same verdict on a config
+as the program."""
 
 from __future__ import annotations
 
@@ -19,13 +20,18 @@ SCHEMA = ROOT / "configs/schema.json"
 
 
 def test_the_pages_are_current() -> None:
-    assert (docs.GUIDE.read_text(), docs.SCHEMA.read_text()) == (docs.guide(), docs.editor_schema()), "run `python -m tools.docs` and commit what it writes"
+    assert (docs.GUIDE.read_text(encoding="utf-8"), docs.SCHEMA.read_text(encoding="utf-8")) == (
+        docs.guide(),
+        docs.editor_schema(),
+    ), "run `python -m tools.docs` and commit what it writes"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_editors_find_the_schema_and_accept_our_configs(path: Path) -> None:
-    assert "# yaml-language-server: $schema=schema.json\n" in path.read_text()
-    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(yaml.safe_load(path.read_text()))
+    assert "# yaml-language-server: $schema=schema.json\n" in path.read_text(encoding="utf-8")
+    Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).validate(
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,12 +46,16 @@ def test_editors_find_the_schema_and_accept_our_configs(path: Path) -> None:
     ],
 )
 def test_editors_mark_what_the_program_refuses(tmp_path: Path, text: str) -> None:
-    assert list(Draft202012Validator(json.loads(SCHEMA.read_text())).iter_errors(yaml.safe_load(text)))
-    (tmp_path / "mine.yaml").write_text(text)
+    assert list(
+        Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).iter_errors(yaml.safe_load(text))
+    )
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError):
         load(tmp_path / "mine.yaml")
 
 
 def test_editors_accept_a_part_that_extends_another_file() -> None:
-    part = yaml.safe_load("data: {sources: [{name: a, shards: b.tar, validation: 0.01}]}\nextends: turbo.yaml")
-    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(part)
+    part = yaml.safe_load(
+        "data: {sources: [{name: a, shards: b.tar, validation: 0.01}]}\nextends: turbo.yaml"
+    )
+    Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).validate(part)

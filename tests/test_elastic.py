@@ -1,4 +1,5 @@
-"""A run goes on with another number of ranks, under another engine, with other settings, or from a damaged folder: exactly, or it says why not."""
+"""A run goes on with another number of ranks, under another engine, with other settings, or from a damaged
+folder: exactly, or it says why not."""
 
 from __future__ import annotations
 
@@ -25,16 +26,25 @@ STEPS, STOPPED = 4, 2
 class Elastic(Course):
     """Runs that are stopped and go on."""
 
-    def config(self, name: str, backend: str = "fsdp2", precision: str = "fp32", **sections: dict[str, object]) -> dict[str, Any]:
+    def config(
+        self, name: str, backend: str = "fsdp2", precision: str = "fp32", **sections: dict[str, object]
+    ) -> dict[str, Any]:
         more = {"run": {"name": name, "dir": str(self.folder / name), "seed": 7, **sections.pop("run", {})}}
         return config_values(
-            name, self.folder, self.model, self.shards,
+            name,
+            self.folder,
+            self.model,
+            self.shards,
             **{
-                "engine": {"backend": backend, "dtype": precision}, "batch": {"global_size": 8, "micro_size": 2}, "optim": {"max_steps": STEPS, "lr": 1e-3},
-                "checkpoint": {"every_steps": 1, "keep_last": 9}, "evaluate": {"every_steps": 1000, "captions": 0, "max_samples": 4},
-                **more, **sections,
+                "engine": {"backend": backend, "dtype": precision},
+                "batch": {"global_size": 8, "micro_size": 2},
+                "optim": {"max_steps": STEPS, "lr": 1e-3},
+                "checkpoint": {"every_steps": 1, "keep_last": 9},
+                "evaluate": {"every_steps": 1000, "captions": 0, "max_samples": 4},
+                **more,
+                **sections,
             },
-        )  # fmt: skip
+        )
 
     def stopped(self, whole: Path, name: str) -> RunDir:
         """A copy of a run, as it was after two steps."""
@@ -50,7 +60,12 @@ class Elastic(Course):
 @pytest.fixture(scope="module")
 def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launcher) -> Elastic:
     folder = tmp_path_factory.mktemp("elastic")
-    assert run_program("tools.pack", make_clips(folder / "clips", range(40)), folder / "shards", "--shard-mb", 1).returncode == 0
+    assert (
+        run_program(
+            "tools.pack", make_clips(folder / "clips", range(40)), folder / "shards", "--shard-mb", 1
+        ).returncode
+        == 0
+    )
     return Elastic(folder, model, f"{folder}/shards/*.tar", launch)
 
 
@@ -63,18 +78,40 @@ def whole(course: Elastic, launch: Launcher) -> dict[str, Path]:
 
 
 FAST = [("fsdp2", 3, "fp32"), ("zero2", 1, "bf16"), ("fsdp2", 4, "bf16")]
-ALL = [(backend, procs, precision) for backend in ("zero2", "fsdp2") for procs in (1, 2, 3, 4, 8) for precision in TOLERANCE]
+ALL = [
+    (backend, procs, precision)
+    for backend in ("zero2", "fsdp2")
+    for procs in (1, 2, 3, 4, 8)
+    for precision in TOLERANCE
+]
 
 
 @pytest.mark.parametrize(
-    ("backend", "procs", "precision"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(map(str, case))) for case in ALL]
+    ("backend", "procs", "precision"),
+    [
+        pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(map(str, case)))
+        for case in ALL
+    ],
 )
-def test_the_first_loss_after_a_resume_is_the_uninterrupted_runs(course, whole, launch, backend: str, procs: int, precision: str) -> None:
-    """From 2 ranks under ZeRO-2; with the same ranks and engine the weights in the end are the same bit for bit."""
+def test_the_first_loss_after_a_resume_is_the_uninterrupted_runs(
+    course, whole, launch, backend: str, procs: int, precision: str
+) -> None:
+    """From 2 ranks under ZeRO-2; with the same ranks and engine the weights in the end are the same bit for
+    bit."""
     run = course.stopped(whole[precision], f"{backend}-{procs}-{precision}")
-    assert launch(course.config(run.path.name, backend, precision, batch={"global_size": 8, "micro_size": 1 + procs % 2}), procs=procs).returncode == 0
+    assert (
+        launch(
+            course.config(
+                run.path.name, backend, precision, batch={"global_size": 8, "micro_size": 1 + procs % 2}
+            ),
+            procs=procs,
+        ).returncode
+        == 0
+    )
     assert losses(run.path)[0] == pytest.approx(losses(whole[precision])[STOPPED], rel=TOLERANCE[precision])
-    assert audit(run.path) == {step: keys for step, keys in audit(whole[precision]).items() if step >= STOPPED}
+    assert audit(run.path) == {
+        step: keys for step, keys in audit(whole[precision]).items() if step >= STOPPED
+    }
 
 
 @pytest.mark.slow
@@ -114,7 +151,12 @@ def half_a_manifest(folder: Path) -> None:
     os.truncate(folder / "manifest.json", 200)
 
 
-DAMAGE = {cut_off: "has 1000 bytes", flip_a_bit: "damaged between bytes", without_a_file: "No such file", half_a_manifest: "not a valid checkpoint"}
+DAMAGE = {
+    cut_off: "has 1000 bytes",
+    flip_a_bit: "damaged between bytes",
+    without_a_file: "No such file",
+    half_a_manifest: "not a valid checkpoint",
+}
 
 
 @pytest.mark.slow
@@ -144,17 +186,27 @@ def test_a_run_of_which_all_checkpoints_are_damaged_does_not_begin_anew(course, 
         flip_a_bit(folder)
     for _ in range(2):  # nor at the next start
         done = launch(course.config(run.path.name), procs=2)
-        assert done.returncode == 1 and "no sound checkpoint is left" in done.stderr and "step-00000002.damaged" in done.stderr
+        assert (
+            done.returncode == 1
+            and "no sound checkpoint is left" in done.stderr
+            and "step-00000002.damaged" in done.stderr
+        )
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(course, whole, launch) -> None:
-    """As when a file system is not there on one node: nothing is set aside, and nothing older is used in its place."""
+    """As when a file system is not there on one node: nothing is set aside, and nothing older is used in its
+    place."""
     run = course.stopped(whole["fp32"], "unreadable")
     file = run.checkpoints / checkpoint.name_of(STOPPED) / "rank-00001-of-00002.safetensors"
     kept = file.rename(run.path / "kept")
     file.symlink_to(file.name)
     done = launch(course.config(run.path.name), procs=2)
-    assert done.returncode == 1 and "cannot be read: " in done.stderr and "nothing was changed" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "cannot be read: " in done.stderr
+        and "nothing was changed" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert [folder.name for folder in sorted(run.checkpoints.iterdir())] == ["step-00000001", "step-00000002"]
     kept.replace(file)
     assert launch(course.config(run.path.name), procs=2).returncode == 0
@@ -169,25 +221,42 @@ CHANGES = {
 
 def test_a_change_that_breaks_exactness_is_refused_with_the_difference(course, whole, launch) -> None:
     run = course.stopped(whole["fp32"], "refused")
-    before = run.config.read_text()
+    before = run.config.read_text(encoding="utf-8")
     for name, change in CHANGES.items():
         done = launch(course.config(run.path.name, **change))
-        assert done.returncode == 2 and f"{name}: " in done.stderr and " -> " in done.stderr and f"run.allow_change=[{name}]" in done.stderr
-    assert run.config.read_text() == before and not run.next_config.exists()
+        assert (
+            done.returncode == 2
+            and f"{name}: " in done.stderr
+            and " -> " in done.stderr
+            and f"run.allow_change=[{name}]" in done.stderr
+        )
+    assert run.config.read_text(encoding="utf-8") == before and not run.next_config.exists()
 
 
 def test_a_change_that_leaves_no_step_to_take_is_refused(course, whole, launch) -> None:
     """It would begin the second epoch of a run that has one."""
     run = course.stopped(whole["fp32"], "no-step")
-    done = launch(course.config(run.path.name, run={"seed": 8, "allow_change": ["run.seed"]}, optim={"epochs": 1, "lr": 1e-3, "max_steps": None}))
+    done = launch(
+        course.config(
+            run.path.name,
+            run={"seed": 8, "allow_change": ["run.seed"]},
+            optim={"epochs": 1, "lr": 1e-3, "max_steps": None},
+        )
+    )
     assert done.returncode == 2 and "begins epoch 2, but optim.epochs=1 ends before it" in done.stderr
 
 
 def test_a_change_on_purpose_begins_a_new_epoch_and_stays(course, whole, launch) -> None:
-    """Another seed: the rest of the run has the samples of a new epoch, in its order. A later resume needs no more permission."""
+    """Another seed: the rest of the run has the samples of a new epoch, in its order. A later resume needs no
+    more permission."""
     run = course.stopped(whole["fp32"], "allowed")
     longer = {"optim": {"max_steps": STEPS + 4, "lr": 1e-3}}
-    assert launch(course.config(run.path.name, run={"seed": 8, "allow_change": ["run.seed"]}), procs=2).returncode == 0
+    assert (
+        launch(
+            course.config(run.path.name, run={"seed": 8, "allow_change": ["run.seed"]}), procs=2
+        ).returncode
+        == 0
+    )
     manifest = Reader(checkpoint.find(run.checkpoints)[0]).manifest
     assert manifest.epoch_base == (STOPPED, 1)
     (told,) = run.ledger("changed")
@@ -205,20 +274,36 @@ def test_what_may_change_does(course, whole, launch) -> None:
     run = course.stopped(whole["fp32"], "changed")
     moved = course.folder / "elsewhere"
     shutil.copytree(course.folder / "shards", moved)
-    config = course.config(run.path.name, optim={"max_steps": STEPS + 1, "lr": 1e-3}, checkpoint={"every_steps": 3}, monitor={"every_steps": 2})
+    config = course.config(
+        run.path.name,
+        optim={"max_steps": STEPS + 1, "lr": 1e-3},
+        checkpoint={"every_steps": 3},
+        monitor={"every_steps": 2},
+    )
     config["data"]["sources"] = [{**config["data"]["sources"][0], "shards": [f"{moved}/*.tar"]}]
     assert launch(config, procs=1).returncode == 0
-    assert {step: keys for step, keys in audit(run.path).items() if step < STEPS} == {k: v for k, v in audit(whole["fp32"]).items() if k >= STOPPED}
+    assert {step: keys for step, keys in audit(run.path).items() if step < STEPS} == {
+        k: v for k, v in audit(whole["fp32"]).items() if k >= STOPPED
+    }
 
 
 def test_a_loss_that_stands_out_is_marked_with_its_samples(course, launch) -> None:
     """With a threshold so low that some batch of ordinary ones is over it."""
-    config = course.config("spikes", optim={"max_steps": 40, "lr": 1e-9}, monitor={"every_steps": 1, "spike_sigma": 0.5}, checkpoint={"every_steps": 100})
+    config = course.config(
+        "spikes",
+        optim={"max_steps": 40, "lr": 1e-9},
+        monitor={"every_steps": 1, "spike_sigma": 0.5},
+        checkpoint={"every_steps": 100},
+    )
     assert launch(config, procs=2).returncode == 0
     run = course.folder / "spikes"
     spikes = RunDir(run).ledger("spike")
     values, keys = losses(run), audit(run)
-    over = [step for step in range(20, 39) if values[step] > np.mean(kept := ordinary(values, step)) + 0.5 * np.std(kept)]
+    over = [
+        step
+        for step in range(20, 39)
+        if values[step] > np.mean(kept := ordinary(values, step)) + 0.5 * np.std(kept)
+    ]
     assert over and [line["step"] for line in spikes] == over
     assert [line["keys"] for line in spikes] == [keys[step] for step in over]
     assert [line["loss"] for line in spikes] == pytest.approx([values[step] for step in over], rel=1e-6)

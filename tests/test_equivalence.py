@@ -1,4 +1,5 @@
-"""A step is the same step on any number of ranks and with any micro-batch, and it is the step that a plain PyTorch loop takes."""
+"""A step is the same step on any number of ranks and with any micro-batch, and it is the step that a plain
+PyTorch loop takes."""
 
 from __future__ import annotations
 
@@ -24,15 +25,25 @@ from trainer.optim import learning_rate
 Case = tuple[str, str, int, int]
 """Backend, precision, ranks, micro-batch."""
 CASES = [
-    *[("zero2", "fp32", procs, micro) for procs, micro in ((1, 4), (2, 2), (3, 1))], ("fsdp2", "fp32", 3, 2),
-    *[("zero2", "bf16", procs, micro) for procs, micro in ((1, 4), (3, 2))], ("fsdp2", "bf16", 2, 2),
-]  # fmt: skip
+    *[("zero2", "fp32", procs, micro) for procs, micro in ((1, 4), (2, 2), (3, 1))],
+    ("fsdp2", "fp32", 3, 2),
+    *[("zero2", "bf16", procs, micro) for procs, micro in ((1, 4), (3, 2))],
+    ("fsdp2", "bf16", 2, 2),
+]
 KINDS = [("zero2", 1), ("zero2", 2), ("zero2", 4), ("fsdp2", 2)]
-ALL_CASES = [(backend, precision, procs, micro) for precision in ("fp32", "bf16") for procs in (1, 2, 3, 4) for backend, micro in KINDS]
+ALL_CASES = [
+    (backend, precision, procs, micro)
+    for precision in ("fp32", "bf16")
+    for procs in (1, 2, 3, 4)
+    for backend, micro in KINDS
+]
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-4}
-# 7 samples per step do not divide by 2, 3 or 4; of 30 clips 26 are for training, which leaves a short last batch of 5.
+# 7 samples per step do not divide by 2, 3 or 4; of 30 clips 26 are for training, which leaves a short last
+# batch of 5.
 STEPS, GLOBAL, SHORT = 4, 7, 5
-fast_or_all = pytest.mark.parametrize("cases", [CASES, pytest.param(ALL_CASES, marks=pytest.mark.slow)], ids=["some", "all"])
+fast_or_all = pytest.mark.parametrize(
+    "cases", [CASES, pytest.param(ALL_CASES, marks=pytest.mark.slow)], ids=["some", "all"]
+)
 
 
 def losses(run: Path) -> list[float]:
@@ -42,20 +53,30 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launcher) -> Callable[[Case], Path]:
-    """The run of a case, which is trained when it is asked for first: one epoch, with an uneven split and a short last batch."""
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launcher
+) -> Callable[[Case], Path]:
+    """The run of a case, which is trained when it is asked for first: one epoch, with an uneven split and a
+    short last batch."""
     folder = tmp_path_factory.mktemp("runs")
-    assert run_program("tools.pack", make_clips(folder / "clips", range(30)), folder / "shards").returncode == 0
+    assert (
+        run_program("tools.pack", make_clips(folder / "clips", range(30)), folder / "shards").returncode == 0
+    )
 
     @functools.cache
     def train(case: Case) -> Path:
         backend, precision, procs, micro = case
         config = config_values(
-            "-".join(map(str, case)), folder, model, f"{folder}/shards/*.tar",
-            batch={"global_size": GLOBAL, "micro_size": micro}, optim={"epochs": 1, "lr": 1e-4, "max_steps": None, "clip_grad_norm": 1.0},
-            checkpoint={"every_steps": 1, "keep_last": 100}, evaluate={"every_steps": 1000, "captions": 0, "max_samples": 1},
+            "-".join(map(str, case)),
+            folder,
+            model,
+            f"{folder}/shards/*.tar",
+            batch={"global_size": GLOBAL, "micro_size": micro},
+            optim={"epochs": 1, "lr": 1e-4, "max_steps": None, "clip_grad_norm": 1.0},
+            checkpoint={"every_steps": 1, "keep_last": 100},
+            evaluate={"every_steps": 1000, "captions": 0, "max_samples": 1},
             engine={"backend": backend, "dtype": precision},
-        )  # fmt: skip
+        )
         assert launch(config, procs=procs).returncode == 0
         return Path(config["run"]["dir"])
 
@@ -64,7 +85,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launc
 
 @fast_or_all
 @pytest.mark.parametrize("precision", TOLERANCE)
-def test_first_loss_is_the_same_for_any_ranks_and_micro_batch(trained, cases: list[Case], precision: str) -> None:
+def test_first_loss_is_the_same_for_any_ranks_and_micro_batch(
+    trained, cases: list[Case], precision: str
+) -> None:
     first = {case: losses(trained(case))[0] for case in cases if case[1] == precision}
     reference = first["zero2", precision, 1, 4]
     largest = max(abs(loss - reference) / reference for loss in first.values())
@@ -90,17 +113,27 @@ MORE_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=str
+)
 def test_gradient_and_update_equal_a_plain_loop(trained, case: Case) -> None:
-    """Losses, gradients (from AdamW's first moment) and weights after each of two steps, against fp32 masters in plain PyTorch."""
+    """Losses, gradients (from AdamW's first moment) and weights after each of two steps, against fp32 masters
+    in plain PyTorch."""
     _, precision, _, micro = case
     run = RunDir(trained(case))
-    plain = plain_loop(run, steps=2, micro=micro, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    plain = plain_loop(
+        run, steps=2, micro=micro, dtype=torch.float32 if precision == "fp32" else torch.bfloat16
+    )
     for step, (loss, gradient, weights) in enumerate(plain, 1):
         reader = Reader(run.checkpoints / f"step-{step:08d}")
-        assert losses(run.path)[step - 1] == pytest.approx(loss, rel=TOLERANCE[precision] if step == 1 else 1e-3)
+        assert losses(run.path)[step - 1] == pytest.approx(
+            loss, rel=TOLERANCE[precision] if step == 1 else 1e-3
+        )
         if step == 1:
-            moments = {name: reader(name, "exp_avg", 0, value.numel()).view_as(value) / 0.1 for name, value in gradient.items()}
+            moments = {
+                name: reader(name, "exp_avg", 0, value.numel()).view_as(value) / 0.1
+                for name, value in gradient.items()
+            }
             assert distance(moments, gradient) < (1e-5 if precision == "fp32" else 1e-2)
         found = {name: reader.tensor(name) for name in weights}
         start = model.load(run.read_config().model, 7).trained
@@ -126,16 +159,30 @@ def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
     captioner = model.load(config.model, config.run.seed)
     found = dataset.open_dataset(config, run.path)
     order = found.order(config, captioner.frames)
-    encoder = CaptionEncoder(captioner.processor.tokenizer, captioner.prefix, positions=64, long_caption="truncate")
-    samples = Samples(found.training, encoder, max_seconds=captioner.frames / 100, overlong="skip", seed=config.run.seed, in_hand=InHand(1))
+    encoder = CaptionEncoder(
+        captioner.processor.tokenizer, captioner.prefix, positions=64, long_caption="truncate"
+    )
+    samples = Samples(
+        found.training,
+        encoder,
+        max_seconds=captioner.frames / 100,
+        overlong="skip",
+        seed=config.run.seed,
+        in_hand=InHand(1),
+    )
     lanes = order.lanes(0, rank_lanes(0, 1, GLOBAL))
     masters = {name: p.detach().clone().requires_grad_() for name, p in captioner.trained.items()}
-    optimizer = torch.optim.AdamW(masters.values(), betas=config.optim.betas, eps=config.optim.eps, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        masters.values(), betas=config.optim.betas, eps=config.optim.eps, weight_decay=0.0
+    )
     network = captioner.model.to(dtype).train()
     network.gradient_checkpointing_disable()
     for step in range(steps):
         batch_samples = [samples.load(int(row)) for row in lanes[:, step]]
-        batches = [collate(batch_samples[i : i + micro], order.frames, captioner.config.pad_token_id) for i in range(0, GLOBAL, micro)]
+        batches = [
+            collate(batch_samples[i : i + micro], order.frames, captioner.config.pad_token_id)
+            for i in range(0, GLOBAL, micro)
+        ]
         tokens = sum(int(count_tokens(batch).sum()) for batch in batches)
         total, sums = 0.0, {name: torch.zeros_like(master) for name, master in masters.items()}
         for batch in batches:
@@ -155,7 +202,11 @@ def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
             for name, parameter in network.named_parameters():
                 if name in masters:
                     parameter.copy_(masters[name])
-        yield total, {name: master.grad.clone() for name, master in masters.items()}, {name: master.detach().clone() for name, master in masters.items()}
+        yield (
+            total,
+            {name: master.grad.clone() for name, master in masters.items()},
+            {name: master.detach().clone() for name, master in masters.items()},
+        )
 
 
 def norm(tensors: dict[str, torch.Tensor]) -> float:

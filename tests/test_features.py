@@ -28,7 +28,9 @@ def extractor(mels: int, seconds: int) -> WhisperFeatureExtractor:
 
 def reference(clips: list[np.ndarray], mels: int, seconds: int = 30) -> np.ndarray:
     """What stock inference feeds the model, from the same int16."""
-    return extractor(mels, seconds)([clip / np.float32(32768) for clip in clips], sampling_rate=SAMPLE_RATE, return_tensors="np")["input_features"]
+    return extractor(mels, seconds)(
+        [clip / np.float32(32768) for clip in clips], sampling_rate=SAMPLE_RATE, return_tensors="np"
+    )["input_features"]
 
 
 def ours(clips: list[np.ndarray], mels: int, frames: int = 3000) -> np.ndarray:
@@ -59,7 +61,10 @@ def assert_equal(found: np.ndarray, wanted: np.ndarray) -> None:
 
 @mels_of_whispers
 def test_features_are_those_of_stock_whisper_at_every_length(mels: int) -> None:
-    clips = [noise(length, seed) for seed, length in enumerate(LENGTHS)] + [np.zeros(SAMPLE_RATE, np.int16), np.full(SAMPLE_RATE, -32768, np.int16)]
+    clips = [noise(length, seed) for seed, length in enumerate(LENGTHS)] + [
+        np.zeros(SAMPLE_RATE, np.int16),
+        np.full(SAMPLE_RATE, -32768, np.int16),
+    ]
     wanted = reference(clips, mels)
     assert_equal(ours(clips, mels), wanted)
     assert_equal(on_device(clips, mels), wanted)
@@ -81,7 +86,9 @@ def test_features_do_not_depend_on_the_batch() -> None:
     together = ours(clips, 80)
     for clip, row in zip(clips, together, strict=True):
         assert np.array_equal(ours([clip], 80)[0], row)
-    padded = torch.from_numpy(np.pad(clips[2], (0, 5000), constant_values=12345))[None]  # what lies behind the length does not count
+    padded = torch.from_numpy(np.pad(clips[2], (0, 5000), constant_values=12345))[
+        None
+    ]  # what lies behind the length does not count
     assert np.array_equal(log_mel(padded, torch.tensor([len(clips[2])]), 3000, 80)[0].numpy(), together[2])
 
 
@@ -107,10 +114,20 @@ def prefix(model: Path, tokenizer: WhisperTokenizerFast) -> list[int]:
     return prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model))
 
 
-def test_the_prefix_is_what_generation_starts_from(tokenizer: WhisperTokenizerFast, prefix: list[int]) -> None:
-    assert tokenizer.convert_ids_to_tokens(prefix) == ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+def test_the_prefix_is_what_generation_starts_from(
+    tokenizer: WhisperTokenizerFast, prefix: list[int]
+) -> None:
+    assert tokenizer.convert_ids_to_tokens(prefix) == [
+        "<|startoftranscript|>",
+        "<|en|>",
+        "<|transcribe|>",
+        "<|notimestamps|>",
+    ]
     english = GenerationConfig(decoder_start_token_id=prefix[0], is_multilingual=False)
-    assert tokenizer.convert_ids_to_tokens(prefix_tokens(tokenizer, english)) == ["<|startoftranscript|>", "<|notimestamps|>"]
+    assert tokenizer.convert_ids_to_tokens(prefix_tokens(tokenizer, english)) == [
+        "<|startoftranscript|>",
+        "<|notimestamps|>",
+    ]
 
 
 @pytest.mark.parametrize("style", [None, "In the style of AudioCaps."])
@@ -122,26 +139,47 @@ def test_labels_are_the_inputs_shifted_and_only_the_caption_is_learnt(
     tokens = encoder.encode(caption, style)
     prompt = tokenizer.get_prompt_ids(style).tolist() if style else []
     assert tokens.input_ids[: len(prompt) + len(prefix)] == prompt + prefix
-    learnt = [(after, label) for after, label in zip(tokens.input_ids[1:], tokens.labels[:-1], strict=True) if label != IGNORED]
+    learnt = [
+        (after, label)
+        for after, label in zip(tokens.input_ids[1:], tokens.labels[:-1], strict=True)
+        if label != IGNORED
+    ]
     assert all(after == label for after, label in learnt)
     assert tokens.labels[: len(prompt) + len(prefix) - 1] == [IGNORED] * (len(prompt) + len(prefix) - 1)
     told = tokens.labels[len(prompt) + len(prefix) - 1 :]
     assert tokenizer.decode(told[:-1]) == caption and told[-1] == tokenizer.eos_token_id
 
 
-def test_a_caption_teaches_what_transformers_would_teach(tokenizer: WhisperTokenizerFast, prefix: list[int]) -> None:
-    """The same pairs of input and label as Hugging Face's own recipe: labels from the tokenizer, shifted right by the model."""
+def test_a_caption_teaches_what_transformers_would_teach(
+    tokenizer: WhisperTokenizerFast, prefix: list[int]
+) -> None:
+    """The same pairs of input and label as Hugging Face's own recipe: labels from the tokenizer, shifted
+    right by the model."""
     tokens = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip").encode(caption_of(5))
-    labels = [*prefix, *tokenizer(caption_of(5), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    assert (tokens.input_ids, tokens.labels) == (labels[:-1], [IGNORED] * (len(prefix) - 1) + labels[len(prefix) :])
+    labels = [
+        *prefix,
+        *tokenizer(caption_of(5), add_special_tokens=False)["input_ids"],
+        tokenizer.eos_token_id,
+    ]
+    assert (tokens.input_ids, tokens.labels) == (
+        labels[:-1],
+        [IGNORED] * (len(prefix) - 1) + labels[len(prefix) :],
+    )
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(words=st.integers(0, 40), positions=st.integers(30, 64), styled=st.booleans())
-def test_a_caption_fits_the_positions_with_its_prompt(tokenizer: WhisperTokenizerFast, prefix: list[int], words: int, positions: int, styled: bool) -> None:
+def test_a_caption_fits_the_positions_with_its_prompt(
+    tokenizer: WhisperTokenizerFast, prefix: list[int], words: int, positions: int, styled: bool
+) -> None:
     caption, style = "beep" + " beep" * words, "AudioCaps" if styled else None
-    encoders = {long: CaptionEncoder(tokenizer, prefix, positions=positions, long_caption=long, styles=["AudioCaps"]) for long in ("truncate", "skip")}
-    whole = CaptionEncoder(tokenizer, prefix, positions=448, long_caption="skip", styles=["AudioCaps"]).encode(caption, style)
+    encoders = {
+        long: CaptionEncoder(tokenizer, prefix, positions=positions, long_caption=long, styles=["AudioCaps"])
+        for long in ("truncate", "skip")
+    }
+    whole = CaptionEncoder(
+        tokenizer, prefix, positions=448, long_caption="skip", styles=["AudioCaps"]
+    ).encode(caption, style)
     cut = encoders["truncate"].encode(caption, style)
     assert len(cut.input_ids) == len(cut.labels) == min(len(whole.input_ids), positions)
     assert cut.input_ids == whole.input_ids[:positions] and cut.labels[-1] == tokenizer.eos_token_id
@@ -152,9 +190,13 @@ def test_a_caption_fits_the_positions_with_its_prompt(tokenizer: WhisperTokenize
             encoders["skip"].encode(caption, style)
 
 
-def test_a_caption_with_half_a_character_is_a_bad_sample_or_read(tokenizer: WhisperTokenizerFast, prefix: list[int]) -> None:
+def test_a_caption_with_half_a_character_is_a_bad_sample_or_read(
+    tokenizer: WhisperTokenizerFast, prefix: list[int]
+) -> None:
     content = b'{"caption": "A bell \\ud83d"}'  # an emoji cut in two, as some crawlers leave it
     try:
-        CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip").encode(find_caption(content, "caption"))
+        CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip").encode(
+            find_caption(content, "caption")
+        )
     except BadSample as error:
         assert "caption" in str(error)

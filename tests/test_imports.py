@@ -1,4 +1,5 @@
-"""The house stands as it is drawn: imports go one way, and the command line answers without waiting for torch."""
+"""The house stands as it is drawn: imports go one way, and the command line answers without waiting for
+torch."""
 
 from __future__ import annotations
 
@@ -27,8 +28,9 @@ FILES = sorted(path.relative_to(ROOT) for package in MAY_IMPORT for path in (ROO
 
 
 def imports(path: Path, *, at_start_only: bool = False) -> Iterator[tuple[int, str]]:
-    """(line, top-level package) of every import of a file, those inside functions too unless only what runs at its start is wanted."""
-    waiting: list[ast.AST] = [ast.parse((ROOT / path).read_text())]
+    """(line, top-level package) of every import of a file, those inside functions too unless only what runs
+    at its start is wanted."""
+    waiting: list[ast.AST] = [ast.parse((ROOT / path).read_text(encoding="utf-8"))]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):
@@ -47,20 +49,39 @@ def test_imports_go_one_way(package: str) -> None:
     allowed = MAY_IMPORT[package] | {package}
     files = [path for path in FILES if path.parts[0] == package]
     assert files
-    assert not [f"{path}:{line} imports {name}" for path in files for line, name in imports(path) if name in HOUSE - allowed]
+    assert not [
+        f"{path}:{line} imports {name}"
+        for path in files
+        for line, name in imports(path)
+        if name in HOUSE - allowed
+    ]
 
 
 def test_no_torch_at_the_start_of_what_answers_at_once() -> None:
     heavy = {"torch", "deepspeed", "transformers"}
     files = [path for path in FILES if path.parts[0] in QUICK]
-    assert not [f"{path}:{line} imports {name}" for path in files for line, name in imports(path, at_start_only=True) if name in heavy]
+    assert not [
+        f"{path}:{line} imports {name}"
+        for path in files
+        for line, name in imports(path, at_start_only=True)
+        if name in heavy
+    ]
 
 
 def test_no_torch_is_loaded_by_way_of_others() -> None:
-    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in FILES if path.parts[0] in QUICK]
+    modules = [
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        for path in FILES
+        if path.parts[0] in QUICK
+    ]
     assert "launch.__main__" in modules
-    program = f"import importlib, sys\nfor name in {modules}:\n    importlib.import_module(name)\n    assert 'torch' not in sys.modules, name"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    program = (
+        f"import importlib, sys\nfor name in {modules}:\n    importlib.import_module(name)\n    assert"
+        " 'torch' not in sys.modules, name"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

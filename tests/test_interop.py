@@ -36,14 +36,19 @@ def read_all(pattern: str, folder: Path, **options: object) -> Read:
     for shard in expand(Source(name="sounds", shards=[pattern], **options)):
         for row in index_shard(shard, folder / "index", full=True).table.to_pylist():
             assert row["problem"] == "" and row["key"] not in found
-            audio, text = (storage.read(shard.location, row[f"{part}_offset"], row[f"{part}_offset"] + row[f"{part}_size"]) for part in ("audio", "text"))
+            audio, text = (
+                storage.read(
+                    shard.location, row[f"{part}_offset"], row[f"{part}_offset"] + row[f"{part}_size"]
+                )
+                for part in ("audio", "text")
+            )
             found[row["key"]] = find_caption(text, shard.source.caption_key), decode(audio, row["ending"])
     return found
 
 
 def table(path: Path, *rows: dict[str, str], columns: tuple[str, ...] = ()) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["file", "caption", *columns])
         writer.writeheader()
         writer.writerows(rows)
@@ -86,7 +91,13 @@ def test_reads_what_webdataset_writes(tmp_path: Path, ending: str) -> None:
     contents = [write(tmp_path / f"{number}.{ending}", number).read_bytes() for number in range(10)]
     with ShardWriter(f"{tmp_path}/set-%04d.tar", maxcount=4, verbose=0) as writer:
         for number, content in enumerate(contents):
-            writer.write({"__key__": f"part{number % 2}/clip-{number:03d}", ending: content, "json": {"caption": caption_of(number)}})
+            writer.write(
+                {
+                    "__key__": f"part{number % 2}/clip-{number:03d}",
+                    ending: content,
+                    "json": {"caption": caption_of(number)},
+                }
+            )
     found = read_all(f"{tmp_path}/set-{{0000..0002}}.tar", tmp_path)
     assert list(found) == [f"part{number % 2}/clip-{number:03d}" for number in range(10)]
     for number, (caption, audio) in enumerate(found.values()):
@@ -98,21 +109,25 @@ def test_reads_what_webdataset_writes(tmp_path: Path, ending: str) -> None:
 def test_reads_text_members_and_several_audio_members_of_webdataset(tmp_path: Path) -> None:
     contents = [write(tmp_path / f"{number}.flac", number).read_bytes() for number in range(2)]
     with TarWriter(str(tmp_path / "set.tar")) as writer:
-        writer.write({"__key__": "a", "near.flac": contents[0], "far.flac": contents[1], "txt": "A bell.", "cls": 3})
-    (caption, audio) = read_all(f"{tmp_path}/set.tar", tmp_path, caption_key=".txt", audio="far.flac")["a"]
+        writer.write(
+            {"__key__": "a", "near.flac": contents[0], "far.flac": contents[1], "txt": "A bell.", "cls": 3}
+        )
+    caption, audio = read_all(f"{tmp_path}/set.tar", tmp_path, caption_key=".txt", audio="far.flac")["a"]
     assert caption == "A bell." and np.array_equal(audio, decode(contents[1], "flac"))
 
 
 def test_webdataset_reads_what_pack_writes(clips: Path, shards: str, tmp_path: Path) -> None:
     samples = webdataset(*Path(shards).parent.glob("*.tar"))
-    with clips.open() as file:
+    with clips.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(samples) == len(rows) == 60
     for row, sample in zip(rows, samples, strict=True):
         stem, ending = row["file"].split(".")
         assert sample["__key__"] == stem and sample[ending] == (clips.parent / row["file"]).read_bytes()
         assert json.loads(sample["json"]) == {"caption": row["caption"], "licence": "CC0"}
-    assert {key: caption for key, (caption, _) in read_all(shards, tmp_path).items()} == {Path(row["file"]).stem: row["caption"] for row in rows}
+    assert {key: caption for key, (caption, _) in read_all(shards, tmp_path).items()} == {
+        Path(row["file"]).stem: row["caption"] for row in rows
+    }
 
 
 def test_pack_names_every_row_it_rejects(packed: Callable[..., str], tmp_path: Path) -> None:
@@ -123,15 +138,24 @@ def test_pack_names_every_row_it_rejects(packed: Callable[..., str], tmp_path: P
     (tmp_path / "notes.doc").write_bytes(b"?")
     write(tmp_path / "mute.wav")
     reasons = {
-        "missing.wav": "No such file or directory", "mute.wav": "the caption is empty", "good.flac": "its key 'good' is that of good.wav",
-        "page.mp3": "the audio cannot be decoded", "empty.wav": "the audio is empty (0 bytes)", "notes.doc": "'doc' is not an audio format",
+        "missing.wav": "No such file or directory",
+        "mute.wav": "the caption is empty",
+        "good.flac": "its key 'good' is that of good.wav",
+        "page.mp3": "the audio cannot be decoded",
+        "empty.wav": "the audio is empty (0 bytes)",
+        "notes.doc": "'doc' is not an audio format",
         "": "no file is named",
-    }  # fmt: skip
-    rows = [{"file": "good.wav", "caption": "A bell."}, *({"file": file, "caption": "" if file == "mute.wav" else "A bell."} for file in reasons)]
+    }
+    rows = [
+        {"file": "good.wav", "caption": "A bell."},
+        *({"file": file, "caption": "" if file == "mute.wav" else "A bell."} for file in reasons),
+    ]
     said = packed(table(tmp_path / "clips.csv", *rows), tmp_path / "out")
-    with (tmp_path / "out/rejected.csv").open(newline="") as file:
+    with (tmp_path / "out/rejected.csv").open(newline="", encoding="utf-8") as file:
         rejected = list(csv.DictReader(file))
-    assert [(row["file"], row["line"]) for row in rejected] == [(file, str(line)) for line, file in enumerate(reasons, 3)]
+    assert [(row["file"], row["line"]) for row in rejected] == [
+        (file, str(line)) for line, file in enumerate(reasons, 3)
+    ]
     for row in rejected:
         assert reasons[row["file"]] in row["reason"]
         assert f"clips.csv, line {row['line']}: {row['file'] or '(no file)'}: {row['reason']}\n" in said
@@ -140,7 +164,9 @@ def test_pack_names_every_row_it_rejects(packed: Callable[..., str], tmp_path: P
 
 
 @pytest.mark.parametrize("rows", [[{"file": "missing.wav", "caption": "A bell."}], []])
-def test_pack_makes_nothing_where_nothing_could_be_packed(packed: Callable[..., str], tmp_path: Path, rows: list[dict[str, str]]) -> None:
+def test_pack_makes_nothing_where_nothing_could_be_packed(
+    packed: Callable[..., str], tmp_path: Path, rows: list[dict[str, str]]
+) -> None:
     said = packed(table(tmp_path / "clips.csv", *rows), tmp_path / "out", code=3)
     assert "no row could be packed" in said
     assert [path.name for path in tmp_path.iterdir()] == ["clips.csv"]
@@ -149,7 +175,9 @@ def test_pack_makes_nothing_where_nothing_could_be_packed(packed: Callable[..., 
 def test_pack_leaves_no_half_of_a_set(packed: Callable[..., str], tmp_path: Path) -> None:
     write(tmp_path / "a.wav")
     clips = table(tmp_path / "clips.csv", {"file": "a.wav", "caption": "A bell."})
-    clips.write_bytes(clips.read_bytes() + b" " * 100_000 + b"\nb.wav,caf\xe9\n")  # found to be no UTF-8 after the first row was packed
+    clips.write_bytes(
+        clips.read_bytes() + b" " * 100_000 + b"\nb.wav,caf\xe9\n"
+    )  # found to be no UTF-8 after the first row was packed
     assert "UTF-8" in packed(clips, tmp_path / "out", code=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "clips.csv"]
 
@@ -165,7 +193,9 @@ def has_reader(fifo: Path) -> bool:
 def test_a_killed_pack_leaves_no_half_of_a_set(packed: Callable[..., str], tmp_path: Path) -> None:
     write(tmp_path / "a.wav")
     os.mkfifo(tmp_path / "b.wav")
-    clips = table(tmp_path / "clips.csv", *({"file": file, "caption": "A bell."} for file in ("a.wav", "b.wav")))
+    clips = table(
+        tmp_path / "clips.csv", *({"file": file, "caption": "A bell."} for file in ("a.wav", "b.wav"))
+    )
     with subprocess.Popen([sys.executable, "-m", "tools.pack", clips, tmp_path / "out"], cwd=ROOT) as process:
         while not has_reader(tmp_path / "b.wav"):  # then a.wav is packed
             with suppress(subprocess.TimeoutExpired):
@@ -181,40 +211,60 @@ def test_pack_refuses_what_is_there_already(packed: Callable[..., str], tmp_path
     write(tmp_path / "a.wav")
     clips = table(tmp_path / "clips.csv", {"file": "a.wav", "caption": "A bell."})
     (tmp_path / "full").mkdir()
-    (tmp_path / "full/notes").write_text("mine")
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full/notes").write_text("mine", encoding="utf-8")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     for out in ("full", "file"):
         said = packed(clips, tmp_path / out, code=2)
         assert f"{tmp_path / out}: exists" in said and "choose another" in said
-    assert (tmp_path / "full/notes").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert (
+        (tmp_path / "full/notes").read_text(encoding="utf-8")
+        == (tmp_path / "file").read_text(encoding="utf-8")
+        == "mine"
+    )
     (tmp_path / "empty").mkdir()
     packed(clips, tmp_path / "empty")
 
 
 def test_pack_takes_the_rows_and_columns_asked_for(packed: Callable[..., str], tmp_path: Path) -> None:
     rows = []
-    for file, split in (("a.wav", "train"), ("deep/er/b.v2.WAV", "train"), ("./c d.wav", "train"), ("e.wav", "test")):
+    for file, split in (
+        ("a.wav", "train"),
+        ("deep/er/b.v2.WAV", "train"),
+        ("./c d.wav", "train"),
+        ("e.wav", "test"),
+    ):
         write(tmp_path / "sounds" / file)
         rows.append({"file": file, "caption": f' "{file}", é ', "split": split, "licence": "CC0"})
     clips = table(tmp_path / "sounds/clips.csv", *rows, columns=("split", "licence"))
     packed(clips, tmp_path / "out", "--where", "split=train", "--caption-key", "words")
     rest = {"split": "train", "licence": "CC0"}
     assert jsons(tmp_path / "out/shard-000000.tar") == {
-        "a": {**rest, "words": '"a.wav", é'}, "deep_er_b_v2": {**rest, "words": '"deep/er/b.v2.WAV", é'}, "c d": {**rest, "words": '"./c d.wav", é'},
-    }  # fmt: skip
-    assert set(read_all(f"{tmp_path}/out/*.tar", tmp_path, caption_key="words")) == {"a", "deep_er_b_v2", "c d"}
+        "a": {**rest, "words": '"a.wav", é'},
+        "deep_er_b_v2": {**rest, "words": '"deep/er/b.v2.WAV", é'},
+        "c d": {**rest, "words": '"./c d.wav", é'},
+    }
+    assert set(read_all(f"{tmp_path}/out/*.tar", tmp_path, caption_key="words")) == {
+        "a",
+        "deep_er_b_v2",
+        "c d",
+    }
 
 
 def test_a_table_that_does_not_fit_is_explained(packed: Callable[..., str], tmp_path: Path) -> None:
     clips = tmp_path / "clips.csv"
-    clips.write_text("path;caption\na.wav;A bell.\n")
+    clips.write_text("path;caption\na.wav;A bell.\n", encoding="utf-8")
     assert "no column file, caption; it has path;caption" in packed(clips, tmp_path / "out", code=3)
-    assert "no column split; it has file, caption" in packed(table(clips), tmp_path / "out", "--where", "split=train", code=3)
+    assert "no column split; it has file, caption" in packed(
+        table(clips), tmp_path / "out", "--where", "split=train", code=3
+    )
     assert "missing.csv: cannot read it" in packed(tmp_path / "missing.csv", tmp_path / "out", code=3)
 
 
 def test_pack_cuts_shards_by_size(packed: Callable[..., str], tmp_path: Path) -> None:
-    rows = [{"file": write(tmp_path / f"{number:02d}.wav", number, seconds=12).name, "caption": "Noise."} for number in range(9)]  # 384 kB each
+    rows = [
+        {"file": write(tmp_path / f"{number:02d}.wav", number, seconds=12).name, "caption": "Noise."}
+        for number in range(9)
+    ]  # 384 kB each
     packed(table(tmp_path / "clips.csv", *rows), tmp_path / "out", "--shard-mb", 1)
     shards = sorted((tmp_path / "out").glob("*.tar"))
     assert [shard.name for shard in shards] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]

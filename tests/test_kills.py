@@ -1,4 +1,5 @@
-"""A run that is killed anywhere, and resumed on another number of ranks and under the other engine, is the run that nobody killed."""
+"""A run that is killed anywhere, and resumed on another number of ranks and under the other engine, is the
+run that nobody killed."""
 
 from __future__ import annotations
 
@@ -29,18 +30,28 @@ class Killed(Course):
 
     def config(self, name: str, backend: str = "zero2", micro: int = 4) -> dict[str, Any]:
         values = config_values(
-            name, self.folder, self.model, self.shards,
-            optim={"max_steps": STEPS, "lr": 3e-4}, batch={"global_size": GLOBAL, "micro_size": micro}, engine={"backend": backend},
-            checkpoint={"every_steps": EVERY, "keep_last": 2}, evaluate={"every_steps": 6, "captions": 1, "max_samples": 4},
-        )  # fmt: skip
+            name,
+            self.folder,
+            self.model,
+            self.shards,
+            optim={"max_steps": STEPS, "lr": 3e-4},
+            batch={"global_size": GLOBAL, "micro_size": micro},
+            engine={"backend": backend},
+            checkpoint={"every_steps": EVERY, "keep_last": 2},
+            evaluate={"every_steps": 6, "captions": 1, "max_samples": 4},
+        )
         weights = {"rare": 0.5, "often": 2}
-        sources = [{"name": name, "shards": [f"{self.shards}/{name}/*.tar"], "weight": weight, "validation": 0.15} for name, weight in weights.items()]
+        sources = [
+            {"name": name, "shards": [f"{self.shards}/{name}/*.tar"], "weight": weight, "validation": 0.15}
+            for name, weight in weights.items()
+        ]
         return values | {"data": {**values["data"], "sources": sources}}
 
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launcher) -> Killed:
-    """With the uninterrupted run `whole`, on one rank. One of the clips that come twice an epoch has a hole, which is found when it is decoded."""
+    """With the uninterrupted run `whole`, on one rank. One of the clips that come twice an epoch has a hole,
+    which is found when it is decoded."""
     folder = tmp_path_factory.mktemp("kills")
     for name, numbers in {"rare": range(20), "often": range(20, 40)}.items():
         table = make_clips(folder / f"clips-{name}", numbers, ("flac",))
@@ -56,7 +67,9 @@ def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launch
 
 def anywhere(seed: int) -> Callable[[int], Kill]:
     """Some time within a second and a half of the first step."""
-    return lambda turn: Kill("trainer.loop:learning_rate", delay=random.Random(f"{seed} {turn}").uniform(0, 1.5))
+    return lambda turn: Kill(
+        "trainer.loop:learning_rate", delay=random.Random(f"{seed} {turn}").uniform(0, 1.5)
+    )
 
 
 def at(function: str, *nth: int, after: bool = False) -> Callable[[int], Kill]:
@@ -82,12 +95,19 @@ POINTS = {
     "at any moment": anywhere(1),
     "at any other moment": anywhere(2),
 }
-ON_RANK_0 = {"as the config is accepted", "before the rename", "between rename and cleaning", "while deleting"}
+ON_RANK_0 = {
+    "as the config is accepted",
+    "before the rename",
+    "between rename and cleaning",
+    "while deleting",
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_on_every_number_of_ranks_and_resumed_on_another(course: Killed, launch: Launcher, point: str) -> None:
+def test_killed_on_every_number_of_ranks_and_resumed_on_another(
+    course: Killed, launch: Launcher, point: str
+) -> None:
     """Four kills: one rank or the whole node, in turn. Then it is finished."""
     number = list(POINTS).index(point)
     run = course.run(f"killed-{number}")
@@ -98,8 +118,14 @@ def test_killed_on_every_number_of_ranks_and_resumed_on_another(course: Killed, 
             kill = Kill("trainer.loop:learning_rate", 4)
         victim = None if (number + turn) % 2 else 0 if point in ON_RANK_0 else procs - 1
         kill = replace(kill, rank=victim)
-        done = launch(course.config(run.path.name, BACKENDS[(number + turn) % 2], micro=1 + turn), procs=procs, kill=kill)
-        assert done.returncode == -9 if victim is None else f"rank {victim} was killed by SIGKILL" in done.stderr, (kill, done)
+        done = launch(
+            course.config(run.path.name, BACKENDS[(number + turn) % 2], micro=1 + turn),
+            procs=procs,
+            kill=kill,
+        )
+        assert (
+            done.returncode == -9 if victim is None else f"rank {victim} was killed by SIGKILL" in done.stderr
+        ), (kill, done)
     assert launch(course.config(run.path.name, BACKENDS[number % 2]), procs=sizes[0] % 4 + 1).returncode == 0
 
     same_samples(run, course.run("whole"))
@@ -111,15 +137,22 @@ def test_killed_on_every_number_of_ranks_and_resumed_on_another(course: Killed, 
 
 
 def same_samples(run: RunDir, whole: RunDir) -> None:
-    """Every step that all ranks have taken in an attempt has the uninterrupted run's samples, in its order; what a kill cut short has a part of them."""
+    """Every step that all ranks have taken in an attempt has the uninterrupted run's samples, in its order;
+    what a kill cut short has a part of them."""
     expected = {step: taken for (_, step), taken in audit_of_attempts(whole.path).items()}
     assert sorted(expected) == list(range(STEPS))
-    assert any(taken.rejected for taken in expected.values()) and len({len(taken.keys) for taken in expected.values()}) > 1
+    assert (
+        any(taken.rejected for taken in expected.values())
+        and len({len(taken.keys) for taken in expected.values()}) > 1
+    )
     complete = set()
     ranks = {line["attempt"]: line["ranks"] for line in run.ledger("attempt")}
     for (attempt, step), taken in audit_of_attempts(run.path).items():
         if taken.ranks == ranks[attempt]:
-            assert (taken.keys, taken.rejected) == (expected[step].keys, expected[step].rejected), (attempt, step)
+            assert (taken.keys, taken.rejected) == (expected[step].keys, expected[step].rejected), (
+                attempt,
+                step,
+            )
             complete.add(step)
         else:
             assert set(taken.keys) <= set(expected[step].keys), (attempt, step)
@@ -147,7 +180,9 @@ def tidy(run: RunDir) -> None:
     """What is left is what the retention keeps, whole, and nothing else."""
     kept = checkpoint.find(run.checkpoints)
     assert {folder.name for folder in run.checkpoints.iterdir()} == {folder.name for folder in kept}
-    assert 2 <= len(kept) <= 3 and not list(itertools.chain.from_iterable(Reader(folder).verify() for folder in kept))
+    assert 2 <= len(kept) <= 3 and not list(
+        itertools.chain.from_iterable(Reader(folder).verify() for folder in kept)
+    )
     assert not list(run.leases.iterdir())
     assert not [path for path in run.path.rglob("*") if "tmp" in path.name]
-    json.loads((kept[0] / "manifest.json").read_text())
+    json.loads((kept[0] / "manifest.json").read_text(encoding="utf-8"))

@@ -1,4 +1,5 @@
-"""Of two attempts at one run, one at most writes; a dead one holds nobody up for long, and nobody has to delete a file by hand."""
+"""Of two attempts at one run, one at most writes; a dead one holds nobody up for long, and nobody has to
+delete a file by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from tests.forks import Launcher
 from tests.making import ROOT, config_values, run_program
 
 CLAIM = (
-    "import sys; from configs.lease import claim; from configs.rundir import RunDir; claim(RunDir(sys.argv[1])); print('claimed', flush=True); sys.stdin.read()"
+    "import sys; from configs.lease import claim; from configs.rundir import RunDir;"
+    " claim(RunDir(sys.argv[1])); print('claimed', flush=True); sys.stdin.read()"
 )
 """A program that takes a run, and then dies without a word when its input ends."""
 
@@ -44,7 +46,13 @@ def run(tmp_path: Path) -> RunDir:
 @pytest.fixture
 def other(run: RunDir) -> Iterator[subprocess.Popen[str]]:
     """A process that is at work on the run."""
-    with subprocess.Popen([sys.executable, "-c", CLAIM, run.path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", CLAIM, run.path],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
         assert process.stdout and process.stdout.readline() == "claimed\n"
         yield process
         process.kill()
@@ -54,7 +62,20 @@ def elsewhere(run: RunDir, attempt: int, *, silent_for: float, **about: object) 
     """The lease file of an attempt on another machine; a process of that number happens to live here, too."""
     run.leases.mkdir(parents=True, exist_ok=True)
     file = run.leases / f"attempt-{attempt:06d}.json"
-    file.write_text(json.dumps({"attempt": attempt, "job": "4711", "host": "node7", "pid": os.getpid(), "system": "another", "seconds": 0.0, **about}))
+    file.write_text(
+        json.dumps(
+            {
+                "attempt": attempt,
+                "job": "4711",
+                "host": "node7",
+                "pid": os.getpid(),
+                "system": "another",
+                "seconds": 0.0,
+                **about,
+            }
+        ),
+        encoding="utf-8",
+    )
     set_back(file, silent_for)
     return file
 
@@ -63,16 +84,32 @@ def set_back(file: Path, seconds: float) -> None:
     os.utime(file, (time.time() - seconds,) * 2)
 
 
-def test_a_second_start_is_refused_with_who_is_at_work_and_touches_nothing(tmp_path: Path, model: Path, shards: str, run: RunDir, other) -> None:
-    run.config.write_text("as it was")
+def test_a_second_start_is_refused_with_who_is_at_work_and_touches_nothing(
+    tmp_path: Path, model: Path, shards: str, run: RunDir, other
+) -> None:
+    run.config.write_text("as it was", encoding="utf-8")
     run.record("attempt", attempt=0)
-    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.path.rglob("*") if file.is_file()}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config_values("run", tmp_path, model, shards)))
+    before = {
+        file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.path.rglob("*") if file.is_file()
+    }
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump(config_values("run", tmp_path, model, shards)), encoding="utf-8"
+    )
     done = run_program("launch", "train", tmp_path / "mine.yaml")
     assert done.returncode == ExitCode.USAGE, done.stderr
-    assert re.search(rf"run: attempt 0 is at work here \(host \S+, process {other.pid}\), and gave a sign of life \d+ s ago\.", done.stderr)
-    assert "Stop it there first" in done.stderr and "another run.name" in done.stderr and "Traceback" not in done.stderr
-    assert before == {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.path.rglob("*") if file.is_file()}
+    assert re.search(
+        rf"run: attempt 0 is at work here \(host \S+, process {other.pid}\), and gave a sign of life \d+ s"
+        r" ago\.",
+        done.stderr,
+    )
+    assert (
+        "Stop it there first" in done.stderr
+        and "another run.name" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+    assert before == {
+        file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.path.rglob("*") if file.is_file()
+    }
 
 
 def test_the_run_of_a_process_that_died_here_is_taken_at_once(run: RunDir, other) -> None:
@@ -93,7 +130,9 @@ def test_an_attempt_elsewhere_counts_as_dead_when_it_has_been_silent_long_enough
     assert not file.exists()
 
 
-def test_a_later_attempt_may_take_over_a_live_one_which_learns_of_it(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_attempt_may_take_over_a_live_one_which_learns_of_it(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT", 0.01)
     first = claim(run).keep()
     (file,) = run.leases.iterdir()
@@ -102,7 +141,10 @@ def test_a_later_attempt_may_take_over_a_live_one_which_learns_of_it(run: RunDir
     first.check()
     second = claim(run, job="4712", supersede=True)
     until(lambda: first.lost)
-    with pytest.raises(Superseded, match=r"attempt 1 \(host \S+, job 4712\) has taken over this run; attempt 0 leaves without saving"):
+    with pytest.raises(
+        Superseded,
+        match=r"attempt 1 \(host \S+, job 4712\) has taken over this run; attempt 0 leaves without saving",
+    ):
         first.check()
     second.check()
     assert not second.lost
@@ -146,14 +188,18 @@ def test_of_many_who_take_over_at_once_the_last_one_is_left(tmp_path: Path) -> N
     for turn in range(40):
         run = RunDir(tmp_path / str(turn))
         elsewhere(run, 2, silent_for=0)
-        got = [one for one in together(8, lambda run=run: claim(run, supersede=True)) if isinstance(one, Lease)]
+        got = [
+            one for one in together(8, lambda run=run: claim(run, supersede=True)) if isinstance(one, Lease)
+        ]
         numbers = [one.attempt for one in got]
         assert len(set(numbers)) == 8 and min(numbers) > 2, numbers
         assert [one.attempt for one in got if alive(one)] == [max(numbers)]
         assert len(list(run.leases.iterdir())) == 1
 
 
-def test_who_was_held_up_while_taking_over_does_not_write_beside_a_later_one(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_was_held_up_while_taking_over_does_not_write_beside_a_later_one(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two others take the run over between the look at who holds it and the claim."""
     claim(run)
     others: list[Lease] = []
@@ -197,7 +243,7 @@ def test_a_run_that_was_left_can_be_started_at_once(run: RunDir) -> None:
 @pytest.mark.parametrize("content", ["", '{"attempt": 5, "jo', "[]", '{"attempt": 5}', "\x00" * 100])
 def test_a_damaged_lease_file_holds_a_run_up_no_longer_than_a_dead_attempt(run: RunDir, content: str) -> None:
     file = elsewhere(run, 5, silent_for=0)
-    file.write_text(content)
+    file.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"attempt 5 is at work here .*start again in \d+ s"):
         claim(run)
     set_back(file, EXPIRES + 1)
@@ -206,7 +252,7 @@ def test_a_damaged_lease_file_holds_a_run_up_no_longer_than_a_dead_attempt(run: 
 
 
 def test_a_damaged_lease_file_can_be_taken_over(run: RunDir) -> None:
-    elsewhere(run, 5, silent_for=0).write_text("")
+    elsewhere(run, 5, silent_for=0).write_text("", encoding="utf-8")
     assert claim(run, supersede=True).attempt == 6
 
 
@@ -218,9 +264,16 @@ def test_a_running_training_that_is_taken_over_leaves_without_saving_and_the_lat
     tmp_path: Path, model: Path, shards: str, run: RunDir, launch: Launcher
 ) -> None:
     values = config_values(
-        "run", tmp_path, model, shards, engine={"backend": "fsdp2"}, optim={"max_steps": 100_000}, checkpoint={"every_steps": 10},
-        evaluate={"captions": 0, "max_samples": 1}, monitor={"every_steps": 100},
-    )  # fmt: skip
+        "run",
+        tmp_path,
+        model,
+        shards,
+        engine={"backend": "fsdp2"},
+        optim={"max_steps": 100_000},
+        checkpoint={"every_steps": 10},
+        evaluate={"captions": 0, "max_samples": 1},
+        monitor={"every_steps": 100},
+    )
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(launch, values, procs=2)
         until(lambda: run.ledger("checkpoint"))
@@ -228,12 +281,20 @@ def test_a_running_training_that_is_taken_over_leaves_without_saving_and_the_lat
         saved = checkpoints(run)
         done = first.result()
     assert done.returncode == 1
-    assert re.search(r"attempt 1 \(host \S+, job 4712\) has taken over this run; attempt 0 leaves without saving", done.stderr), done
+    assert re.search(
+        r"attempt 1 \(host \S+, job 4712\) has taken over this run; attempt 0 leaves without saving",
+        done.stderr,
+    ), done
     assert checkpoints(run) == saved
 
     step = int(saved[-1].removeprefix("step-"))
     later.release()
-    assert launch({**values, "optim": {"lr": 1e-3, "max_steps": step + 3, "warmup_fraction": 0.0}}, procs=2).returncode == 0
+    assert (
+        launch(
+            {**values, "optim": {"lr": 1e-3, "max_steps": step + 3, "warmup_fraction": 0.0}}, procs=2
+        ).returncode
+        == 0
+    )
     (start,) = [line for line in run.ledger("start") if line["attempt"] == 1]
     assert start["step"] == step
     assert checkpoints(run)[-1] == f"step-{step + 3:08d}" and not list(run.checkpoints.glob("*.tmp"))

@@ -1,4 +1,5 @@
-"""Each step brings its samples wherever reading starts, however many ranks share it, and whatever way they are read."""
+"""Each step brings its samples wherever reading starts, however many ranks share it, and whatever way they
+are read."""
 
 from __future__ import annotations
 
@@ -35,7 +36,10 @@ from tests.making import WINDOW_SECONDS, config_values
 from tools.sandbox import faults, s3
 from tools.sandbox.faults import Fault, Proxy
 
-BATCH, STEPS = 7, range(24)  # two epochs and a half: 60 clips, some held out, each 1.5 times per epoch; 7 do not divide by 2 or 3
+BATCH, STEPS = (
+    7,
+    range(24),
+)  # two epochs and a half: 60 clips, some held out, each 1.5 times per epoch; 7 do not divide by 2 or 3
 Opened = tuple[Samples, Order]
 Open = Callable[..., Opened]
 Members = list[tuple[str, bytes]]
@@ -45,31 +49,69 @@ Members = list[tuple[str, bytes]]
 def opened(model: Path, tmp_path: Path) -> Open:
     """Opens shards as a run does; keyword arguments are settings of `data`."""
 
-    def opened(shards: str, *, full: bool = False, weight: float = 1.5, batch: int = BATCH, **data: object) -> Opened:
+    def opened(
+        shards: str, *, full: bool = False, weight: float = 1.5, batch: int = BATCH, **data: object
+    ) -> Opened:
         values = config_values("run", tmp_path, model, shards, batch={"global_size": batch})
-        values["data"] |= {"sources": [{"name": "sounds", "shards": shards, "validation": 0.15, "weight": weight}], "shuffle_window": 5, **data}
+        values["data"] |= {
+            "sources": [{"name": "sounds", "shards": shards, "validation": 0.15, "weight": weight}],
+            "shuffle_window": 5,
+            **data,
+        }
         config = validate(values, "test")
         for shard in dataset.list_shards(config) if full else []:
             index_shard(shard, config.data.index_dir, full=True)
         dataset.build(config, config.run.dir, WINDOW_SECONDS)
         found = dataset.open_dataset(config, config.run.dir)
         tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
-        encoder = CaptionEncoder(tokenizer, prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model)), positions=64, long_caption="truncate")
+        encoder = CaptionEncoder(
+            tokenizer,
+            prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model)),
+            positions=64,
+            long_caption="truncate",
+        )
         longest = config.data.max_seconds or WINDOW_SECONDS
-        samples = Samples(found.training, encoder, max_seconds=longest, overlong=config.data.overlong, seed=config.run.seed, in_hand=InHand(8))
+        samples = Samples(
+            found.training,
+            encoder,
+            max_seconds=longest,
+            overlong=config.data.overlong,
+            seed=config.run.seed,
+            in_hand=InHand(8),
+        )
         return samples, found.order(config, 100 * WINDOW_SECONDS)
 
     return opened
 
 
-def loader(opened: Opened, *, rank: int = 0, ranks: int = 1, steps: range = STEPS, threads: int = 2, read_ahead_mb: int = 512, **options: Read) -> Loader:
+def loader(
+    opened: Opened,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    steps: range = STEPS,
+    threads: int = 2,
+    read_ahead_mb: int = 512,
+    **options: Read,
+) -> Loader:
     samples, order = opened
-    return Loader(samples, order, rank_lanes(rank, ranks, order.global_batch), steps, threads=threads, read_ahead_mb=read_ahead_mb, **options)
+    return Loader(
+        samples,
+        order,
+        rank_lanes(rank, ranks, order.global_batch),
+        steps,
+        threads=threads,
+        read_ahead_mb=read_ahead_mb,
+        **options,
+    )
 
 
 def content(steps: list[Step]) -> list[list[tuple[object, ...]]]:
     """What a step trains on, in the order of lanes."""
-    return [[(step.number, s.key, s.caption, *s.tokens.labels, s.waveform.tobytes()) for s in step.samples] for step in steps]
+    return [
+        [(step.number, s.key, s.caption, *s.tokens.labels, s.waveform.tobytes()) for s in step.samples]
+        for step in steps
+    ]
 
 
 def of_ranks(opened: Opened, ranks: int, steps: range = STEPS) -> list[list[tuple[object, ...]]]:
@@ -80,7 +122,7 @@ def of_ranks(opened: Opened, ranks: int, steps: range = STEPS) -> list[list[tupl
 
 def write_tar(path: Path, members: Members) -> None:
     path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", encoding="utf-8") as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -129,7 +171,10 @@ def test_ranks_together_take_the_batches_of_one(shards: str, opened: Open, ranks
 
 def test_single_reads_bring_the_samples_of_long_ones(shards: str, opened: Open) -> None:
     found = opened(shards, shuffle_window=50)
-    assert sum(found[0].place(row).end - found[0].place(row).start for row in range(len(found[0].index))) > 1 << 20
+    assert (
+        sum(found[0].place(row).end - found[0].place(row).start for row in range(len(found[0].index)))
+        > 1 << 20
+    )
     assert content(list(loader(found, read_ahead_mb=1))) == content(list(loader(found)))
 
 
@@ -138,11 +183,20 @@ def test_members_in_another_order_bring_the_same_samples(shards: str, opened: Op
         return sorted(members, key=lambda member: member[0].endswith(".json"))
 
     def text_first_from_the_end(members: Members) -> Members:
-        return [member for pair in zip(members[1::2], members[::2], strict=True) for member in sorted(pair, key=lambda m: not m[0].endswith(".json"))]
+        return [
+            member
+            for pair in zip(members[1::2], members[::2], strict=True)
+            for member in sorted(pair, key=lambda m: not m[0].endswith(".json"))
+        ]
 
     whole = content(list(loader(opened(shards))))
     assert content(list(loader(opened(repack(shards, tmp_path / "one", audio_first))))) == whole
-    assert content(list(loader(opened(repack(shards, tmp_path / "two", text_first_from_the_end)), read_ahead_mb=1))) == whole
+    assert (
+        content(
+            list(loader(opened(repack(shards, tmp_path / "two", text_first_from_the_end)), read_ahead_mb=1))
+        )
+        == whole
+    )
 
 
 def test_a_sample_that_cannot_be_decoded_keeps_its_place(shards: str, opened: Open, tmp_path: Path) -> None:
@@ -151,11 +205,16 @@ def test_a_sample_that_cannot_be_decoded_keeps_its_place(shards: str, opened: Op
     name = bad.rpartition("/")[2]
 
     def spoil(members: Members) -> Members:
-        return [(file, bytes(len(data)) if file.startswith(f"{name}.") and not file.endswith(".json") else data) for file, data in members]
+        return [
+            (file, bytes(len(data)) if file.startswith(f"{name}.") and not file.endswith(".json") else data)
+            for file, data in members
+        ]
 
     steps = list(loader(opened(repack(shards, tmp_path / "spoilt", spoil))))
     assert content(steps) == [[sample for sample in batch if sample[1] != bad] for batch in content(sound)]
-    assert [[(one.key, one.bad) for one in step.rejected] for step in steps] == [[(s.key, True) for s in step.samples if s.key == bad] for step in sound]
+    assert [[(one.key, one.bad) for one in step.rejected] for step in steps] == [
+        [(s.key, True) for s in step.samples if s.key == bad] for step in sound
+    ]
 
 
 def test_overlong_clips_are_skipped_or_cropped(shards: str, opened: Open) -> None:
@@ -175,7 +234,8 @@ def test_overlong_clips_are_skipped_or_cropped(shards: str, opened: Open) -> Non
 
 
 def find(stretch: np.ndarray, whole: np.ndarray) -> int:
-    """Where a stretch lies in a waveform; at its ends it may differ, as the resampler's filter does not see what is beyond."""
+    """Where a stretch lies in a waveform; at its ends it may differ, as the resampler's filter does not see
+    what is beyond."""
     inner, whole = stretch[400:-400].astype(float), whole.astype(float)
     at = int(np.correlate(whole, inner).argmax())
     assert np.corrcoef(whole[at : at + len(inner)], inner)[0, 1] > 0.999
@@ -223,11 +283,19 @@ def test_changed_audio_is_an_error_that_names_the_sample(copied: str, opened: Op
         file.write(bytes([byte ^ 1]))
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     error = error_of(found)
-    assert isinstance(error, DataError) and str(shard) in str(error) and repr(samples.index.text("key", 5)) in str(error)
+    assert (
+        isinstance(error, DataError)
+        and str(shard) in str(error)
+        and repr(samples.index.text("key", 5)) in str(error)
+    )
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, functools.partial(os.truncate, length=50_000)], ids=["missing", "cut off"])
-def test_a_shard_that_went_away_is_an_error_that_names_it(copied: str, opened: Open, spoil: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "spoil", [Path.unlink, functools.partial(os.truncate, length=50_000)], ids=["missing", "cut off"]
+)
+def test_a_shard_that_went_away_is_an_error_that_names_it(
+    copied: str, opened: Open, spoil: Callable[[Path], None]
+) -> None:
     found = opened(copied)
     shard = Path(found[0].place(len(found[0].index) // 2).location.url)
     spoil(shard)
@@ -238,20 +306,30 @@ def test_undecoded_bytes_stay_within_the_read_ahead(opened: Open, tmp_path: Path
     noise = np.random.default_rng(0).integers(-9999, 9999, 160_000).astype(np.int16)
     audio = BytesIO()
     soundfile.write(audio, noise, 16_000, format="WAV")  # 10 s, 320 kB
-    members = [(f"{n}.{ending}", data) for n in range(50) for ending, data in [("wav", audio.getvalue()), ("json", b'{"caption": "Noise."}')]]
+    members = [
+        (f"{n}.{ending}", data)
+        for n in range(50)
+        for ending, data in [("wav", audio.getvalue()), ("json", b'{"caption": "Noise."}')]
+    ]
     write_tar(tmp_path / "one" / "long.tar", members)
     found = opened(f"{tmp_path}/one/*.tar", weight=1.0, batch=1, overlong="crop", shuffle_window=256)
     tracemalloc.start()
-    held = [tracemalloc.get_traced_memory()[0] for _ in loader(found, steps=range(40), threads=1, read_ahead_mb=1)]
+    held = [
+        tracemalloc.get_traced_memory()[0] for _ in loader(found, steps=range(40), threads=1, read_ahead_mb=1)
+    ]
     tracemalloc.stop()
     assert max(held) < 5 << 20, "1 MB, the two steps that are being decoded, and what those take"
 
 
 @pytest.fixture
-def behind_a_proxy(shards: str, s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Proxy]]:
+def behind_a_proxy(
+    shards: str, s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, Proxy]]:
     """The shards on S3, and the proxy before it."""
     client = s3_server.client()
-    with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+    with contextlib.suppress(
+        client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists
+    ):
         client.create_bucket(Bucket="flips")
     for shard in Path(shards).parent.glob("*.tar"):
         client.upload_file(str(shard), "flips", shard.name)
@@ -263,7 +341,9 @@ def behind_a_proxy(shards: str, s3_server: s3.Server, monkeypatch: pytest.Monkey
         yield "s3://flips/*.tar", proxy
 
 
-def test_a_bit_that_flips_on_its_way_is_seen_and_the_sample_is_read_again(shards: str, opened: Open, behind_a_proxy: tuple[str, Proxy]) -> None:
+def test_a_bit_that_flips_on_its_way_is_seen_and_the_sample_is_read_again(
+    shards: str, opened: Open, behind_a_proxy: tuple[str, Proxy]
+) -> None:
     url, proxy = behind_a_proxy
     expected = content(list(loader(opened(shards, full=True))))
     found = opened(url, full=True)
@@ -272,21 +352,35 @@ def test_a_bit_that_flips_on_its_way_is_seen_and_the_sample_is_read_again(shards
     assert STATS["reread"] == sum(proxy.hits.values()) == 3
 
 
-@pytest.mark.parametrize(("index_dir", "prefix"), [("beside", "index/"), ("s3://flips/kept/elsewhere", "kept/elsewhere/")])
+@pytest.mark.parametrize(
+    ("index_dir", "prefix"), [("beside", "index/"), ("s3://flips/kept/elsewhere", "kept/elsewhere/")]
+)
 def test_indexes_may_lie_in_a_bucket_too(
-    shards: str, opened: Open, behind_a_proxy: tuple[str, Proxy], s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch, index_dir: str, prefix: str
+    shards: str,
+    opened: Open,
+    behind_a_proxy: tuple[str, Proxy],
+    s3_server: s3.Server,
+    monkeypatch: pytest.MonkeyPatch,
+    index_dir: str,
+    prefix: str,
 ) -> None:
     url, proxy = behind_a_proxy
     expected = content(list(loader(opened(shards, full=True))))
     assert content(list(loader(opened(url, full=True, index_dir=index_dir)))) == expected
     kept = s3_server.client().list_objects_v2(Bucket="flips", Prefix=prefix)["Contents"]
-    assert len(kept) == len(list(Path(shards).parent.glob("*.tar"))) and all(one["Key"].endswith(".parquet") for one in kept)
+    assert len(kept) == len(list(Path(shards).parent.glob("*.tar"))) and all(
+        one["Key"].endswith(".parquet") for one in kept
+    )
     proxy.set()
     opened(url, index_dir=index_dir)  # a later start
-    assert not [path for method, path, _ in proxy.requests if method in ("GET", "PUT") and "list-type" not in path], "looks at what is there, no more"
+    assert not [
+        path for method, path, _ in proxy.requests if method in ("GET", "PUT") and "list-type" not in path
+    ], "looks at what is there, no more"
 
 
-def test_with_a_cache_the_same_comes_and_a_second_time_nothing_is_asked_for(opened: Open, behind_a_proxy: tuple[str, Proxy], tmp_path: Path) -> None:
+def test_with_a_cache_the_same_comes_and_a_second_time_nothing_is_asked_for(
+    opened: Open, behind_a_proxy: tuple[str, Proxy], tmp_path: Path
+) -> None:
     url, proxy = behind_a_proxy
     found = opened(url, full=True)
     expected = content(list(loader(found)))
@@ -297,9 +391,17 @@ def test_with_a_cache_the_same_comes_and_a_second_time_nothing_is_asked_for(open
         assert any(method == "GET" for method, _, _ in proxy.requests) == asks
 
 
-def test_bits_that_flip_always_end_it_with_the_shard_and_the_sample(opened: Open, behind_a_proxy: tuple[str, Proxy]) -> None:
+def test_bits_that_flip_always_end_it_with_the_shard_and_the_sample(
+    opened: Open, behind_a_proxy: tuple[str, Proxy]
+) -> None:
     url, proxy = behind_a_proxy
     found = opened(url, full=True)
     proxy.set(Fault("flip", after=1000, times=0))
-    with pytest.raises(DataError, match=r"s3://flips/shard-00000\d.tar: sample 'clip\d+' is not what was indexed \(CRC32 differs, read twice\)"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"s3://flips/shard-00000\d.tar: sample 'clip\d+' is not what was indexed \(CRC32 differs, read"
+            r" twice\)"
+        ),
+    ):
         list(loader(found))

@@ -1,4 +1,5 @@
-"""Which shards and samples a run takes: braces and globs, the share that is held out, and the merged index."""
+"""Which shards and samples a run takes: braces and globs, the share that is held out, and the merged
+index."""
 
 from __future__ import annotations
 
@@ -26,17 +27,27 @@ from tests.shards import clip, keys, merged, shard, source, words
 def test_a_key_is_on_the_same_side_in_every_shard_and_source(tmp_path: Path) -> None:
     numbers = {"one": range(20), "two": range(10, 30), "other": range(40)}
     one, two, other = (
-        shard(tmp_path / f"{name}.tar", [(f"key{n}.{ending}", b"?") for n in part for ending in ("wav", "json")]) for name, part in numbers.items()
+        shard(
+            tmp_path / f"{name}.tar", [(f"key{n}.{ending}", b"?") for n in part for ending in ("wav", "json")]
+        )
+        for name, part in numbers.items()
     )
     sources = [source(one, two, validation=0.5), source(other, name="other", validation=0.5)]
     training, held_out = (merged(tmp_path, *sources, full=False, held_out=side) for side in (False, True))
-    assert not keys(training) & keys(held_out) and keys(training) | keys(held_out) == {f"key{n}" for n in range(40)}
+    assert not keys(training) & keys(held_out) and keys(training) | keys(held_out) == {
+        f"key{n}" for n in range(40)
+    }
     assert len(training) + len(held_out) == 20 + 20 + 40, "every sample is on one side"
-    assert keys(merged(tmp_path, source(two, validation=0.5), full=False)) == keys(training) & {f"key{n}" for n in numbers["two"]}
+    assert keys(merged(tmp_path, source(two, validation=0.5), full=False)) == keys(training) & {
+        f"key{n}" for n in numbers["two"]
+    }
 
 
 def test_the_share_held_out_is_that_asked_for_and_grows_with_it() -> None:
-    sides = [{key for key in map(str, range(5000)) if is_held_out(key, source("x", validation=share))} for share in (0.0, 0.01, 0.2)]
+    sides = [
+        {key for key in map(str, range(5000)) if is_held_out(key, source("x", validation=share))}
+        for share in (0.0, 0.01, 0.2)
+    ]
     assert not sides[0] and sides[1] < sides[2]
     assert [len(side) for side in sides[1:]] == [pytest.approx(50, rel=0.4), pytest.approx(1000, rel=0.1)]
 
@@ -44,24 +55,36 @@ def test_the_share_held_out_is_that_asked_for_and_grows_with_it() -> None:
 @pytest.mark.parametrize("group", [r"^(rec\d+)_", r"rec\d+"])
 def test_segments_of_one_recording_stay_together(group: str) -> None:
     whole = source("x", validation={"fraction": 0.3, "group": group})
-    sides = {recording: {is_held_out(f"rec{recording}_{segment}", whole) for segment in range(10)} for recording in range(50)}
+    sides = {
+        recording: {is_held_out(f"rec{recording}_{segment}", whole) for segment in range(10)}
+        for recording in range(50)
+    }
     assert all(len(side) == 1 for side in sides.values()) and len(set.union(*sides.values())) == 2
 
 
-@pytest.mark.parametrize(("shards", "dev"), [("{}/*.tar", "{}/dev.tar"), ("*.tar", "dev.tar"), ("./*.tar", "{}/dev.tar"), ("{}/*.tar", "./d*.tar")])
-def test_validation_shards_are_for_validation_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str, dev: str) -> None:
+@pytest.mark.parametrize(
+    ("shards", "dev"),
+    [("{}/*.tar", "{}/dev.tar"), ("*.tar", "dev.tar"), ("./*.tar", "{}/dev.tar"), ("{}/*.tar", "./d*.tar")],
+)
+def test_validation_shards_are_for_validation_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str, dev: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("train-0", "train-1", "dev"):
         shard(tmp_path / f"{name}.tar", clip(name))
     whole = source(shards.format(tmp_path), validation={"shards": [dev.format(tmp_path)]})
     assert [one.location.name for one in expand(whole)] == ["train-0.tar", "train-1.tar", "dev.tar"]
-    assert keys(merged(tmp_path, whole)) == {"train-0", "train-1"} and keys(merged(tmp_path, whole, held_out=True)) == {"dev"}
+    assert keys(merged(tmp_path, whole)) == {"train-0", "train-1"} and keys(
+        merged(tmp_path, whole, held_out=True)
+    ) == {"dev"}
 
 
 def test_braces_and_globs_name_shards_once_and_sorted(tmp_path: Path) -> None:
     paths = [shard(tmp_path / f"a-{number:02d}.tar", clip("a")) for number in range(12)]
     for patterns in (["a-{00..11}.tar"], ["a-*.tar"], ["a-1?.tar", "a-0[0-9].tar", "a-{03,07}.tar"]):
-        assert [one.location.url for one in expand(source(*(tmp_path / pattern for pattern in patterns)))] == [str(path) for path in paths]
+        assert [
+            one.location.url for one in expand(source(*(tmp_path / pattern for pattern in patterns)))
+        ] == [str(path) for path in paths]
 
 
 def test_shards_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
@@ -89,24 +112,40 @@ def rows_of(seed: int, samples: int) -> list[dict[str, object]]:
     random = np.random.default_rng(seed)
     return [
         {
-            "key": f"rec{random.integers(9)}_ü{seed}.{n}", "ending": "wav", "audio_offset": 512 * n, "audio_size": int(random.integers(1, 1 << 40)),
-            "text_offset": 7, "text_size": int(random.integers(99)), "crc32": int(random.integers(-1, 1 << 32)),
-            "seconds": float(np.float32(random.choice([np.nan, 1.5, 30.0, 99.0]))), "caption_characters": n, "problem": str(random.choice(["", "", "bad"])),
+            "key": f"rec{random.integers(9)}_ü{seed}.{n}",
+            "ending": "wav",
+            "audio_offset": 512 * n,
+            "audio_size": int(random.integers(1, 1 << 40)),
+            "text_offset": 7,
+            "text_size": int(random.integers(99)),
+            "crc32": int(random.integers(-1, 1 << 32)),
+            "seconds": float(np.float32(random.choice([np.nan, 1.5, 30.0, 99.0]))),
+            "caption_characters": n,
+            "problem": str(random.choice(["", "", "bad"])),
         }
         for n in range(samples)
-    ]  # fmt: skip
+    ]
 
 
-sides = st.sampled_from([{}, {"fraction": 0.4}, {"fraction": 0.4, "group": r"^(rec\d+)_"}, {"fraction": 0.4, "group": r"5|7"}])
+sides = st.sampled_from(
+    [{}, {"fraction": 0.4}, {"fraction": 0.4, "group": r"^(rec\d+)_"}, {"fraction": 0.4, "group": r"5|7"}]
+)
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
-@given(st.lists(st.tuples(sides, st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=3)), max_size=3), st.sampled_from([30.0, math.inf]))
-def test_merging_takes_the_usable_rows_in_turn(tmp_path_factory: pytest.TempPathFactory, given: list, longest: float) -> None:
+@given(
+    st.lists(st.tuples(sides, st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=3)), max_size=3),
+    st.sampled_from([30.0, math.inf]),
+)
+def test_merging_takes_the_usable_rows_in_turn(
+    tmp_path_factory: pytest.TempPathFactory, given: list, longest: float
+) -> None:
     folder = tmp_path_factory.mktemp("merged")
     sources = [source("x", name=f"s{n}", validation=side) for n, (side, _) in enumerate([({}, []), *given])]
     shards, tables, expected = [], [], {True: [], False: []}
-    for number, (one, parts) in enumerate(zip(sources, [[(40, False)], *(parts for _, parts in given)], strict=True)):
+    for number, (one, parts) in enumerate(
+        zip(sources, [[(40, False)], *(parts for _, parts in given)], strict=True)
+    ):
         for samples, for_validation in [(40, False), *parts]:
             shards.append(Shard(one, Location(f"/{number}/{len(shards)}.tar"), for_validation))
             tables.append(rows_of(len(shards), samples))
@@ -116,9 +155,20 @@ def test_merging_takes_the_usable_rows_in_turn(tmp_path_factory: pytest.TempPath
                     hashed = found[1] if found.re.groups else found[0]
                 share = int.from_bytes(hashlib.sha256(hashed.encode()).digest()[:8], "big") / 2**64
                 if row["problem"] == "" and not row["seconds"] > longest:
-                    kept = {name: value for name, value in row.items() if name not in ("problem", "caption_characters")}
-                    expected[for_validation or share < one.validation.fraction].append({**kept, "source": number, "shard": len(shards) - 1})
-    merge(shards, [Sidecar(pa.Table.from_pylist(table, SCHEMA), True, "", Stat(1, "tag"), "") for table in tables], folder, longest=longest)
+                    kept = {
+                        name: value
+                        for name, value in row.items()
+                        if name not in ("problem", "caption_characters")
+                    }
+                    expected[for_validation or share < one.validation.fraction].append(
+                        {**kept, "source": number, "shard": len(shards) - 1}
+                    )
+    merge(
+        shards,
+        [Sidecar(pa.Table.from_pylist(table, SCHEMA), True, "", Stat(1, "tag"), "") for table in tables],
+        folder,
+        longest=longest,
+    )
     for held_out, name in ((False, TRAINING), (True, VALIDATION)):
         index, rows = Index(folder / name, sources), expected[held_out]
         assert repr(index.table.to_pylist()) == repr(rows), "NaN is NaN"
@@ -142,6 +192,8 @@ def test_the_digest_follows_the_content_and_not_the_place(tmp_path: Path) -> Non
     (name, audio), _ = clip("a")
     shard(tmp_path / "changed/a.tar", [(name, audio), ("a.json", words("Another."))])
     assert digest("changed") != first
-    assert merged(tmp_path / "full", source(tmp_path / "here/*.tar"), full=False).digest == first, "a run that began on a quick index goes on"
+    assert merged(tmp_path / "full", source(tmp_path / "here/*.tar"), full=False).digest == first, (
+        "a run that began on a quick index goes on"
+    )
     (tmp_path / "renamed/a.tar").rename(tmp_path / "renamed/c.tar")
     assert digest("renamed") != first, "a shard's name is part of what the samples are called"

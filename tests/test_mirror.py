@@ -1,4 +1,5 @@
-"""A run whose folder is lost goes on from the copies of its checkpoints; and a mirror that does not work ends no training."""
+"""A run whose folder is lost goes on from the copies of its checkpoints; and a mirror that does not work ends
+no training."""
 
 from __future__ import annotations
 
@@ -26,7 +27,15 @@ class Place:
 
     def __init__(self, url: str, env: dict[str, str]) -> None:
         self.url, self.env = url, env
-        options = {"endpoint_url": env["AWS_ENDPOINT_URL"], "key": env["AWS_ACCESS_KEY_ID"], "secret": env["AWS_SECRET_ACCESS_KEY"]} if env else {}
+        options = (
+            {
+                "endpoint_url": env["AWS_ENDPOINT_URL"],
+                "key": env["AWS_ACCESS_KEY_ID"],
+                "secret": env["AWS_SECRET_ACCESS_KEY"],
+            }
+            if env
+            else {}
+        )
         self._files, self._root = fsspec.core.url_to_fs(url, **options, use_listings_cache=False)
 
     def names(self, run: str) -> set[str]:
@@ -53,14 +62,27 @@ class Mirrored(Course):
 
     def config(self, name: str, steps: int, **sections: dict[str, Any]) -> dict[str, Any]:
         own = {
-            "engine": {"backend": "fsdp2", "dtype": "fp32"}, "batch": {"micro_size": 8}, "optim": {"max_steps": steps, "lr": 1e-3, "schedule": "constant"},
-            "evaluate": {"every_steps": 3, "captions": 0, "max_samples": 4}, "checkpoint": {"every_steps": 1, "keep_last": 2, "mirror": self.place.url},
-        }  # fmt: skip
+            "engine": {"backend": "fsdp2", "dtype": "fp32"},
+            "batch": {"micro_size": 8},
+            "optim": {"max_steps": steps, "lr": 1e-3, "schedule": "constant"},
+            "evaluate": {"every_steps": 3, "captions": 0, "max_samples": 4},
+            "checkpoint": {"every_steps": 1, "keep_last": 2, "mirror": self.place.url},
+        }
         more = {section: own.get(section, {}) | sections.get(section, {}) for section in (*own, *sections)}
         return config_values(name, self.folder, self.model, self.shards, **more)
 
-    def train(self, name: str, steps: int, procs: int = 2, kill: Kill | None = None, env: dict[str, str] | None = None, **sections: Any) -> Done:
-        return self.launch(self.config(name, steps, **sections), procs=procs, kill=kill, env=self.place.env | (env or {}))
+    def train(
+        self,
+        name: str,
+        steps: int,
+        procs: int = 2,
+        kill: Kill | None = None,
+        env: dict[str, str] | None = None,
+        **sections: Any,
+    ) -> Done:
+        return self.launch(
+            self.config(name, steps, **sections), procs=procs, kill=kill, env=self.place.env | (env or {})
+        )
 
     def started_at(self, name: str) -> int:
         return self.run(name).ledger("start")[-1]["step"]
@@ -71,7 +93,11 @@ class Mirrored(Course):
     def same(self, name: str) -> None:
         """The copies are those of the local checkpoints, no more and no less, and complete."""
         run = self.run(name)
-        expected = {f"checkpoints/{file.parent.name}/{file.name}": file for folder in checkpoint.find(run.checkpoints) for file in folder.iterdir()}
+        expected = {
+            f"checkpoints/{file.parent.name}/{file.name}": file
+            for folder in checkpoint.find(run.checkpoints)
+            for file in folder.iterdir()
+        }
         expected |= {f"base/{file.name}": file for file in run.base.iterdir()} | {"config.yaml": run.config}
         assert self.place.names(name) == set(expected)
         for path, file in expected.items():
@@ -79,7 +105,9 @@ class Mirrored(Course):
 
 
 @pytest.fixture(scope="module", params=["s3", pytest.param("folder", marks=pytest.mark.slow)])
-def course(request, tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str, launch: Launcher) -> Mirrored:
+def course(
+    request, tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str, launch: Launcher
+) -> Mirrored:
     folder = tmp_path_factory.mktemp("mirror")
     if request.param == "folder":
         return Mirrored(folder, model, shards, launch, Place(f"{folder}/copies", {}))
@@ -105,7 +133,9 @@ def copied(course: Mirrored, mirrored: str, name: str) -> str:
 
 
 @pytest.mark.parametrize("lost", ["all", pytest.param("checkpoints", marks=pytest.mark.slow)])
-def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(course: Mirrored, mirrored: str, lost: str) -> None:
+def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(
+    course: Mirrored, mirrored: str, lost: str
+) -> None:
     """On other ranks, from the newest copy. It now keeps two, and so does the mirror then."""
     name = copied(course, mirrored, f"lost-{lost}")
     if lost == "checkpoints":
@@ -115,13 +145,20 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(course: Mirrored, mi
     assert course.started_at(name) == 5
     assert [line["folder"] for line in course.told(name, "restored")] == ["step-00000005"]
     restored = course.run(name).checkpoints / "step-00000005"
-    assert all(file.read_bytes() == (course.run(mirrored).checkpoints / restored.name / file.name).read_bytes() for file in restored.iterdir())
-    assert {path.split("/")[1] for path in course.place.names(name) if path.startswith("checkpoints/")} == {"step-00000005", "step-00000006"}
+    assert all(
+        file.read_bytes() == (course.run(mirrored).checkpoints / restored.name / file.name).read_bytes()
+        for file in restored.iterdir()
+    )
+    assert {path.split("/")[1] for path in course.place.names(name) if path.startswith("checkpoints/")} == {
+        "step-00000005",
+        "step-00000006",
+    }
     course.same(name)
 
 
 def test_copies_of_a_course_that_was_given_up_are_deleted(course: Mirrored, mirrored: str) -> None:
-    """A run goes on from step 2 though there are copies up to step 5: they must not count as the newest later."""
+    """A run goes on from step 2 though there are copies up to step 5: they must not count as the newest
+    later."""
     name = copied(course, mirrored, "given-up")
     shutil.copytree(course.run(mirrored).path, course.run(name).path)
     for step in (3, 4, 5):
@@ -134,14 +171,29 @@ def test_copies_of_a_course_that_was_given_up_are_deleted(course: Mirrored, mirr
 
 @pytest.mark.slow
 def test_the_metrics_of_an_evaluation_after_the_copy_are_copied_too(course: Mirrored) -> None:
-    """Killed when a step is saved and copied, but not evaluated; else the best one would not be known there."""
-    killed = course.train("evaluated", 1000, kill=Kill("trainer.mirror:Mirror._copy", after=True, rank=0), checkpoint={"every_steps": 10}, evaluate=NEVER)
+    """Killed when a step is saved and copied, but not evaluated; else the best one would not be known
+    there."""
+    killed = course.train(
+        "evaluated",
+        1000,
+        kill=Kill("trainer.mirror:Mirror._copy", after=True, rank=0),
+        checkpoint={"every_steps": 10},
+        evaluate=NEVER,
+    )
     assert killed.returncode == 1
     saved = checkpoint.find(course.run("evaluated").checkpoints)[0].name
     step = int(saved.removeprefix("step-"))
-    assert course.train("evaluated", step + 1, checkpoint={"every_steps": 1000}, evaluate={"every_steps": 1}).returncode == 0
+    assert (
+        course.train(
+            "evaluated", step + 1, checkpoint={"every_steps": 1000}, evaluate={"every_steps": 1}
+        ).returncode
+        == 0
+    )
     assert course.started_at("evaluated") == step
-    assert "validation/loss" in json.loads(course.place.read(f"evaluated/checkpoints/{saved}/manifest.json"))["metrics"]
+    assert (
+        "validation/loss"
+        in json.loads(course.place.read(f"evaluated/checkpoints/{saved}/manifest.json"))["metrics"]
+    )
     course.same("evaluated")
 
 
@@ -163,7 +215,12 @@ def half_a_manifest(place: Place, folder: str) -> None:
     place.write(name := f"{folder}/manifest.json", place.read(name)[:200])
 
 
-DAMAGE = {flip_a_byte: "damaged between bytes", cut_off: "has 1000 bytes", without_a_file: "No such file", half_a_manifest: "not a valid checkpoint"}
+DAMAGE = {
+    flip_a_byte: "damaged between bytes",
+    cut_off: "has 1000 bytes",
+    without_a_file: "No such file",
+    half_a_manifest: "not a valid checkpoint",
+}
 
 
 def test_damaged_copies_are_named_and_the_newest_sound_one_is_used(course: Mirrored, mirrored: str) -> None:
@@ -174,10 +231,16 @@ def test_damaged_copies_are_named_and_the_newest_sound_one_is_used(course: Mirro
     done = course.train(name, 5, checkpoint={"keep_last": 9})
     assert done.returncode == 0 and course.started_at(name) == 1
     told = course.told(name, "damaged")
-    assert [line["folder"] for line in told] == [f"{course.place.url}/{name}/checkpoints/step-{step:08d}" for step in (5, 4, 3, 2)]
+    assert [line["folder"] for line in told] == [
+        f"{course.place.url}/{name}/checkpoints/step-{step:08d}" for step in (5, 4, 3, 2)
+    ]
     for line, said in zip(told, DAMAGE.values(), strict=True):
         assert said in line["message"] and line["folder"] in done.stdout
-    assert not [folder for folder in course.run(name).checkpoints.iterdir() if not (folder / "manifest.json").is_file()]
+    assert not [
+        folder
+        for folder in course.run(name).checkpoints.iterdir()
+        if not (folder / "manifest.json").is_file()
+    ]
     course.same(name)
 
 
@@ -187,13 +250,17 @@ def test_a_run_of_which_all_copies_are_damaged_does_not_begin_anew(course: Mirro
         flip_a_byte(course.place, f"{name}/checkpoints/step-{step:08d}")
     done = course.train(name, 6)
     assert done.returncode == 1 and f"{course.place.url}/{name}: " in done.stderr
-    assert "every copy there is damaged (step-00000005, step-00000004, " in done.stderr and "checkpoint.mirror=null" in done.stderr
+    assert (
+        "every copy there is damaged (step-00000005, step-00000004, " in done.stderr
+        and "checkpoint.mirror=null" in done.stderr
+    )
     assert not list(course.run(name).checkpoints.iterdir())
 
 
 @pytest.mark.slow
 def test_a_copy_that_was_cut_short_does_not_count_and_is_removed(course: Mirrored, mirrored: str) -> None:
-    """Killed before the manifest of the first one; then the run begins anew on three ranks, which leaves other files."""
+    """Killed before the manifest of the first one; then the run begins anew on three ranks, which leaves
+    other files."""
     base = len([path for path in course.place.names(mirrored) if path.startswith("base/")])
     done = course.train("cut-short", 2, kill=Kill("trainer.mirror:Mirror._put", nth=base + 1 + 2 + 1, rank=0))
     assert done.returncode == 1
@@ -206,11 +273,13 @@ def test_a_copy_that_was_cut_short_does_not_count_and_is_removed(course: Mirrore
 
 
 @pytest.mark.parametrize("trouble", ["no bucket", "server gone"])
-def test_copies_that_cannot_be_made_are_told_and_training_goes_on(course: Mirrored, mirrored: str, trouble: str) -> None:
+def test_copies_that_cannot_be_made_are_told_and_training_goes_on(
+    course: Mirrored, mirrored: str, trouble: str
+) -> None:
     """A bucket that is not there is not made; in folders, a file is in the way."""
     name, url, on_s3 = f"no-copies-{trouble.replace(' ', '-')}", course.place.url, bool(course.place.env)
     if trouble == "no bucket":
-        (course.folder / "file").write_text("in the way")
+        (course.folder / "file").write_text("in the way", encoding="utf-8")
         url = NO_BUCKET if on_s3 else f"{course.folder}/file/copies"
     elif not on_s3:
         pytest.skip("a folder has no server")
@@ -220,7 +289,11 @@ def test_copies_that_cannot_be_made_are_told_and_training_goes_on(course: Mirror
     told = course.told(name, "mirror_failed")
     assert "step-00000006" in {line["folder"] for line in told}
     assert all(line["mirror"] == f"{url}/{name}" and line["message"] for line in told)
-    assert all(f"{url}/{name}: {line['folder']} could not be copied: {line['message']}. Training goes on" in done.stdout for line in told)
+    assert all(
+        f"{url}/{name}: {line['folder']} could not be copied: {line['message']}. Training goes on"
+        in done.stdout
+        for line in told
+    )
 
 
 @pytest.mark.slow
@@ -236,13 +309,19 @@ def test_a_copy_that_another_version_made_is_left_alone(course: Mirrored, mirror
 
 
 @pytest.mark.parametrize("trouble", ["no bucket", "server gone", "wrong key"])
-def test_a_lost_run_is_not_begun_anew_while_its_mirror_cannot_be_read(course: Mirrored, mirrored: str, trouble: str) -> None:
+def test_a_lost_run_is_not_begun_anew_while_its_mirror_cannot_be_read(
+    course: Mirrored, mirrored: str, trouble: str
+) -> None:
     if not course.place.env:
         pytest.skip("a folder is there, or is not")
     env = {"server gone": NOWHERE, "wrong key": {"AWS_SECRET_ACCESS_KEY": "wrong"}}.get(trouble, {})
     url = NO_BUCKET if trouble == "no bucket" else course.place.url
     name = f"unreachable-{trouble.replace(' ', '-')}"
     done = course.train(name, 6, env=env, checkpoint={"mirror": url})
-    assert done.returncode == 1 and f"{url}/{name}: " in done.stderr and "has no checkpoint, and this mirror of it cannot be read: " in done.stderr
+    assert (
+        done.returncode == 1
+        and f"{url}/{name}: " in done.stderr
+        and "has no checkpoint, and this mirror of it cannot be read: " in done.stderr
+    )
     assert "checkpoint.mirror=null" in done.stderr and "Traceback" not in done.stderr
     assert not list(course.run(name).checkpoints.iterdir())

@@ -64,9 +64,19 @@ def test_any_number_of_ranks_takes_the_same_batches_in_the_same_order(order, epo
 def test_a_lane_depends_on_seed_epoch_and_lane_alone(order, epoch, data) -> None:
     lane = data.draw(st.integers(0, order.global_batch - 1))
     first, last = data.draw(st.integers(0, lane)), data.draw(st.integers(lane, order.global_batch - 1))
-    again = Order(order.runs, order.run_source, order.weights, order.seed, order.global_batch, order.shuffle_window, order.frames)
+    again = Order(
+        order.runs,
+        order.run_source,
+        order.weights,
+        order.seed,
+        order.global_batch,
+        order.shuffle_window,
+        order.frames,
+    )
     again.lanes(epoch + 1, range(order.global_batch))  # what was asked for before changes nothing
-    assert np.array_equal(order.lanes(epoch, range(first, last + 1))[lane - first], again.lanes(epoch, range(lane, lane + 1))[0])
+    assert np.array_equal(
+        order.lanes(epoch, range(first, last + 1))[lane - first], again.lanes(epoch, range(lane, lane + 1))[0]
+    )
 
 
 @seeded
@@ -74,8 +84,12 @@ def test_a_lane_depends_on_seed_epoch_and_lane_alone(order, epoch, data) -> None
 def test_the_position_is_one_integer(order) -> None:
     steps = [(epoch, step) for epoch in range(3) for step in range(order.steps_in(epoch))]
     assert [order.locate(step) for step in range(len(steps))] == steps
-    assert [order.steps_of(epochs) for epochs in range(4)] == [sum(epoch < epochs for epoch, _ in steps) for epochs in range(4)]
-    assert [order.lanes(epoch, range(1)).shape[1] for epoch in range(3)] == [order.steps_in(epoch) for epoch in range(3)]
+    assert [order.steps_of(epochs) for epochs in range(4)] == [
+        sum(epoch < epochs for epoch, _ in steps) for epochs in range(4)
+    ]
+    assert [order.lanes(epoch, range(1)).shape[1] for epoch in range(3)] == [
+        order.steps_in(epoch) for epoch in range(3)
+    ]
 
 
 @seeded
@@ -91,14 +105,24 @@ def test_empty_slots_are_at_the_last_step_only(order, epoch) -> None:
 @given(st.integers(0, 2**33), st.integers(0, 2**33), st.integers(0, 100), st.integers(0, 100))
 def test_another_seed_or_epoch_is_another_order(seed, other_seed, epoch, other_epoch) -> None:
     runs = cut_runs(np.zeros(200), np.full(200, 1_000), 4)
-    one, other = (Order(runs, np.zeros(len(runs) - 1), [1.0], s, 4, 16, 3000).lanes(e, range(4)) for s, e in [(seed, epoch), (other_seed, other_epoch)])
+    one, other = (
+        Order(runs, np.zeros(len(runs) - 1), [1.0], s, 4, 16, 3000).lanes(e, range(4))
+        for s, e in [(seed, epoch), (other_seed, other_epoch)]
+    )
     same = (seed, epoch) == (other_seed, other_epoch)
     assert np.array_equal(one, other) == same
     assert np.array_equal(np.sort(one), np.sort(other)) == same, "lanes hold other samples, too"
 
 
 @seeded
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 2 * RUN_BYTES) | st.integers(1, 2_000)), min_size=1, max_size=300), st.integers(1, 4))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 2 * RUN_BYTES) | st.integers(1, 2_000)),
+        min_size=1,
+        max_size=300,
+    ),
+    st.integers(1, 4),
+)
 def test_runs_cover_all_samples_inside_shards_and_the_byte_limit(samples, batch) -> None:
     shard, size = np.array(sorted(shard for shard, _ in samples)), np.array([size for _, size in samples])
     limit = min(RUN_BYTES, size.sum() // (RUNS_PER_LANE * batch))
@@ -106,7 +130,9 @@ def test_runs_cover_all_samples_inside_shards_and_the_byte_limit(samples, batch)
     assert runs[0] == 0 and runs[-1] == len(samples) and np.all(np.diff(runs) > 0)
     for start, end in itertools.pairwise(runs):
         assert len(set(shard[start:end])) == 1
-        assert end - start == 1 or size[start : end - 1].sum() < limit  # the sample that reaches the limit ends the run
+        assert (
+            end - start == 1 or size[start : end - 1].sum() < limit
+        )  # the sample that reaches the limit ends the run
 
 
 def test_an_epoch_mixes_the_sources_from_the_start() -> None:

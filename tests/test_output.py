@@ -31,11 +31,21 @@ class Bucket:
 
     def objects(self, prefix: str) -> dict[str, bytes]:
         listed = self.client.list_objects_v2(Bucket="written", Prefix=f"{prefix}/").get("Contents", [])
-        return {item["Key"].removeprefix(f"{prefix}/"): self.client.get_object(Bucket="written", Key=item["Key"])["Body"].read() for item in listed}
+        return {
+            item["Key"].removeprefix(f"{prefix}/"): (
+                self.client.get_object(Bucket="written", Key=item["Key"])["Body"].read()
+            )
+            for item in listed
+        }
 
     def begun(self, prefix: str) -> list[str]:
         """Keys of multipart uploads that were neither completed nor aborted."""
-        return [item["Key"] for item in self.client.list_multipart_uploads(Bucket="written", Prefix=f"{prefix}/").get("Uploads", [])]
+        return [
+            item["Key"]
+            for item in self.client.list_multipart_uploads(Bucket="written", Prefix=f"{prefix}/").get(
+                "Uploads", []
+            )
+        ]
 
     def empty(self, prefix: str) -> bool:
         return not self.objects(prefix) and not self.begun(prefix)
@@ -57,7 +67,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips for four shards, and one that is rejected."""
     table = make_clips(tmp_path_factory.mktemp("clips"), range(60), ("wav",))
-    with table.open("a") as file:
+    with table.open("a", encoding="utf-8") as file:
         file.write("absent.wav,A bell.,CC0\n")
     return table
 
@@ -69,11 +79,22 @@ def test_a_pack_on_s3_is_the_pack_in_a_folder(bucket: Bucket, table: Path, tmp_p
     assert bucket.objects("pack") == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
-def test_a_pack_that_fails_after_a_shard_was_uploaded_leaves_nothing(bucket: Bucket, table: Path, s3_server: s3.Server) -> None:
+def test_a_pack_that_fails_after_a_shard_was_uploaded_leaves_nothing(
+    bucket: Bucket, table: Path, s3_server: s3.Server
+) -> None:
     broken = table.with_name("broken.csv")
-    broken.write_bytes(table.read_bytes() + b" " * 100_000 + b"\nb.wav,caf\xe9,CC0\n")  # found to be no UTF-8 after rows were packed
+    broken.write_bytes(
+        table.read_bytes() + b" " * 100_000 + b"\nb.wav,caf\xe9,CC0\n"
+    )  # found to be no UTF-8 after rows were packed
     with faults.serve(s3_server.endpoint) as proxy:
-        done = run_program("tools.pack", broken, "s3://written/broken", "--shard-mb", 1, env={"AWS_ENDPOINT_URL": proxy.endpoint})
+        done = run_program(
+            "tools.pack",
+            broken,
+            "s3://written/broken",
+            "--shard-mb",
+            1,
+            env={"AWS_ENDPOINT_URL": proxy.endpoint},
+        )
         assert ("PUT", "/written/broken/shard-000000.tar") in {request[:2] for request in proxy.requests}
     assert done.returncode == 3 and "UTF-8" in done.stderr and bucket.empty("broken")
 
@@ -81,23 +102,43 @@ def test_a_pack_that_fails_after_a_shard_was_uploaded_leaves_nothing(bucket: Buc
 def test_what_is_there_already_is_not_written_over(bucket: Bucket, table: Path) -> None:
     bucket.client.put_object(Bucket="written", Key="full/mine.txt", Body=b"precious")
     done = run_program("tools.pack", table, "s3://written/full")
-    assert done.returncode == 2 and "s3://written/full: exists and is not empty (mine.txt, ...); choose another place" in done.stderr
+    assert (
+        done.returncode == 2
+        and "s3://written/full: exists and is not empty (mine.txt, ...); choose another place" in done.stderr
+    )
     assert bucket.objects("full") == {"mine.txt": b"precious"}
 
 
 @pytest.mark.parametrize(
     ("out", "env", "said"),
     [
-        ("s3://no-bucket/a", {}, "s3://no-bucket/a: cannot read what is there: it does not exist (NoSuchBucket)"),
-        ("s3://written/a", {"AWS_SECRET_ACCESS_KEY": "wrong"}, "s3://written/a: cannot read what is there: access denied (403 SignatureDoesNotMatch)"),
+        (
+            "s3://no-bucket/a",
+            {},
+            "s3://no-bucket/a: cannot read what is there: it does not exist (NoSuchBucket)",
+        ),
+        (
+            "s3://written/a",
+            {"AWS_SECRET_ACCESS_KEY": "wrong"},
+            "s3://written/a: cannot read what is there: access denied (403 SignatureDoesNotMatch)",
+        ),
         ("gs://bucket/a", {}, "gs://bucket/a: is written to a folder or to s3://"),
         ("s3://", {}, "s3://: names no bucket"),
         ("s3://me:hunter2@written/a", {}, "URLs with passwords or signatures are not taken"),
-        ("s3://written/a", {"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, "s3://written/a: cannot read what is there: Invalid endpoint: 127.0.0.1:9000. Check"),
+        (
+            "s3://written/a",
+            {"AWS_ENDPOINT_URL": "127.0.0.1:9000"},
+            "s3://written/a: cannot read what is there: Invalid endpoint: 127.0.0.1:9000. Check",
+        ),
     ],
 )
 def test_where_nothing_can_be_written_no_row_is_packed(
-    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str, env: dict[str, str], said: str
+    table: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    out: str,
+    env: dict[str, str],
+    said: str,
 ) -> None:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -108,28 +149,40 @@ def test_where_nothing_can_be_written_no_row_is_packed(
     assert "Traceback" not in printed.err and "hunter2" not in printed.err
 
 
-def test_the_last_file_is_uploaded_last_and_large_ones_in_parts(bucket: Bucket, s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_file_is_uploaded_last_and_large_ones_in_parts(
+    bucket: Bucket, s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with faults.serve(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         with new_folder("s3://written/export", last="config.json") as output:
             assert bucket.empty("export")
-            (output.folder / "config.json").write_text("{}")
+            (output.folder / "config.json").write_text("{}", encoding="utf-8")
             with (output.folder / "model.safetensors").open("wb") as file:
                 file.truncate(110 * MB)
-            (output.folder / "vocab.json").write_text("[]")
-        sent = [path.removeprefix("/written/export/").partition("?")[0] for method, path, _ in proxy.requests if method == "PUT"]
+            (output.folder / "vocab.json").write_text("[]", encoding="utf-8")
+        sent = [
+            path.removeprefix("/written/export/").partition("?")[0]
+            for method, path, _ in proxy.requests
+            if method == "PUT"
+        ]
     assert sent == ["model.safetensors"] * (len(sent) - 2) + ["vocab.json", "config.json"] and len(sent) > 4
-    assert {name: len(content) for name, content in bucket.objects("export").items()} == {"config.json": 2, "model.safetensors": 110 * MB, "vocab.json": 2}
+    assert {name: len(content) for name, content in bucket.objects("export").items()} == {
+        "config.json": 2,
+        "model.safetensors": 110 * MB,
+        "vocab.json": 2,
+    }
     assert not bucket.begun("export") and not output.folder.exists()
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_what_a_killed_run_has_begun_is_aborted_after_a_day(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
+def test_what_a_killed_run_has_begun_is_aborted_after_a_day(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
     """Before that it may be of one that lives."""
     bucket.client.create_multipart_upload(Bucket="written", Key=f"begun-{old}/model.safetensors")
     monkeypatch.setattr("tools.output.ABANDONED", timedelta(0) if old else timedelta(days=1))
     with new_folder(f"s3://written/begun-{old}") as made:
-        (made.folder / "config.json").write_text("{}")
+        (made.folder / "config.json").write_text("{}", encoding="utf-8")
     assert bucket.begun(f"begun-{old}") == ([] if old else [f"begun-{old}/model.safetensors"])
     assert set(bucket.objects(f"begun-{old}")) == {"config.json"}
 
@@ -140,7 +193,8 @@ import signal
 import s3fs
 from tools.output import new_folder
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
+# A shell lets what it runs in the background ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 call = s3fs.S3FileSystem._call_s3
 
 async def never_complete(self, method, *arguments, **options):
@@ -157,7 +211,12 @@ with new_folder("s3://written/stopped", last="config.json") as output:
 
 
 def test_ctrl_c_in_the_middle_of_an_upload_leaves_nothing(bucket: Bucket) -> None:
-    with subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    ) as process:
         while "stopped/model.safetensors" not in bucket.begun("stopped"):
             assert process.poll() is None
             time.sleep(0.02)

@@ -1,4 +1,5 @@
-"""A new phase starts from the weights of another run, exactly, and from nothing else of it; afterwards it stands on its own."""
+"""A new phase starts from the weights of another run, exactly, and from nothing else of it; afterwards it
+stands on its own."""
 
 from __future__ import annotations
 
@@ -25,14 +26,33 @@ TOO_LITTLE = 1e-30
 class Phases(Course):
     """Runs that may start from another one."""
 
-    def train(self, name: str, init_from: Path | str | None, steps: int, backend: str = "fsdp2", model: Path | None = None, **optim: Any) -> Done:
+    def train(
+        self,
+        name: str,
+        init_from: Path | str | None,
+        steps: int,
+        backend: str = "fsdp2",
+        model: Path | None = None,
+        **optim: Any,
+    ) -> Done:
         """On 2 ranks, each with a thread of its own."""
         config = config_values(
-            name, self.folder, self.model, self.shards,
-            optim={"max_steps": steps, **optim}, checkpoint={"every_steps": 1, "keep_last": 9}, engine={"backend": backend},
+            name,
+            self.folder,
+            self.model,
+            self.shards,
+            optim={"max_steps": steps, **optim},
+            checkpoint={"every_steps": 1, "keep_last": 9},
+            engine={"backend": backend},
             evaluate={"every_steps": 100, "captions": 0, "max_samples": 4},
-        )  # fmt: skip
-        return self.launch(config | {"model": {"name_or_path": str(model or self.model), "init_from": init_from and str(init_from)}}, procs=2)
+        )
+        return self.launch(
+            config
+            | {
+                "model": {"name_or_path": str(model or self.model), "init_from": init_from and str(init_from)}
+            },
+            procs=2,
+        )
 
     def saved(self, name: str, step: int) -> Reader:
         return Reader(self.run(name).checkpoints / checkpoint.name_of(step))
@@ -62,15 +82,24 @@ def masters(reader: Reader) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("source", ["run", "checkpoint", "export"])
-def test_it_starts_at_step_0_with_exactly_the_weights_and_a_fresh_optimizer_and_schedule(course: Phases, source: str) -> None:
+def test_it_starts_at_step_0_with_exactly_the_weights_and_a_fresh_optimizer_and_schedule(
+    course: Phases, source: str
+) -> None:
     step = {"run": STEPS, "checkpoint": 2}.get(source)
     place = {"run": "first", "checkpoint": "first/checkpoints/step-00000002", "export": "export"}[source]
-    assert course.train(f"from-{source}", course.folder / place, 2, "zero2" if source == "run" else "fsdp2", lr=TOO_LITTLE).returncode == 0
+    assert (
+        course.train(
+            f"from-{source}", course.folder / place, 2, "zero2" if source == "run" else "fsdp2", lr=TOO_LITTLE
+        ).returncode
+        == 0
+    )
     (start,) = course.run(f"from-{source}").ledger("start")
     assert start["step"] == 0
     events = EventAccumulator(str(course.run(f"from-{source}").tensorboard))
     events.Reload()
-    assert [point.value for point in events.Scalars("learning_rate")] == pytest.approx([TOO_LITTLE, TOO_LITTLE / 2])
+    assert [point.value for point in events.Scalars("learning_rate")] == pytest.approx(
+        [TOO_LITTLE, TOO_LITTLE / 2]
+    )
     if source == "run":  # by the same engine
         assert course.validation_losses("from-run")[0] == course.validation_losses("first")[-1]
 
@@ -81,9 +110,14 @@ def test_it_starts_at_step_0_with_exactly_the_weights_and_a_fresh_optimizer_and_
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
     assert begun.manifest.updates == 1
-    for name, weight in found.items():  # the moments of a first update: of the gradient g they are 0.1 g and 0.001 g²
+    for (
+        name,
+        weight,
+    ) in found.items():  # the moments of a first update: of the gradient g they are 0.1 g and 0.001 g²
         first, second = (begun(name, kind, 0, weight.numel()) for kind in ("exp_avg", "exp_avg_sq"))
-        torch.testing.assert_close((first.double() / 0.1).square(), second.double() / 0.001, rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(
+            (first.double() / 0.1).square(), second.double() / 0.001, rtol=1e-4, atol=1e-12
+        )
 
 
 def test_once_begun_it_does_not_need_the_first_phase_any_more(course: Phases) -> None:
@@ -110,7 +144,12 @@ def a_run_that_saved_nothing(course: Phases) -> Path:
 
 def a_checkpoint_alone(course: Phases) -> Path:
     """Without the run's base beside it."""
-    return Path(shutil.copytree(course.run("first").checkpoints / "step-00000002", course.folder / "alone-checkpoint/a/step-00000002"))
+    return Path(
+        shutil.copytree(
+            course.run("first").checkpoints / "step-00000002",
+            course.folder / "alone-checkpoint/a/step-00000002",
+        )
+    )
 
 
 def a_damaged_checkpoint(course: Phases) -> Path:
@@ -136,14 +175,27 @@ def test_what_cannot_be_started_from_is_refused_with_the_reason(course: Phases, 
     refused(course, source.__name__, source(course), REFUSED[source])
 
 
-@pytest.mark.parametrize("shape", [{"width": 96}, {"layers": 1}, {"layers": 3}], ids=["wider", "shallower", "deeper"])
+@pytest.mark.parametrize(
+    "shape", [{"width": 96}, {"layers": 1}, {"layers": 3}], ids=["wider", "shallower", "deeper"]
+)
 @pytest.mark.parametrize("source", ["first", pytest.param("export", marks=pytest.mark.slow)])
 def test_another_model_is_refused(course: Phases, tmp_path: Path, source: str, shape: dict[str, int]) -> None:
     other = make_model(tmp_path / "model", **shape)
-    refused(course, f"other-{source}-{shape}", course.folder / source, "model.name_or_path: it is of another model: ", other)
+    refused(
+        course,
+        f"other-{source}-{shape}",
+        course.folder / source,
+        "model.name_or_path: it is of another model: ",
+        other,
+    )
 
 
 def refused(course: Phases, name: str, source: Path, said: str, model: Path | None = None) -> None:
     done = course.train(name, source, 1, model=model)
-    assert done.returncode == 2 and f"model.init_from: {source}" in done.stderr and said in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and f"model.init_from: {source}" in done.stderr
+        and said in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not course.run(name).config.exists() and not list(course.run(name).checkpoints.iterdir())

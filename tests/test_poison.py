@@ -1,4 +1,5 @@
-"""A sample that its decoder does not survive, or never ends with, is left out the third time; nothing else is."""
+"""A sample that its decoder does not survive, or never ends with, is left out the third time; nothing else
+is."""
 
 from __future__ import annotations
 
@@ -26,7 +27,13 @@ class Poisoned(Course):
 
     def config(self, name: str) -> dict[str, Any]:
         return config_values(
-            name, self.folder, self.model, self.shards, optim={"max_steps": 3}, engine={"backend": "fsdp2"}, evaluate={"captions": 1, "max_samples": 4}
+            name,
+            self.folder,
+            self.model,
+            self.shards,
+            optim={"max_steps": 3},
+            engine={"backend": "fsdp2"},
+            evaluate={"captions": 1, "max_samples": 4},
         )
 
 
@@ -48,34 +55,56 @@ def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["training", "validation"])
-def test_a_sample_that_crashes_its_decoder_twice_is_left_out_then(course: Poisoned, launch: Launcher, part: str) -> None:
+def test_a_sample_that_crashes_its_decoder_twice_is_left_out_then(
+    course: Poisoned, launch: Launcher, part: str
+) -> None:
     whole, run, config = course.run("whole"), course.run(part), course.config(part)
     taken = {step: found.keys for (_, step), found in audit_of_attempts(whole.path).items()}
-    key = taken[2][5] if part == "training" else Index(whole.path / "index-validation.arrow", whole.read_config().data.sources).identity(0)
+    key = (
+        taken[2][5]
+        if part == "training"
+        else Index(whole.path / "index-validation.arrow", whole.read_config().data.sources).identity(0)
+    )
     crash = Kill(DECODER, content=key.rpartition("/")[2])
     for _ in range(2):
         done = launch(config, procs=2, kill=crash)
         assert done.returncode == 1
-        assert f"was killed by SIGSEGV: Segmentation fault while sample {key} of {course.folder}/shards/shard-000000.tar was decoded" in done.stderr
+        assert (
+            f"was killed by SIGSEGV: Segmentation fault while sample {key} of"
+            f" {course.folder}/shards/shard-000000.tar was decoded" in done.stderr
+        )
         assert "in string_at" in done.stderr, "the trace is shown"
     assert not run.quarantine.exists()
     assert launch(config, procs=2, kill=crash).returncode == 0
 
-    assert [(line["attempt"], line["key"], line["how"]) for line in run.ledger("death_in_hand")] == [(n, key, "Segmentation fault") for n in (0, 1)]
+    assert [(line["attempt"], line["key"], line["how"]) for line in run.ledger("death_in_hand")] == [
+        (n, key, "Segmentation fault") for n in (0, 1)
+    ]
     (quarantined,) = read_lines(run.quarantine)
-    assert (quarantined["attempt"], quarantined["key"], quarantined["reason"]) == (2, key, "its decoder crashed or never ended in 2 attempts")
+    assert (quarantined["attempt"], quarantined["key"], quarantined["reason"]) == (
+        2,
+        key,
+        "its decoder crashed or never ended in 2 attempts",
+    )
     for step, keys in taken.items():
         found = audit_of_attempts(run.path)[2, step]
-        assert found.keys == [one for one in keys if one != key] and found.rejected == [one for one in keys if one == key]
+        assert found.keys == [one for one in keys if one != key] and found.rejected == [
+            one for one in keys if one == key
+        ]
     assert not list(run.attempt_logs(2).glob("*.fatal")) and not list(run.attempt_logs(2).glob("*.inhand"))
 
 
-def test_a_rank_that_is_killed_with_a_sample_in_hand_does_not_count(course: Poisoned, launch: Launcher) -> None:
+def test_a_rank_that_is_killed_with_a_sample_in_hand_does_not_count(
+    course: Poisoned, launch: Launcher
+) -> None:
     run = course.run("killed")
     done = launch(course.config("killed"), procs=2, kill=Kill(DECODER, 9, rank=1))
     assert "rank 1 was killed by SIGKILL: by hand" in done.stderr
     (held,) = in_hand.read(run.attempt_logs(0) / "rank-00001.inhand")
-    assert held.key.startswith("sounds/shard-000000.tar/clip") and held.shard == f"{course.folder}/shards/shard-000000.tar"
+    assert (
+        held.key.startswith("sounds/shard-000000.tar/clip")
+        and held.shard == f"{course.folder}/shards/shard-000000.tar"
+    )
     assert launch(course.config("killed"), procs=2).returncode == 0
     assert not run.ledger("death_in_hand") and not run.quarantine.exists()
 
@@ -102,12 +131,18 @@ ctypes.string_at(0) if culprit == "main" else time.sleep(60)
 
 
 @pytest.mark.parametrize(("culprit", "blamed"), [(["two"], ["two"]), (["main"], []), (["two", "9"], [])])
-def test_only_what_the_crashing_thread_had_in_hand_is_blamed(tmp_path: Path, culprit: list[str], blamed: list[str]) -> None:
+def test_only_what_the_crashing_thread_had_in_hand_is_blamed(
+    tmp_path: Path, culprit: list[str], blamed: list[str]
+) -> None:
     run = RunDir(tmp_path)
     run.attempt_logs(0).mkdir(parents=True)
     done = subprocess.run([sys.executable, "-c", CRASH, run.attempt_logs(0), *culprit], cwd=ROOT, check=False)
     assert done.returncode < 0
-    assert sorted(held.key for held in in_hand.read(run.attempt_logs(0) / "rank-00003.inhand")) == ["one", "three", "two"]
+    assert sorted(held.key for held in in_hand.read(run.attempt_logs(0) / "rank-00003.inhand")) == [
+        "one",
+        "three",
+        "two",
+    ]
     deaths = [Death(0, 3, key, "s3://bucket/a.tar", "Segmentation fault") for key in blamed]
     assert in_hand.deaths(run, 0) == deaths
     for _ in range(2):  # looked at twice, told once
@@ -143,4 +178,6 @@ def test_names_too_long_for_the_record_are_cut_off_at_the_shard(tmp_path: Path) 
     record = InHand(1, tmp_path / "record")
     with record.holding("é" * 300, "s3://" + "ü" * 600):
         (held,) = in_hand.read(tmp_path / "record")
-    assert held.key == "é" * 300 and held.shard.startswith("s3://üü") and in_hand.read(tmp_path / "record") == []
+    assert (
+        held.key == "é" * 300 and held.shard.startswith("s3://üü") and in_hand.read(tmp_path / "record") == []
+    )

@@ -14,9 +14,20 @@ from tests.test_training import train, write_config
 
 
 @pytest.mark.slow
-def test_the_model_cards_snippet_captions_with_quotes_and_colons(pretrained: Path, real_clips: Path, tmp_path: Path) -> None:
-    """Base is multilingual, as turbo is; its generation config bans the quotes and colons that every caption of speech has."""
-    packed = run_program("tools.pack", real_clips / "speech.csv", tmp_path / "shards", "--caption-key", "detailed_caption", "--where", "split=validation")
+def test_the_model_cards_snippet_captions_with_quotes_and_colons(
+    pretrained: Path, real_clips: Path, tmp_path: Path
+) -> None:
+    """Base is multilingual, as turbo is; its generation config bans the quotes and colons that every caption
+    of speech has."""
+    packed = run_program(
+        "tools.pack",
+        real_clips / "speech.csv",
+        tmp_path / "shards",
+        "--caption-key",
+        "detailed_caption",
+        "--where",
+        "split=validation",
+    )
     assert packed.returncode == 0, packed.stderr
     values = config_values(
         "run",

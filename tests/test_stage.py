@@ -1,4 +1,5 @@
-"""Shards that are copied to a cluster's disk are the bucket's, byte for byte, whatever happens on the way; and a run cannot tell them apart."""
+"""Shards that are copied to a cluster's disk are the bucket's, byte for byte, whatever happens on the way;
+and a run cannot tell them apart."""
 
 from __future__ import annotations
 
@@ -41,14 +42,27 @@ class Bucket:
 
     def read_bytes(self) -> int:
         """How many were asked for since the faults were set."""
-        places = [place.removeprefix("bytes=").split("-") for method, _, place in self.proxy.requests if method == "GET" and place]
+        places = [
+            place.removeprefix("bytes=").split("-")
+            for method, _, place in self.proxy.requests
+            if method == "GET" and place
+        ]
         return sum(int(end) + 1 - int(start) for start, end in places)
 
 
 @pytest.fixture(scope="module")
 def bucket(s3_server: s3.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     folder = tmp_path_factory.mktemp("staged")
-    assert run_program("tools.pack", make_clips(folder / "clips", range(60), ("wav",)), folder / "shards", "--shard-mb", 1).returncode == 0
+    assert (
+        run_program(
+            "tools.pack",
+            make_clips(folder / "clips", range(60), ("wav",)),
+            folder / "shards",
+            "--shard-mb",
+            1,
+        ).returncode
+        == 0
+    )
     content = {path.name: path.read_bytes() for path in sorted((folder / "shards").glob("*.tar"))}
     client = s3_server.client()
     client.create_bucket(Bucket="staged")
@@ -70,12 +84,16 @@ def environment(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
 def write_config(folder: Path, model: Path, name: str = "mine.yaml", **source: object) -> Path:
     values = config_values("run", folder, model, "s3://staged/set/*.tar")
     values["data"]["sources"][0].update(source)
-    (folder / name).write_text(yaml.safe_dump(values))
+    (folder / name).write_text(yaml.safe_dump(values), encoding="utf-8")
     return folder / name
 
 
 def held(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (stage.STAGED, stage.LOCK)}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.name not in (stage.STAGED, stage.LOCK)
+    }
 
 
 def digest(config: Path, index: Path, *overrides: str) -> str:
@@ -84,29 +102,47 @@ def digest(config: Path, index: Path, *overrides: str) -> str:
     return Index(index / TRAINING, load(config).data.sources).digest
 
 
-def test_a_run_takes_the_copies_for_what_they_are_copies_of(bucket: Bucket, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_takes_the_copies_for_what_they_are_copies_of(
+    bucket: Bucket, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = sorted(bucket.content)
-    config = write_config(tmp_path, model, shards=[f"s3://staged/set/{name}" for name in names[1:]], validation={"shards": [f"s3://staged/set/{names[0]}"]})
+    config = write_config(
+        tmp_path,
+        model,
+        shards=[f"s3://staged/set/{name}" for name in names[1:]],
+        validation={"shards": [f"s3://staged/set/{names[0]}"]},
+    )
     stage.stage([str(config)], tmp_path / "disk")
     overrides = capsys.readouterr().out.splitlines()[-1].split(f"launch train {config} ")[1].split()
     assert overrides == [
-        f"'data.sources.sounds.{key}=[{tmp_path}/disk/sounds{folder}/*.tar]'" for key, folder in (("shards", ""), ("validation.shards", "/validation"))
+        f"'data.sources.sounds.{key}=[{tmp_path}/disk/sounds{folder}/*.tar]'"
+        for key, folder in (("shards", ""), ("validation.shards", "/validation"))
     ]
     assert held(tmp_path / "disk/sounds/validation") == {names[0]: bucket.content[names[0]]}
-    assert digest(config, tmp_path / "a") == digest(config, tmp_path / "b", *(override.strip("'") for override in overrides))
+    assert digest(config, tmp_path / "a") == digest(
+        config, tmp_path / "b", *(override.strip("'") for override in overrides)
+    )
 
 
 def test_copies_are_whole_whatever_happens_to_the_answers(bucket: Bucket, tmp_path: Path) -> None:
-    bucket.proxy.set(Fault("reset", after=200_000, times=3), Fault("503", times=3), Fault("close", after=300_000, times=2))
+    bucket.proxy.set(
+        Fault("reset", after=200_000, times=3), Fault("503", times=3), Fault("close", after=300_000, times=2)
+    )
     stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")
     assert held(tmp_path / "disk") == bucket.content and sum(bucket.proxy.hits.values()) == 8
 
 
-def test_bits_that_flip_on_the_way_are_found_by_a_full_index(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_that_flip_on_the_way_are_found_by_a_full_index(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_program("tools.index", "s3://staged/set/*.tar", "--index-dir", tmp_path / "index").returncode == 0
+    assert (
+        run_program("tools.index", "s3://staged/set/*.tar", "--index-dir", tmp_path / "index").returncode == 0
+    )
     bucket.proxy.set(Fault("flip", after=50_000, key=min(bucket.content)))
-    with pytest.raises(DataError, match=rf"s3://staged/set/{min(bucket.content)}: sample '.*' did not come as it was indexed"):
+    with pytest.raises(
+        DataError, match=rf"s3://staged/set/{min(bucket.content)}: sample '.*' did not come as it was indexed"
+    ):
         stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")
     stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")
     assert held(tmp_path / "disk") == bucket.content
@@ -114,9 +150,12 @@ def test_bits_that_flip_on_the_way_are_found_by_a_full_index(bucket: Bucket, tmp
 
 def test_one_at_a_time_copies_into_a_folder(bucket: Bucket, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    with stage._alone(tmp_path / "disk"), pytest.raises(ConfigError, match=r"disk: another tools\.stage is copying into it"):
+    with (
+        stage._alone(tmp_path / "disk"),
+        pytest.raises(ConfigError, match=r"disk: another tools\.stage is copying into it"),
+    ):
         stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")
-    (tmp_path / "disk" / stage.STAGED).write_text("{")  # damaged: it is made anew
+    (tmp_path / "disk" / stage.STAGED).write_text("{", encoding="utf-8")  # damaged: it is made anew
     stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")
     assert held(tmp_path / "disk") == bucket.content
 
@@ -131,8 +170,19 @@ def test_after_a_kill_only_what_was_not_complete_is_copied_again(bucket: Bucket,
     """The last shard comes slowly; it is killed when the others are there."""
     disk, last, others = tmp_path / "disk", max(bucket.content), len(bucket.content) - 1
     bucket.proxy.set(Fault("pace", times=0, rate=100_000, key=last))
-    with subprocess.Popen([sys.executable, "-m", "tools.stage", "s3://staged/set/*.tar", disk], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        await_that(lambda: (disk / f"{last}.part").exists() and (disk / stage.STAGED).exists() and len(stage._staged(disk)) == others, process)
+    with subprocess.Popen(
+        [sys.executable, "-m", "tools.stage", "s3://staged/set/*.tar", disk],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        await_that(
+            lambda: (
+                (disk / f"{last}.part").exists()
+                and (disk / stage.STAGED).exists()
+                and len(stage._staged(disk)) == others
+            ),
+            process,
+        )
         process.kill()
     assert f"{last}.part" in held(disk) and last not in held(disk)
     bucket.proxy.set()
@@ -143,7 +193,9 @@ def test_after_a_kill_only_what_was_not_complete_is_copied_again(bucket: Bucket,
     assert bucket.read_bytes() == 0
 
 
-def test_a_shard_that_was_replaced_is_copied_anew(bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_that_was_replaced_is_copied_anew(
+    bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     client, content = bucket.server.client(), dict(bucket.content)
     for name, shard in content.items():
         client.put_object(Bucket="staged", Key=f"replaced/{name}", Body=shard)
@@ -156,7 +208,9 @@ def test_a_shard_that_was_replaced_is_copied_anew(bucket: Bucket, tmp_path: Path
     assert f"s3://staged/replaced/{name}: was replaced since it was copied" in capsys.readouterr().out
 
 
-def test_a_shard_that_is_replaced_while_it_is_copied_is_not_mixed(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_is_replaced_while_it_is_copied_is_not_mixed(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client, read = bucket.server.client(), storage.read
     client.put_object(Bucket="staged", Key="mixed/a.tar", Body=b"1" * 1_000_000)
 
@@ -174,10 +228,12 @@ def test_a_shard_that_is_replaced_while_it_is_copied_is_not_mixed(bucket: Bucket
         assert list(held(tmp_path / "disk")) == ["a.tar.part"]
 
 
-def test_what_cannot_be_staged_is_told_before_a_byte_is_copied(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_staged_is_told_before_a_byte_is_copied(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    (disk / "mine.tar").write_text("")
+    (disk / "mine.tar").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"disk: holds mine\.tar, .*remove it"):
         stage.stage(["s3://staged/set/*.tar"], disk)
     with pytest.raises(ConfigError, match="s3:/staged/copy: is no folder"):
@@ -185,7 +241,9 @@ def test_what_cannot_be_staged_is_told_before_a_byte_is_copied(bucket: Bucket, t
     (disk / "mine.tar").rename(tmp_path / "file")
     with pytest.raises(ConfigError, match="file: cannot be made"):
         stage.stage(["s3://staged/set/*.tar"], tmp_path / "file")
-    with pytest.raises(DataError, match=r"s3://no-bucket/a\.tar: cannot read its size: it does not exist.*Check bucket"):
+    with pytest.raises(
+        DataError, match=r"s3://no-bucket/a\.tar: cannot read its size: it does not exist.*Check bucket"
+    ):
         stage.stage(["s3://no-bucket/a.tar"], disk)
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(ConfigError, match=r"disk: 0\.00 GB are to be copied, 0\.00 GB are free; make room"):
@@ -193,17 +251,25 @@ def test_what_cannot_be_staged_is_told_before_a_byte_is_copied(bucket: Bucket, t
     assert not held(disk) and not bucket.read_bytes()
 
 
-def test_bytes_that_the_disk_does_not_give_back_are_named(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_the_disk_does_not_give_back_are_named(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stage, "_crc32", lambda path: 1)
     with pytest.raises(stage.ShardError, match=r"\.tar\.part: does not hold what was written"):
         stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")
-    assert not (tmp_path / "disk" / stage.STAGED).exists() and json.dumps(sorted(held(tmp_path / "disk"))).count(".part") == len(held(tmp_path / "disk"))
+    assert not (tmp_path / "disk" / stage.STAGED).exists() and json.dumps(
+        sorted(held(tmp_path / "disk"))
+    ).count(".part") == len(held(tmp_path / "disk"))
 
 
-def test_a_disk_that_fills_up_meanwhile_is_told_of(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_meanwhile_is_told_of(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(stage.os, "fsync", full)
-    with pytest.raises(stage.ShardError, match=r"disk: cannot be written: No space left on device; mend it and start again"):
+    with pytest.raises(
+        stage.ShardError, match=r"disk: cannot be written: No space left on device; mend it and start again"
+    ):
         stage.stage(["s3://staged/set/*.tar"], tmp_path / "disk")

@@ -1,4 +1,5 @@
-"""Whatever happens between a shard on S3 and its reader: the bytes are those that were indexed, or the message says why they did not come."""
+"""Whatever happens between a shard on S3 and its reader: the bytes are those that were indexed, or the
+message says why they did not come."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ from tools.sandbox.faults import Fault, Proxy
 MB = 1 << 20
 SIZE = 6 * MB
 START, END = 1000, SIZE - 5
-QUICK = Limits(answer=1.0, stall=0.6, window=0.8, rate=64e3, hedge=0.3, patience=4.0, tell=1.0, pause=(0.02, 0.1))
+QUICK = Limits(
+    answer=1.0, stall=0.6, window=0.8, rate=64e3, hedge=0.3, patience=4.0, tell=1.0, pause=(0.02, 0.1)
+)
 
 
 @dataclass
@@ -42,7 +45,12 @@ class Bucket:
     content: bytes
 
     def location(self, name: str = "a.tar", tag: str = "", **options: object) -> Location:
-        keys = {"key": self.server.access_key, "secret": self.server.secret_key, "endpoint_url": self.proxy.endpoint, **options}
+        keys = {
+            "key": self.server.access_key,
+            "secret": self.server.secret_key,
+            "endpoint_url": self.proxy.endpoint,
+            **options,
+        }
         return Location(f"s3://faults/{name}", json.dumps(keys), tag)
 
     def put(self, name: str, content: bytes) -> str:
@@ -85,7 +93,11 @@ PASSING = {
     "expired keys, eight times": (Fault("400", times=8), "retries"),
     "a late first byte": (Fault("delay", seconds=3), "hedge_won"),
     "nobody listens for 2 s": (Fault("refuse", seconds=2), "retries"),
-    **({"nobody listens for 20 s": (Fault("refuse", seconds=20), "retries")} if os.environ.get("EARWITNESS_REAL_LIMITS") else {}),
+    **(
+        {"nobody listens for 20 s": (Fault("refuse", seconds=20), "retries")}
+        if os.environ.get("EARWITNESS_REAL_LIMITS")
+        else {}
+    ),
 }
 
 
@@ -104,11 +116,18 @@ def test_no_byte_is_asked_for_again(bucket: Bucket) -> None:
     bucket.proxy.set(Fault("reset", after=MB))
     storage.read(bucket.location(), START, END)
     first, second = [ranges for method, _, ranges in bucket.proxy.requests if method == "GET"]
-    assert first == f"bytes={START}-{END - 1}" and START < int(second.removeprefix("bytes=").partition("-")[0]) <= START + MB
+    assert (
+        first == f"bytes={START}-{END - 1}"
+        and START < int(second.removeprefix("bytes=").partition("-")[0]) <= START + MB
+    )
 
 
 def test_of_many_readers_at_once_all_get_theirs_while_one_in_ten_requests_fails(bucket: Bucket) -> None:
-    kinds = [Fault("reset", times=0, share=0.04, after=20_000), Fault("503", times=0, share=0.04), Fault("delay", times=0, share=0.02, seconds=1)]
+    kinds = [
+        Fault("reset", times=0, share=0.04, after=20_000),
+        Fault("503", times=0, share=0.04),
+        Fault("delay", times=0, share=0.02, seconds=1),
+    ]
     bucket.proxy.set(*kinds)
     places = [(start, start + 60_000) for start in range(0, SIZE - 60_000, 30_000)]
     with ThreadPoolExecutor(8) as pool:
@@ -168,14 +187,26 @@ def test_a_size_that_does_not_come_is_asked_for_again(bucket: Bucket) -> None:
         assert bucket.proxy.hits[fault] == fault.times and time.monotonic() - began < 20
 
 
-def test_many_objects_of_a_folder_are_looked_at_by_its_list(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    tags = {f"many/{number:02d}.tar": bucket.put(f"many/{number:02d}.tar", bytes(number + 1)) for number in range(40)}
+def test_many_objects_of_a_folder_are_looked_at_by_its_list(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags = {
+        f"many/{number:02d}.tar": bucket.put(f"many/{number:02d}.tar", bytes(number + 1))
+        for number in range(40)
+    }
     bucket.put("few/a.tar", b"")
     places = [bucket.location(name) for name in (*tags, "many/none.tar", "few/a.tar", "few/none.tar")]
-    wanted = [storage.Stat(number + 1, tag) for number, tag in enumerate(tags.values())] + [None, storage.find(bucket.location("few/a.tar")), None]
+    wanted = [storage.Stat(number + 1, tag) for number, tag in enumerate(tags.values())] + [
+        None,
+        storage.find(bucket.location("few/a.tar")),
+        None,
+    ]
     bucket.proxy.set()
     assert storage.find_all(places) == wanted
-    assert {path for method, path, _ in bucket.proxy.requests if method == "HEAD"} == {"/faults/few/a.tar", "/faults/few/none.tar"}
+    assert {path for method, path, _ in bucket.proxy.requests if method == "HEAD"} == {
+        "/faults/few/a.tar",
+        "/faults/few/none.tar",
+    }
 
     def forbidden(path: str, **_: object) -> None:
         raise PermissionError(path)
@@ -186,7 +217,9 @@ def test_many_objects_of_a_folder_are_looked_at_by_its_list(bucket: Bucket, monk
 
 def test_a_hub_that_is_away_is_tried_again_and_named(bucket: Bucket) -> None:
     place = Location("hf://datasets/a/b/x.tar", json.dumps({"endpoint": "http://127.0.0.1:9"}))
-    with pytest.raises(ShardError, match=r"hf://datasets/a/b/x\.tar: cannot read its size: \d s without progress"):
+    with pytest.raises(
+        ShardError, match=r"hf://datasets/a/b/x\.tar: cannot read its size: \d s without progress"
+    ):
         storage.stat(place)
 
 
@@ -210,32 +243,48 @@ def test_an_object_that_became_shorter(bucket: Bucket) -> None:
         storage.read(bucket.location(), SIZE + 5, SIZE + 10)
 
 
-def test_where_nothing_comes_for_long_it_ends_with_what_was_tried(bucket: Bucket, capfd: pytest.CaptureFixture[str]) -> None:
+def test_where_nothing_comes_for_long_it_ends_with_what_was_tried(
+    bucket: Bucket, capfd: pytest.CaptureFixture[str]
+) -> None:
     bucket.proxy.set(Fault("503", times=0))
     began = time.monotonic()
-    with pytest.raises(ShardError, match=r"s3://faults/a.tar: cannot read bytes 1000-\d+: \d s without progress, \d+ failures, the last: .*SlowDown"):
+    with pytest.raises(
+        ShardError,
+        match=(
+            r"s3://faults/a.tar: cannot read bytes 1000-\d+: \d s without progress, \d+ failures, the last:"
+            r" .*SlowDown"
+        ),
+    ):
         storage.read(bucket.location(), START, END)
     assert QUICK.patience < time.monotonic() - began < QUICK.patience + 3
     assert "goes on trying" in capfd.readouterr().err  # before it gives up
 
 
-def test_keys_that_were_changed_are_read_anew(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_were_changed_are_read_anew(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a rotation does: the file has other keys now, and those that were read at the start are refused."""
     file = tmp_path / "credentials"
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(variable, raising=False)
     place = Location("s3://faults/a.tar", json.dumps({"endpoint_url": bucket.proxy.endpoint}))
-    file.write_text("[default]\naws_access_key_id = old\naws_secret_access_key = gone\n")
+    file.write_text("[default]\naws_access_key_id = old\naws_secret_access_key = gone\n", encoding="utf-8")
     with pytest.raises(DataError, match="access denied"):
         storage.read(place, START, START + 9)
-    file.write_text(f"[default]\naws_access_key_id = {bucket.server.access_key}\naws_secret_access_key = {bucket.server.secret_key}\n")
+    file.write_text(
+        f"[default]\naws_access_key_id = {bucket.server.access_key}\naws_secret_access_key ="
+        f" {bucket.server.secret_key}\n",
+        encoding="utf-8",
+    )
     assert storage.read(place, START, START + 9) == bucket.content[START : START + 9]
 
 
 def test_over_http_what_passes_is_tried_again_and_what_does_not_is_told(bucket: Bucket) -> None:
     def place(name: str) -> Location:
-        url = bucket.server.client().generate_presigned_url("get_object", Params={"Bucket": "faults", "Key": name})
+        url = bucket.server.client().generate_presigned_url(
+            "get_object", Params={"Bucket": "faults", "Key": name}
+        )
         return Location(url.replace(bucket.server.endpoint, bucket.proxy.endpoint))
 
     bucket.proxy.set(Fault("reset", after=1000, times=2), Fault("503", times=2))
@@ -247,25 +296,35 @@ def test_over_http_what_passes_is_tried_again_and_what_does_not_is_told(bucket: 
 
 def test_a_quick_index_does_not_ask_for_each_header(bucket: Bucket, tmp_path: Path) -> None:
     content = BytesIO()
-    with tarfile.open(fileobj=content, mode="w") as archive:
+    with tarfile.open(fileobj=content, mode="w", encoding="utf-8") as archive:
         for number in range(200):
             for ending, size in (("flac", 70_000), ("json", 20)):
                 member = tarfile.TarInfo(f"clip{number}.{ending}")
                 member.size = size
                 archive.addfile(member, BytesIO(bytes(size)))
     bucket.put("clips.tar", content.getvalue())
-    sidecar = index_shard(Shard(Source(name="sounds", shards=["x"]), bucket.location("clips.tar")), tmp_path, full=False)
+    sidecar = index_shard(
+        Shard(Source(name="sounds", shards=["x"]), bucket.location("clips.tar")), tmp_path, full=False
+    )
     assert len(sidecar.table) == 200 and STATS["requests"] < 15
 
 
-def test_several_buckets_with_several_owners_in_one_run(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_buckets_with_several_owners_in_one_run(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = {"ours": (bucket.server.access_key, bucket.server.secret_key), "theirs": ("somebody", "else")}
-    profiles = [f"[{name}]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n" for name, (key, secret) in keys.items()]
-    (tmp_path / "credentials").write_text("\n".join(profiles))
+    profiles = [
+        f"[{name}]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"
+        for name, (key, secret) in keys.items()
+    ]
+    (tmp_path / "credentials").write_text("\n".join(profiles), encoding="utf-8")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(variable, raising=False)
-    ours, theirs = (Location("s3://faults/a.tar", json.dumps({"endpoint_url": bucket.proxy.endpoint, "profile": name})) for name in keys)
+    ours, theirs = (
+        Location("s3://faults/a.tar", json.dumps({"endpoint_url": bucket.proxy.endpoint, "profile": name}))
+        for name in keys
+    )
     for _ in range(2):
         assert storage.read(ours, 0, 9) == bucket.content[:9]
         with pytest.raises(DataError, match="access denied") as caught:
@@ -273,7 +332,9 @@ def test_several_buckets_with_several_owners_in_one_run(bucket: Bucket, tmp_path
         assert "else" not in str(caught.value)
 
 
-def test_an_upload_that_goes_on_is_not_given_up(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_goes_on_is_not_given_up(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What counts is the time without progress, not how long it all takes."""
     (tmp_path / "file").write_bytes(bucket.content)
     took: list[str] = []
@@ -294,16 +355,24 @@ def test_an_upload_that_goes_on_is_not_given_up(bucket: Bucket, tmp_path: Path, 
     assert len(took) == 3 and storage.read(place, 0, SIZE) == bucket.content
 
 
-def test_folders_that_match_are_listed_or_it_is_an_error(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_match_are_listed_or_it_is_an_error(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("one/a-1.tar", "one/b.txt", "two/a-2.tar", "two/deep/a-3.tar"):
         bucket.put(f"sets/{name}", b"x")
         (tmp_path / "sets" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "sets" / name).write_text("x")
+        (tmp_path / "sets" / name).write_text("x", encoding="utf-8")
     for place in (bucket.location("sets/*/a-*.tar"), Location(f"{tmp_path}/sets/*/a-*.tar")):
         found = storage.glob(place)
-        assert [one.url.rpartition("/sets/")[2] for one in found] == ["one/a-1.tar", "two/a-2.tar"] and {one.options for one in found} == {place.options}
+        assert [one.url.rpartition("/sets/")[2] for one in found] == ["one/a-1.tar", "two/a-2.tar"] and {
+            one.options for one in found
+        } == {place.options}
     everything = storage.glob(Location(f"{tmp_path}/sets/**/*.tar"))
-    assert [one.url.rpartition("/sets/")[2] for one in everything] == ["one/a-1.tar", "two/a-2.tar", "two/deep/a-3.tar"]
+    assert [one.url.rpartition("/sets/")[2] for one in everything] == [
+        "one/a-1.tar",
+        "two/a-2.tar",
+        "two/deep/a-3.tar",
+    ]
 
     def unreadable(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)

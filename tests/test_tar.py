@@ -21,12 +21,20 @@ formats = pytest.mark.parametrize("layout", FORMATS)
 
 # Latin letters, what only UTF-8 can say, and a byte that is not UTF-8 (é in Latin-1), as old tars have it.
 parts = st.text("aB0 .-_é漢🎵\udce9", min_size=1, max_size=30) | st.integers(90, 140).map("x".__mul__)
-names = st.builds(lambda start, path: start + "/".join(path), st.sampled_from(["", "./"]), st.lists(parts, min_size=1, max_size=5))
+names = st.builds(
+    lambda start, path: start + "/".join(path),
+    st.sampled_from(["", "./"]),
+    st.lists(parts, min_size=1, max_size=5),
+)
 types = st.sampled_from([tarfile.REGTYPE] * 4 + [tarfile.AREGTYPE, tarfile.CONTTYPE] + OTHERS)
-entries = st.lists(st.tuples(types, names, st.integers(0, 1500), names, st.sampled_from([0, 1.5])), max_size=8)
+entries = st.lists(
+    st.tuples(types, names, st.integers(0, 1500), names, st.sampled_from([0, 1.5])), max_size=8
+)
 
 
-def info(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "", mtime: float = 0) -> tarfile.TarInfo:
+def info(
+    name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "", mtime: float = 0
+) -> tarfile.TarInfo:
     made = tarfile.TarInfo(name)
     made.size, made.type, made.linkname, made.mtime = size, kind, link, mtime
     return made
@@ -42,7 +50,8 @@ def make(layout: str, *members: tarfile.TarInfo) -> bytes:
 
 
 def example(layout: str) -> bytes:
-    """An archive with all that stands between samples: a folder, a link, an empty file, a long name, one that is not ASCII."""
+    """An archive with all that stands between samples: a folder, a link, an empty file, a long name, one that
+    is not ASCII."""
     long = "folder/" * 14 + "long-name.wav"
     return make(
         layout,
@@ -58,7 +67,11 @@ def example(layout: str) -> bytes:
 def listed(archive: bytes) -> list[Member]:
     """The regular files as Python's tarfile finds them."""
     with tarfile.open(fileobj=io.BytesIO(archive), encoding="utf-8") as tar:
-        return [Member(member.name.removeprefix("./"), member.offset_data, member.size) for member in tar if member.isreg()]
+        return [
+            Member(member.name.removeprefix("./"), member.offset_data, member.size)
+            for member in tar
+            if member.isreg()
+        ]
 
 
 def walked(archive: bytes) -> tuple[list[Member], str]:
@@ -100,9 +113,16 @@ def at_most(seconds: int) -> Iterator[None]:
 @settings(max_examples=150, derandomize=True, deadline=None)
 @given(entries=entries)
 def test_lists_the_files_that_tarfile_lists(layout: str, entries: list[tuple]) -> None:
-    # Old tar's type with a name that only PAX can hold: tarfile takes it for a folder where its cut-off name ends with a slash.
+    # Old tar's type with a name that only PAX can hold: tarfile takes it for a folder where its cut-off name
+    # ends with a slash.
     assume(not any(kind == tarfile.AREGTYPE and len(os.fsencode(name)) >= 100 for kind, name, *_ in entries))
-    archive = make(layout, *(info(name, size if kind not in OTHERS else 0, kind, link, mtime) for kind, name, size, link, mtime in entries))
+    archive = make(
+        layout,
+        *(
+            info(name, size if kind not in OTHERS else 0, kind, link, mtime)
+            for kind, name, size, link, mtime in entries
+        ),
+    )
     assert walked(archive) == (listed(archive), "")
 
 
@@ -124,7 +144,9 @@ def test_a_cut_at_any_byte_is_reported_after_the_whole_members(layout: str) -> N
     assert walked(archive[: end_marker + BLOCK]) == (members, "")
     for cut in range(end_marker + BLOCK):
         whole, damage = walked(archive[:cut])
-        assert damage and whole == [member for member in members if member.offset + member.size <= cut], f"cut at byte {cut}"
+        assert damage and whole == [member for member in members if member.offset + member.size <= cut], (
+            f"cut at byte {cut}"
+        )
 
 
 @formats
@@ -148,7 +170,9 @@ def test_what_follows_an_end_marker_is_not_passed_over(layout: str) -> None:
     archive = example(layout)
     members = listed(archive)
     second = members[1].offset - BLOCK
-    zeroed = archive[:second] + bytes(BLOCK) + archive[second + BLOCK :]  # as a copy that lost a block leaves it
+    zeroed = (
+        archive[:second] + bytes(BLOCK) + archive[second + BLOCK :]
+    )  # as a copy that lost a block leaves it
     for damaged, before in ((zeroed, members[:1]), (archive + archive, members)):
         found, damage = walked(damaged)
         assert found == before
@@ -201,7 +225,13 @@ def _hollow(head: bytes, size: int, tail: bytes, sizes: list[int]) -> Callable[[
 
 
 @pytest.mark.parametrize(
-    "options", ["--format=gnu", "--format=pax --sparse-version=0.0", "--format=pax --sparse-version=0.1", "--format=pax --sparse-version=1.0"]
+    "options",
+    [
+        "--format=gnu",
+        "--format=pax --sparse-version=0.0",
+        "--format=pax --sparse-version=0.1",
+        "--format=pax --sparse-version=1.0",
+    ],
 )
 def test_sparse_members_are_refused(tmp_path: Path, options: str) -> None:
     (tmp_path / "a.wav").write_bytes(b"whole")
@@ -209,7 +239,11 @@ def test_sparse_members_are_refused(tmp_path: Path, options: str) -> None:
         file.write(b"s" * 4096)
         file.seek(1 << 20)
         file.write(b"s" * 4096)
-    subprocess.run(["tar", *options.split(), "--sparse", "--hole-detection=raw", "-cf", "x.tar", "a.wav", "b.wav"], cwd=tmp_path, check=True)
+    subprocess.run(
+        ["tar", *options.split(), "--sparse", "--hole-detection=raw", "-cf", "x.tar", "a.wav", "b.wav"],
+        cwd=tmp_path,
+        check=True,
+    )
     archive = (tmp_path / "x.tar").read_bytes()
     assert len(archive) < 1 << 20
     members, damage = walked(archive)

@@ -13,13 +13,26 @@ from launch.worker import out_of_memory
 from tests.making import config_values
 
 
-@pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate 9 GiB"), torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB\nmore")])
-def test_memory_that_ran_out_is_told_whatever_raised_it(tmp_path: Path, model: Path, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 9 GiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB\nmore"),
+    ],
+)
+def test_memory_that_ran_out_is_told_whatever_raised_it(
+    tmp_path: Path, model: Path, error: Exception
+) -> None:
     config = validate(config_values("run", tmp_path, model, "x.tar"), "test")
     run = RunDir.create(config)
     run.ask(config)
     said = out_of_memory(error, run)
-    assert said is not None and said.startswith("there is too little memory: ") and "Lower batch.micro_size (4 now" in said
+    assert (
+        said is not None
+        and said.startswith("there is too little memory: ")
+        and "Lower batch.micro_size (4 now" in said
+    )
     assert out_of_memory(RuntimeError("another thing"), run) is None
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import torch
 import typer
@@ -22,10 +22,19 @@ from data.features import log_mel
 def caption(
     model: Annotated[Path, typer.Argument(help="Folder made by tools.export.", metavar="MODEL")],
     paths: Annotated[list[Path], typer.Argument(help="Audio files, or folders of them.", metavar="PATH...")],
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON object per line: path, caption, seconds; error where a file could not be read.")] = False,
-    style: Annotated[Optional[str], typer.Option(help="The style prompt that the wanted source was trained with.")] = None,  # noqa: UP045 (typer)
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="A JSON object per line: path, caption, seconds; error where a file could not be read.",
+        ),
+    ] = False,
+    style: Annotated[
+        str | None, typer.Option(help="The style prompt that the wanted source was trained with.")
+    ] = None,
 ) -> None:
-    """Print path and caption of each file. Of files longer than the model's window the beginning is captioned."""
+    """Print path and caption of each file. Of files longer than the model's window the beginning is
+    captioned."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     captioner = _Captioner(model, style)
@@ -35,13 +44,28 @@ def caption(
             waveform = torch.from_numpy(decode(path.read_bytes(), path.suffix.lower().lstrip(".")))
         except (BadSample, OSError) as error:
             failed += 1
-            print(json.dumps({"path": str(path), "error": str(error)}) if as_json else f"{path}: {error}", file=sys.stdout if as_json else sys.stderr)
+            print(
+                json.dumps({"path": str(path), "error": str(error)}) if as_json else f"{path}: {error}",
+                file=sys.stdout if as_json else sys.stderr,
+            )
             continue
         seconds = len(waveform) / SAMPLE_RATE
         if seconds > captioner.seconds:
-            print(f"{path}: has {seconds:.1f} s; its first {captioner.seconds:g} s are captioned", file=sys.stderr)
+            print(
+                f"{path}: has {seconds:.1f} s; its first {captioner.seconds:g} s are captioned",
+                file=sys.stderr,
+            )
         text = captioner(waveform)
-        print(json.dumps({"path": str(path), "caption": text, "seconds": round(seconds, 3)}, ensure_ascii=False) if as_json else f"{path}\t{text}", flush=True)
+        print(
+            (
+                json.dumps(
+                    {"path": str(path), "caption": text, "seconds": round(seconds, 3)}, ensure_ascii=False
+                )
+                if as_json
+                else f"{path}\t{text}"
+            ),
+            flush=True,
+        )
     if failed:
         raise DataError(f"{failed} files could not be captioned")
 
@@ -56,7 +80,9 @@ class _Captioner:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.frames = 2 * self.model.config.max_source_positions
         self.seconds = self.frames / 100
-        prompt = self.processor.get_prompt_ids(style, return_tensors="pt").to(self.model.device) if style else None
+        prompt = (
+            self.processor.get_prompt_ids(style, return_tensors="pt").to(self.model.device) if style else None
+        )
         self.options = {"prompt_ids": prompt} if prompt is not None else {}
         if getattr(self.model.generation_config, "is_multilingual", False):
             self.options |= {"language": LANGUAGE, "task": TASK}
@@ -65,7 +91,12 @@ class _Captioner:
     def __call__(self, waveform: torch.Tensor) -> str:
         """(n,) int16 at 16 kHz -> caption."""
         clip = waveform[None, : self.frames * 160].to(self.model.device)
-        features = log_mel(clip, torch.tensor([clip.shape[1]], device=clip.device), self.frames, self.model.config.num_mel_bins)
+        features = log_mel(
+            clip,
+            torch.tensor([clip.shape[1]], device=clip.device),
+            self.frames,
+            self.model.config.num_mel_bins,
+        )
         tokens = self.model.generate(features.to(self.model.dtype), **self.options)
         text: str = self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
         return text.strip()
@@ -76,7 +107,9 @@ def _files(paths: list[Path]) -> Iterator[Path]:
         if not path.exists():
             raise ConfigError(f"{path}: does not exist")
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower().lstrip(".") in AUDIO_ENDINGS)
+            found = sorted(
+                file for file in path.rglob("*") if file.suffix.lower().lstrip(".") in AUDIO_ENDINGS
+            )
             if not found:
                 raise ConfigError(f"{path}: holds no audio file")
             yield from found

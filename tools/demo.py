@@ -1,4 +1,5 @@
-"""`make demo`: makes sounds and a small Whisper, and takes them the whole way on the CPU, by the commands that anybody types."""
+"""`make demo`: makes sounds and a small Whisper, and takes them the whole way on the CPU, by the commands
+that anybody types."""
 
 from __future__ import annotations
 
@@ -33,8 +34,13 @@ SHOWN = 12
 """Held-out clips in the table at the end, wrong ones first."""
 
 
-def demo(data_only: Annotated[bool, typer.Option("--data-only", help="Only make the clips, the shards and the model.")] = False) -> None:
-    """Make, pack, index, train on two processes, stop, resume on one, export, and caption what was held out."""
+def demo(
+    data_only: Annotated[
+        bool, typer.Option("--data-only", help="Only make the clips, the shards and the model.")
+    ] = False,
+) -> None:
+    """Make, pack, index, train on two processes, stop, resume on one, export, and caption what was held
+    out."""
     began = time.monotonic()
     os.chdir(ROOT)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on every machine
@@ -42,9 +48,19 @@ def demo(data_only: Annotated[bool, typer.Option("--data-only", help="Only make 
     for folder in (FOLDER, config.run.dir):
         shutil.rmtree(folder, ignore_errors=True)
 
-    _say(f"Making {TRAINING:,} clips to train on, {HELD_OUT} with other captions to be held out, and a Whisper without weights")
+    _say(
+        f"Making {TRAINING:,} clips to train on, {HELD_OUT} with other captions to be held out, and a Whisper"
+        " without weights"
+    )
     table = write_clips(FOLDER / "clips", TRAINING, HELD_OUT, SEED)
-    captions = {split: {row["file"]: row["caption"] for row in csv.DictReader(table.open()) if row["split"] == split} for split in ("train", "held-out")}
+    captions = {
+        split: {
+            row["file"]: row["caption"]
+            for row in csv.DictReader(table.open(encoding="utf-8"))
+            if row["split"] == split
+        }
+        for split in ("train", "held-out")
+    }
     make_whisper(FOLDER / "model", captions["train"].values(), width=128, seconds=4)
 
     _say("Packing them into shards, and looking at every sample once")
@@ -63,17 +79,35 @@ def demo(data_only: Annotated[bool, typer.Option("--data-only", help="Only make 
     _say("Exporting to a folder that transformers loads, and captioning what was held out")
     _run("tools.export", config.run.dir, FOLDER / "captioner")
     lines = _run("tools.caption", FOLDER / "captioner", FOLDER / "clips/held-out", "--json", quiet=True)
-    found = {str(Path(line["path"]).relative_to(FOLDER / "clips")): line["caption"] for line in map(json.loads, lines.splitlines())}
+    found = {
+        str(Path(line["path"]).relative_to(FOLDER / "clips")): line["caption"]
+        for line in map(json.loads, lines.splitlines())
+    }
     rows = [(file, caption, found[file]) for file, caption in captions["held-out"].items()]
     _show(sorted(rows, key=lambda row: row[1] == row[2])[:SHOWN])
-    print(f"\nAll this took {time.monotonic() - began:.0f} s. What to type next (after `source .venv/bin/activate`):")
+    print(
+        f"\nAll this took {time.monotonic() - began:.0f} s. What to type next (after `source"
+        " .venv/bin/activate`):"
+    )
     for command, meaning in (
         ("tensorboard --logdir runs", "curves, and clips to listen to with their captions"),
-        (f"python -m tools.caption {FOLDER}/captioner {FOLDER}/clips/held-out/00000.flac", "caption a file; this model knows no other sounds"),
-        (f"python -m tools.inspect {CONFIG}", f"what is in the shards; with {config.run.dir}, in its checkpoints"),
-        ("python -m launch train configs/finetune-clips.yaml", 'on your own clips: first README.md, "Your own data"'),
+        (
+            f"python -m tools.caption {FOLDER}/captioner {FOLDER}/clips/held-out/00000.flac",
+            "caption a file; this model knows no other sounds",
+        ),
+        (
+            f"python -m tools.inspect {CONFIG}",
+            f"what is in the shards; with {config.run.dir}, in its checkpoints",
+        ),
+        (
+            "python -m launch train configs/finetune-clips.yaml",
+            'on your own clips: first README.md, "Your own data"',
+        ),
         ("python -m launch doctor configs/turbo.yaml", "is this machine fit for a large model?"),
-        (f"python -m launch submit {CONFIG} run.name=on-slurm", "the same on a Slurm cluster, real or made here: docs/slurm.md"),
+        (
+            f"python -m launch submit {CONFIG} run.name=on-slurm",
+            "the same on a Slurm cluster, real or made here: docs/slurm.md",
+        ),
     ):
         print(f"  {command:<78}{meaning}")
     print()
@@ -87,7 +121,9 @@ def _say(text: str) -> None:
 
 def _start(*arguments: object) -> subprocess.Popen[str]:
     print("$ python -m", shlex.join(map(str, arguments)), flush=True)
-    return subprocess.Popen([sys.executable, "-m", *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)], stdout=subprocess.PIPE, encoding="utf-8"
+    )
 
 
 def _run(*arguments: object, quiet: bool = False) -> str:
@@ -116,13 +152,24 @@ def _train(procs: int, stop_at: int | None = None) -> None:
 
 def _check(process: subprocess.Popen[str], wanted: int) -> None:
     if process.wait() != wanted:
-        raise EarwitnessError(f"that ended with exit code {process.returncode} instead of {wanted}: the reason is printed above")
+        raise EarwitnessError(
+            f"that ended with exit code {process.returncode} instead of {wanted}: the reason is printed above"
+        )
 
 
 def _show(rows: list[tuple[str, str, str]]) -> None:
-    table = Table("", "held-out clip", "reference", "caption", title="Captions that were never trained on; wrong ones first", title_justify="left")
+    table = Table(
+        "",
+        "held-out clip",
+        "reference",
+        "caption",
+        title="Captions that were never trained on; wrong ones first",
+        title_justify="left",
+    )
     for file, reference, caption in rows:
-        table.add_row("[green]right" if caption == reference else "[red]wrong", Path(file).name, reference, caption)
+        table.add_row(
+            "[green]right" if caption == reference else "[red]wrong", Path(file).name, reference, caption
+        )
     Console(width=110).print(table)
 
 

@@ -1,4 +1,5 @@
-"""`python -m tools.docs`: writes docs/configuration.md and configs/schema.json (for editors) anew from configs/schema.py."""
+"""`python -m tools.docs`: writes docs/configuration.md and configs/schema.json (for editors) anew from
+configs/schema.py."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ ROOT = Path(__file__).parents[1]
 GUIDE, SCHEMA = ROOT / "docs/configuration.md", ROOT / "configs/schema.json"
 OPENING = """# Configuration
 
-Made from `configs/schema.py` by `python -m tools.docs`; change it there. `python -m launch config CONFIG [key=value ...]` prints all settings of a
-run, resolved.
+Made from `configs/schema.py` by `python -m tools.docs`; change it there. `python -m launch config CONFIG
+[key=value ...]` prints all settings of a run, resolved.
 
-A config is a YAML file with the sections below. `extends: other.yaml` takes over another file, relative to this one: sections are merged, key by key;
-lists and values are replaced. On the command line `optim.lr=1e-5` overrides a key; an item of a list is named by its `name` or number:
-`data.sources.speech.weight=2`. Unknown keys are refused with the nearest one that there is. Editors that know YAML schemas (VS Code with the YAML
-extension, JetBrains) complete and check keys by the line `# yaml-language-server: $schema=schema.json` that each file in `configs/` has.
+A config is a YAML file with the sections below. `extends: other.yaml` takes over another file, relative to
+this one: sections are merged, key by key; lists and values are replaced. On the command line `optim.lr=1e-5`
+overrides a key; an item of a list is named by its `name` or number: `data.sources.speech.weight=2`. Unknown
+keys are refused with the nearest one that there is. Editors that know YAML schemas (VS Code with the YAML
+extension, JetBrains) complete and check keys by the line `# yaml-language-server: $schema=schema.json` that
+each file in `configs/` has.
 """
 
 
@@ -36,7 +39,7 @@ def main() -> None:
     """Write both files."""
     for path, text in ((GUIDE, guide()), (SCHEMA, editor_schema())):
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         print(path.relative_to(ROOT))
 
 
@@ -46,8 +49,12 @@ def guide() -> str:
 
 
 def _tables(section: type[BaseModel], at: str) -> Iterator[str]:
-    inner = {name: found for name, field in section.model_fields.items() if (found := section_in(field.annotation))}
-    values = {name: field for name, field in section.model_fields.items() if name not in inner or field.description}
+    inner = {
+        name: found for name, field in section.model_fields.items() if (found := section_in(field.annotation))
+    }
+    values = {
+        name: field for name, field in section.model_fields.items() if name not in inner or field.description
+    }
     if at:
         yield f"## {at}\n\n{section.__doc__}\n"
         yield "| key | value | default | |\n|---|---|---|---|"
@@ -61,7 +68,11 @@ def _tables(section: type[BaseModel], at: str) -> Iterator[str]:
 
 def _kind(field: FieldInfo) -> str:
     signs = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
-    limits = [f"{signs[type(m)]} {getattr(m, type(m).__name__.lower()):g}" for m in field.metadata if type(m) in signs]
+    limits = [
+        f"{signs[type(m)]} {getattr(m, type(m).__name__.lower()):g}"
+        for m in field.metadata
+        if type(m) in signs
+    ]
     limits += ["not empty" for m in field.metadata if isinstance(m, MinLen)]
     return _cell(", ".join([_type(field.annotation), *limits]))
 
@@ -95,16 +106,35 @@ def _cell(text: str) -> str:
 
 
 def editor_schema() -> str:
-    """configs/schema.json: a JSON schema of what may stand in a file; what it leaves out may come from the file that it extends."""
+    """configs/schema.json: a JSON schema of what may stand in a file; what it leaves out may come from the
+    file that it extends."""
     schema = RunConfig.model_json_schema()
     for definition in (schema, *schema["$defs"].values()):
         if definition["title"] != "Source":
             definition.pop("required", None)
-    schema["properties"]["extends"] = {"type": "string", "description": "Another config, relative to this one, that this one changes."}
+        for field in definition["properties"].values():
+            if "description" in field:
+                field["description"] = field["description"].replace("\n", " ")
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "Another config, relative to this one, that this one changes.",
+    }
     source = schema["$defs"]["Source"]["properties"]
-    source["shards"] = {"anyOf": [{"type": "string"}, source["shards"]], "description": source["shards"].pop("description")}
-    source["validation"] = {"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, source["validation"]]}
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1, ensure_ascii=False) + "\n"
+    source["shards"] = {
+        "anyOf": [{"type": "string"}, source["shards"]],
+        "description": source["shards"].pop("description"),
+    }
+    source["validation"] = {
+        "anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, source["validation"]]
+    }
+    return (
+        json.dumps(
+            {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema},
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

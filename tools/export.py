@@ -1,4 +1,5 @@
-"""`python -m tools.export RUN|CHECKPOINT OUT`: a checkpoint -> a folder (or s3://...) that `from_pretrained` loads. CPU only, tensor by tensor."""
+"""`python -m tools.export RUN|CHECKPOINT OUT`: a checkpoint -> a folder (or s3://...) that `from_pretrained`
+loads. CPU only, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -33,12 +34,23 @@ class Dtype(StrEnum):
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="Folder of a run (its newest checkpoint) or of one checkpoint.", metavar="RUN|CHECKPOINT")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a run (its newest checkpoint) or of one checkpoint.", metavar="RUN|CHECKPOINT"
+        ),
+    ],
     out: Annotated[str, typer.Argument(help="Folder or s3://BUCKET/PREFIX to make.", metavar="OUT")],
     dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = Dtype.fp32,
-    best: Annotated[bool, typer.Option("--best", help="The checkpoint with the best evaluate.best_metric instead of the newest.")] = False,
+    best: Annotated[
+        bool,
+        typer.Option(
+            "--best", help="The checkpoint with the best evaluate.best_metric instead of the newest."
+        ),
+    ] = False,
 ) -> None:
-    """Export a checkpoint to safetensors, with processor and generation config; it is loaded and compared before it is there."""
+    """Export a checkpoint to safetensors, with processor and generation config; it is loaded and compared
+    before it is there."""
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # comparing tensors with more takes 4 times as long where cores are shared
     run, folder = resolve(source, best=best)
@@ -49,11 +61,15 @@ def export(
         _write_rest(run, reader, output.folder, dtype)
         _compare(weights, output.folder, dtype.torch)
         size = sum(file.stat().st_size for file in output.folder.iterdir())
-    print(f"{out}: step {reader.manifest.step} of {run.path}, {dtype.value}, {size / 1e6:.0f} MB, loaded and compared")
+    print(
+        f"{out}: step {reader.manifest.step} of {run.path}, {dtype.value}, {size / 1e6:.0f} MB, loaded and"
+        " compared"
+    )
 
 
 def _write_weights(weights: Weights, path: Path, dtype: torch.dtype) -> None:
-    """Write a safetensors file with one tensor in memory at a time: length of the header, header, data (safetensors' own writer wants all)."""
+    """Write a safetensors file with one tensor in memory at a time: length of the header, header, data
+    (safetensors' own writer wants all)."""
     with path.open("wb") as file:
         file.write(checkpoint.safetensors_header(weights.shapes, dtype))
         for name in weights.shapes:
@@ -72,20 +88,33 @@ def _write_rest(run: RunDir, reader: checkpoint.Reader, folder: Path, dtype: Dty
     generation = GenerationConfig.from_pretrained(run.base)
     # Whisper bans quotes, colons and brackets, which captions are full of.
     learnt = set(reader.manifest.caption_tokens)
-    generation.suppress_tokens = [token for token in generation.suppress_tokens or [] if token not in learnt] or None
+    generation.suppress_tokens = [
+        token for token in generation.suppress_tokens or [] if token not in learnt
+    ] or None
     generation.save_pretrained(folder)
 
 
 def _compare(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
     """Load the export as its users will and compare every tensor. Raises CheckpointError."""
-    loading: Any = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    loading: Any = WhisperForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
     model, info = loading
     WhisperProcessor.from_pretrained(folder)
     loaded = dict(model.named_parameters()) | dict(model.named_buffers())
     wrong = [name for name in weights.shapes if not torch.equal(loaded[name], weights[name].to(dtype))]
-    problems = {"different": wrong, "missing": list(info["missing_keys"]), "unexpected": list(info["unexpected_keys"])}
-    if any(problems.values()) or model.proj_out.weight.data_ptr() != model.model.decoder.embed_tokens.weight.data_ptr():
-        raise CheckpointError(f"{folder}: what from_pretrained loads is not what the checkpoint holds: {problems}")
+    problems = {
+        "different": wrong,
+        "missing": list(info["missing_keys"]),
+        "unexpected": list(info["unexpected_keys"]),
+    }
+    if (
+        any(problems.values())
+        or model.proj_out.weight.data_ptr() != model.model.decoder.embed_tokens.weight.data_ptr()
+    ):
+        raise CheckpointError(
+            f"{folder}: what from_pretrained loads is not what the checkpoint holds: {problems}"
+        )
 
 
 if __name__ == "__main__":

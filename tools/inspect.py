@@ -1,4 +1,5 @@
-"""`python -m tools.inspect SHARDS...|CONFIG|RUN|CHECKPOINT`: what is in these shards, or in this checkpoint, and is it sound."""
+"""`python -m tools.inspect SHARDS...|CONFIG|RUN|CHECKPOINT`: what is in these shards, or in this checkpoint,
+and is it sound."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import numpy as np
 import pyarrow.compute as pc
@@ -33,12 +34,23 @@ UNREAD = AudioInfo(0.0, 0, 0)
 
 def inspect(
     what: Annotated[
-        list[str], typer.Argument(help="Shards (paths, URLs, globs, braces), a config, a run, or a checkpoint.", metavar="SHARDS...|CONFIG|RUN|CHECKPOINT")
+        list[str],
+        typer.Argument(
+            help="Shards (paths, URLs, globs, braces), a config, a run, or a checkpoint.",
+            metavar="SHARDS...|CONFIG|RUN|CHECKPOINT",
+        ),
     ],
     caption_key: Annotated[str, typer.Option(help="Where the caption is (for SHARDS).")] = "caption",
-    tokenizer: Annotated[Optional[str], typer.Option(help="Model whose tokens are counted (for SHARDS); a config names its own.")] = None,  # noqa: UP045 (typer)
-    samples: Annotated[int, typer.Option(min=0, help="Samples of each source to open, spread evenly over it; 0 opens all.")] = 1000,
-    index_dir: Annotated[Optional[str], typer.Option(help="Where the indexes are (for SHARDS).", show_default="index")] = None,  # noqa: UP045 (typer)
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Model whose tokens are counted (for SHARDS); a config names its own."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Samples of each source to open, spread evenly over it; 0 opens all.")
+    ] = 1000,
+    index_dir: Annotated[
+        str | None, typer.Option(help="Where the indexes are (for SHARDS).", show_default="index")
+    ] = None,
 ) -> None:
     """Show what shards hold (their samples are opened and decoded), or verify every byte of a checkpoint."""
     place = Path(what[0])
@@ -76,29 +88,57 @@ class _Look:
     caption: str = ""
 
 
-def _show_source(source: Source, index_dir: str, wanted: int, measure: Callable[[str], int], unit: str) -> None:
+def _show_source(
+    source: Source, index_dir: str, wanted: int, measure: Callable[[str], int], unit: str
+) -> None:
     shards = expand(source)
     with ThreadPoolExecutor(8) as pool:
-        with tempfile.TemporaryDirectory() as passing:  # looking leaves no index behind, which a run would then use
-            sidecars = list(pool.map(lambda shard: load_sidecar(shard, index_dir) or index_shard(shard, passing, full=False), shards))
-        known = [look for shard, sidecar in zip(shards, sidecars, strict=True) for look in _problems(shard, sidecar)]
+        with (
+            tempfile.TemporaryDirectory() as passing
+        ):  # looking leaves no index behind, which a run would then use
+            sidecars = list(
+                pool.map(
+                    lambda shard: load_sidecar(shard, index_dir) or index_shard(shard, passing, full=False),
+                    shards,
+                )
+            )
+        known = [
+            look
+            for shard, sidecar in zip(shards, sidecars, strict=True)
+            for look in _problems(shard, sidecar)
+        ]
         sound = [(number, row) for number, sidecar in enumerate(sidecars) for row in _sound_rows(sidecar)]
-        chosen = sound if not wanted or not sound else [sound[i] for i in np.linspace(0, len(sound) - 1, min(wanted, len(sound))).astype(int)]
+        chosen = (
+            sound
+            if not wanted or not sound
+            else [sound[i] for i in np.linspace(0, len(sound) - 1, min(wanted, len(sound))).astype(int)]
+        )
         looks = list(pool.map(lambda place: _look(shards[place[0]], sidecars[place[0]], place[1]), chosen))
     validation = sum(shard.validation for shard in shards)
     megabytes = sum(storage.stat(shard.location).size for shard in shards) / 1e6
     held_out = f" ({validation} of them for validation)" if validation else ""
-    print(f"source {source.name}: {len(shards)} shards{held_out}, {len(sound) + len(known):,} samples, {megabytes:,.1f} MB")
+    print(
+        f"source {source.name}: {len(shards)} shards{held_out}, {len(sound) + len(known):,} samples,"
+        f" {megabytes:,.1f} MB"
+    )
     for shard, sidecar in zip(shards, sidecars, strict=True):
         if sidecar.damage:
             _line("", f"{shard.location.url}: {sidecar.loss()}")
-    _line("opened", f"{len(looks):,} of {len(sound):,} samples" + ("" if len(looks) == len(sound) else ", spread evenly (--samples 0 opens all)"))
+    _line(
+        "opened",
+        f"{len(looks):,} of {len(sound):,} samples"
+        + ("" if len(looks) == len(sound) else ", spread evenly (--samples 0 opens all)"),
+    )
     good = [look for look in looks if not look.problem]
     if good:
         _line("audio", "; ".join(_counts(values) for values in _forms(good) if values))
         seconds = [look.info.seconds for look in good]
         hours = sum(seconds) / 3600
-        _line("length", f"{hours:.2f} h opened, about {hours * len(sound) / len(looks):.2f} h in all; {_spread(seconds, 's', '.1f')}")
+        _line(
+            "length",
+            f"{hours:.2f} h opened, about {hours * len(sound) / len(looks):.2f} h in all;"
+            f" {_spread(seconds, 's', '.1f')}",
+        )
         _line("captions", _spread([measure(look.caption) for look in good], unit, ".0f"))
     problems: dict[str, list[_Look]] = {}
     for look in [*known, *(look for look in looks if look.problem)]:
@@ -113,7 +153,10 @@ def _show_source(source: Source, index_dir: str, wanted: int, measure: Callable[
 def _problems(shard: Shard, sidecar: Sidecar) -> list[_Look]:
     """The samples of which the index says that something is wrong."""
     table = sidecar.table.select(["key", "problem"])
-    return [_Look(f"{shard.location.name}/{row['key']}", row["problem"]) for row in table.filter(pc.not_equal(table["problem"], "")).to_pylist()]
+    return [
+        _Look(f"{shard.location.name}/{row['key']}", row["problem"])
+        for row in table.filter(pc.not_equal(table["problem"], "")).to_pylist()
+    ]
 
 
 def _sound_rows(sidecar: Sidecar) -> list[int]:
@@ -125,7 +168,10 @@ def _look(shard: Shard, sidecar: Sidecar, number: int) -> _Look:
     """Open one sample and decode it."""
     (row,) = sidecar.table.slice(number, 1).to_pylist()
     key = f"{shard.location.name}/{row['key']}"
-    audio, text = (storage.read(shard.location, row[f"{part}_offset"], row[f"{part}_offset"] + row[f"{part}_size"]) for part in ("audio", "text"))
+    audio, text = (
+        storage.read(shard.location, row[f"{part}_offset"], row[f"{part}_offset"] + row[f"{part}_size"])
+        for part in ("audio", "text")
+    )
     try:
         caption, info = find_caption(text, shard.source.caption_key), probe(audio, row["ending"])
         decode(audio, row["ending"], lambda seconds: None if seconds <= DECODED else (0.0, DECODED))
@@ -138,7 +184,10 @@ def _forms(looks: Sequence[_Look]) -> tuple[list[str], list[str], list[str]]:
     """Formats, sample rates and channels of samples, in words."""
     channels = {1: "mono", 2: "stereo"}
     infos = [look.info for look in looks if look.info.rate]  # FFmpeg's formats do not say
-    rates, forms = [f"{info.rate:,} Hz" for info in infos], [channels.get(info.channels, f"{info.channels} channels") for info in infos]
+    rates, forms = (
+        [f"{info.rate:,} Hz" for info in infos],
+        [channels.get(info.channels, f"{info.channels} channels") for info in infos],
+    )
     return [look.ending for look in looks], rates, forms
 
 
@@ -148,7 +197,10 @@ def _counts(values: Sequence[str]) -> str:
 
 def _spread(values: Sequence[float], unit: str, form: str) -> str:
     low, middle, high, top = np.quantile(values, [0, 0.5, 0.95, 1])
-    return f"shortest {low:{form}}, median {middle:{form}}, 95 % up to {high:{form}}, longest {top:{form}} {unit}"
+    return (
+        f"shortest {low:{form}}, median {middle:{form}}, 95 % up to {high:{form}}, longest {top:{form}}"
+        f" {unit}"
+    )
 
 
 def _line(name: str, text: str) -> None:
@@ -157,14 +209,23 @@ def _line(name: str, text: str) -> None:
 
 def _show_checkpoints(folder: Path) -> None:
     """Verify a checkpoint, or all of a run. Raises CheckpointError if one is damaged."""
-    found = [folder] if (folder / checkpoint.MANIFEST).is_file() else checkpoint.find(RunDir(folder).checkpoints)
+    found = (
+        [folder] if (folder / checkpoint.MANIFEST).is_file() else checkpoint.find(RunDir(folder).checkpoints)
+    )
     if not found:
-        raise ConfigError(f"{folder}: neither a checkpoint (no manifest.json) nor a run that has one; for shards, name the .tar files")
+        raise ConfigError(
+            f"{folder}: neither a checkpoint (no manifest.json) nor a run that has one; for shards, name the"
+            " .tar files"
+        )
     for (source, reason), keys in RunDir(folder).unusable().items():
         print(f"source {source}: {len(keys):,} x {reason}; e.g. {keys[0]}")
     damaged = [problem for one in found for problem in _show_checkpoint(one)]
     if damaged:
-        raise CheckpointError("\n".join([*damaged, "A resume sets damaged checkpoints aside, and goes on from the newest sound one."]))
+        raise CheckpointError(
+            "\n".join(
+                [*damaged, "A resume sets damaged checkpoints aside, and goes on from the newest sound one."]
+            )
+        )
 
 
 def _show_checkpoint(folder: Path) -> list[str]:
@@ -177,8 +238,14 @@ def _show_checkpoint(folder: Path) -> list[str]:
     about = reader.manifest
     size = sum(file["size"] for file in about.files.values())
     numbers = sum(int(np.prod(entry["shape"])) for entry in about.parameters.values())
-    print(f"{folder}: step {about.step:,}, {about.updates:,} updates, {len(about.files)} files, {size / 1e6:,.1f} MB")
-    _line("weights", f"{numbers:,} numbers in {len(about.parameters)} parameters, with AdamW's two moments, fp32")
+    print(
+        f"{folder}: step {about.step:,}, {about.updates:,} updates, {len(about.files)} files,"
+        f" {size / 1e6:,.1f} MB"
+    )
+    _line(
+        "weights",
+        f"{numbers:,} numbers in {len(about.parameters)} parameters, with AdamW's two moments, fp32",
+    )
     _line("run", ", ".join(f"{key} {value}" for key, value in about.identity.items()))
     if about.metrics:
         _line("metrics", ", ".join(f"{name} {value:.4f}" for name, value in about.metrics.items()))

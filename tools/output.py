@@ -26,7 +26,8 @@ ABANDONED = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Output:
-    """A temporary folder to write into, and what is to be called with a file of it that is complete, where that may leave before the others."""
+    """A temporary folder to write into, and what is to be called with a file of it that is complete, where
+    that may leave before the others."""
 
     folder: Path
     complete: Callable[[Path], None]
@@ -34,10 +35,12 @@ class Output:
 
 @contextmanager
 def new_folder(out: str, last: str = "") -> Iterator[Output]:
-    """A folder, or a prefix on S3, that is there when the block ends well, and leaves nothing when it does not.
+    """A folder, or a prefix on S3, that is there when the block ends well, and leaves nothing when it does
+    not.
 
-    A temporary folder beside `out` takes its name; to S3 files are copied from $TMPDIR when they are complete, the one called `last` after
-    all others. Raises ConfigError if `out` holds something already or cannot be made, DataError if the bucket is missing or access is denied.
+    A temporary folder beside `out` takes its name; to S3 files are copied from $TMPDIR when they are
+    complete, the one called `last` after all others. Raises ConfigError if `out` holds something already or
+    cannot be made, DataError if the bucket is missing or access is denied.
     """
     try:
         public(out)
@@ -79,26 +82,33 @@ def _folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _prefix(url: str) -> Iterator[Callable[[Path], None]]:
-    """What moves a file below an empty prefix on S3; all such objects are removed again when the block does not end well."""
+    """What moves a file below an empty prefix on S3; all such objects are removed again when the block does
+    not end well."""
     filesystem, path = open_filesystem(Location(url))
     bucket, prefix, _ = filesystem.split_path(path)
     prefix = f"{prefix}/" if prefix else ""
 
     def call(what: str, method: str, **arguments: Any) -> Any:
-        return Trouble(Location(url), what).retry(lambda filesystem, _: filesystem.call_s3(method, Bucket=bucket, **arguments))
+        return Trouble(Location(url), what).retry(
+            lambda filesystem, _: filesystem.call_s3(method, Bucket=bucket, **arguments)
+        )
 
     def abort(wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Abort multipart uploads: nobody sees them, but they are paid for."""
-        for begun in filter(wanted, call("list uploads", "list_multipart_uploads", Prefix=prefix).get("Uploads", [])):
+        for begun in filter(
+            wanted, call("list uploads", "list_multipart_uploads", Prefix=prefix).get("Uploads", [])
+        ):
             call("abort an upload", "abort_multipart_upload", Key=begun["Key"], UploadId=begun["UploadId"])
 
     there = call("read what is there", "list_objects_v2", Prefix=prefix, MaxKeys=3)
     if names := [found["Key"].removeprefix(prefix) for found in there.get("Contents", [])]:
         raise ConfigError(
-            f"{url}: exists and is not empty ({', '.join(names)}, ...); choose another place, or remove it, perhaps of a run that was killed: "
-            f"aws s3 rm --recursive {url}/"
+            f"{url}: exists and is not empty ({', '.join(names)}, ...); choose another place, or remove it,"
+            f" perhaps of a run that was killed: aws s3 rm --recursive {url}/"
         )
-    probe = call("write there", "create_multipart_upload", Key=f"{prefix}probe")["UploadId"]  # before the work of hours: may this be written?
+    probe = call("write there", "create_multipart_upload", Key=f"{prefix}probe")[
+        "UploadId"
+    ]  # before the work of hours: may this be written?
     abort(lambda begun: begun["UploadId"] == probe or datetime.now(UTC) - begun["Initiated"] > ABANDONED)
     moved: list[str] = []
 
@@ -112,7 +122,9 @@ def _prefix(url: str) -> Iterator[Callable[[Path], None]]:
     except BaseException:
         with suppress(EarwitnessError):
             written = [f"{url}/{name}" for name in moved]
-            Trouble(Location(url), "remove what was written").retry(lambda filesystem, _: filesystem.rm(written) if written else None)
+            Trouble(Location(url), "remove what was written").retry(
+                lambda filesystem, _: filesystem.rm(written) if written else None
+            )
         with suppress(EarwitnessError):
             abort(lambda begun: begun["Key"].removeprefix(prefix) in moved)
         raise

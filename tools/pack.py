@@ -1,4 +1,5 @@
-"""`python -m tools.pack CSV OUT`: clips and captions -> tar shards. OUT, a folder or s3://..., is complete or absent."""
+"""`python -m tools.pack CSV OUT`: clips and captions -> tar shards. OUT, a folder or s3://..., is complete or
+absent."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from webdataset import ShardWriter
@@ -19,11 +20,22 @@ REJECTED = "rejected.csv"
 
 
 def pack(
-    table: Annotated[Path, typer.Argument(help="CSV with the columns file (relative to the CSV) and caption; others go into the JSON, too.", metavar="CSV")],
-    out: Annotated[str, typer.Argument(help="Folder or s3://BUCKET/PREFIX to make, with shard-000000.tar ...", metavar="OUT")],
+    table: Annotated[
+        Path,
+        typer.Argument(
+            help="CSV with the columns file (relative to the CSV) and caption; others go into the JSON, too.",
+            metavar="CSV",
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Argument(help="Folder or s3://BUCKET/PREFIX to make, with shard-000000.tar ...", metavar="OUT"),
+    ],
     caption_key: Annotated[str, typer.Option(help="The JSON field that holds the caption.")] = "caption",
     shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes per shard.")] = 256,
-    where: Annotated[Optional[str], typer.Option(help="Take only rows with COLUMN=VALUE, e.g. split=train.")] = None,  # noqa: UP045 (typer)
+    where: Annotated[
+        str | None, typer.Option(help="Take only rows with COLUMN=VALUE, e.g. split=train.")
+    ] = None,
 ) -> None:
     """Pack clips and their captions into shards for training."""
     if where is not None and "=" not in where:
@@ -32,15 +44,22 @@ def pack(
         raise ConfigError(f"--caption-key {caption_key}: names one field of the JSON, without dots")
     with new_folder(out) as output:
         packed, rejected, shards = _write(table, output, caption_key, shard_mb << 20, where)
-    print(f"{out}: {packed} samples in {shards} shard{'s' * (shards != 1)}, {rejected} rows rejected" + (f" (see {out}/{REJECTED})" if rejected else ""))
+    print(
+        f"{out}: {packed} samples in {shards} shard{'s' * (shards != 1)}, {rejected} rows rejected"
+        + (f" (see {out}/{REJECTED})" if rejected else "")
+    )
 
 
-def _write(table: Path, output: Output, caption_key: str, shard_bytes: int, where: str | None) -> tuple[int, int, int]:
+def _write(
+    table: Path, output: Output, caption_key: str, shard_bytes: int, where: str | None
+) -> tuple[int, int, int]:
     """Write shards; (rows packed, rows rejected, shards)."""
     seen: dict[str, str] = {}
     rejected = []
     pattern = str(output.folder).replace("%", "%%") + "/shard-%06d.tar"
-    with ShardWriter(pattern, maxcount=10**9, maxsize=shard_bytes, verbose=0, mtime=0, user="", group="") as writer:
+    with ShardWriter(
+        pattern, maxcount=10**9, maxsize=shard_bytes, verbose=0, mtime=0, user="", group=""
+    ) as writer:
         for line, row in _rows(table, where):
             sample = _sample(row, table.parent, caption_key, seen)
             if isinstance(sample, str):
@@ -53,9 +72,12 @@ def _write(table: Path, output: Output, caption_key: str, shard_bytes: int, wher
                     output.complete(Path(shard))
         shards = writer.shard
     if not seen:
-        raise DataError(f"{table}: no row could be packed: {len(rejected)} were rejected, of those {f'with {where}' if where else 'that it has'}")
+        raise DataError(
+            f"{table}: no row could be packed: {len(rejected)} were rejected, of those"
+            f" {f'with {where}' if where else 'that it has'}"
+        )
     if rejected:
-        with (output.folder / REJECTED).open("w", newline="") as file:
+        with (output.folder / REJECTED).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["line", "file", "reason"], *rejected])
     return len(seen), len(rejected), shards
 
@@ -65,9 +87,16 @@ def _rows(table: Path, where: str | None) -> Iterator[tuple[int, dict[str, str]]
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = [name for name in ("file", "caption", *([column] if where else [])) if name not in (reader.fieldnames or [])]
+            missing = [
+                name
+                for name in ("file", "caption", *([column] if where else []))
+                if name not in (reader.fieldnames or [])
+            ]
             if missing:
-                raise DataError(f"{table}: no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['nothing'])}")
+                raise DataError(
+                    f"{table}: no column {', '.join(missing)}; it has"
+                    f" {', '.join(reader.fieldnames or ['nothing'])}"
+                )
             yield from ((reader.line_num, row) for row in reader if not where or row[column] == value)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{table}: cannot read it as UTF-8 CSV: {error}") from None

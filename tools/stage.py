@@ -1,4 +1,5 @@
-"""`python -m tools.stage SHARDS...|CONFIG DIR`: copy shards to a disk that compute nodes see, where they reach no bucket."""
+"""`python -m tools.stage SHARDS...|CONFIG DIR`: copy shards to a disk that compute nodes see, where they
+reach no bucket."""
 
 from __future__ import annotations
 
@@ -19,7 +20,14 @@ from threading import Event, Lock
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from configs.errors import ConfigError, DataError, ShardError, run_command
 from configs.rundir import write_atomic
@@ -32,15 +40,25 @@ from tools.arguments import named_data
 BLOCK = 8 << 20
 LOCK = ".stage.lock"
 STAGED = ".staged.json"
-"""In each folder, what its complete copies are of: {file name: {"size": bytes, "tag": of the original, "crc32": of the bytes}}."""
+"""In each folder, what its complete copies are of: {file name: {"size": bytes, "tag": of the original,
+"crc32": of the bytes}}."""
 
 
 def stage(
-    shards: Annotated[list[str], typer.Argument(help="Shards (paths, URLs, globs, braces), or one config: all its sources.", metavar="SHARDS...|CONFIG")],
-    folder: Annotated[Path, typer.Argument(help="Where the copies go: a config's into a folder per source.", metavar="DIR")],
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            help="Shards (paths, URLs, globs, braces), or one config: all its sources.",
+            metavar="SHARDS...|CONFIG",
+        ),
+    ],
+    folder: Annotated[
+        Path, typer.Argument(help="Where the copies go: a config's into a folder per source.", metavar="DIR")
+    ],
     threads: Annotated[int, typer.Option(min=1, help="Shards at a time.")] = 8,
 ) -> None:
-    """Copy shards, verify every copy, and say what to put into the config. What is there already and current is not copied again."""
+    """Copy shards, verify every copy, and say what to put into the config. What is there already and current
+    is not copied again."""
     if re.match(r"\w+:/", str(folder)):
         raise ConfigError(f"{folder}: is no folder; copies go to a disk")
     data, config = named_data(shards)
@@ -48,25 +66,52 @@ def stage(
     stop = Event()
     with ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
         try:
-            copies = [copy for source in data.sources for copy in _copies(source, folder / source.name if config else folder, data.index_dir)]
+            copies = [
+                copy
+                for source in data.sources
+                for copy in _copies(source, folder / source.name if config else folder, data.index_dir)
+            ]
             stack.enter_context(_alone(folder))
-            todo = [copy for copy, current in zip(copies, pool.map(_Copy.look, copies), strict=True) if not current]
+            todo = [
+                copy
+                for copy, current in zip(copies, pool.map(_Copy.look, copies), strict=True)
+                if not current
+            ]
             _check_space(todo, folder)
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
             with Progress(*columns) as progress:
                 task = progress.add_task(f"{len(todo)} shards", total=sum(copy.stat.size for copy in todo))
-                for done in as_completed([pool.submit(copy.make, lambda count: progress.advance(task, count), stop) for copy in todo]):
+                for done in as_completed(
+                    [
+                        pool.submit(copy.make, lambda count: progress.advance(task, count), stop)
+                        for copy in todo
+                    ]
+                ):
                     done.result()
         except KeyboardInterrupt:
-            print("stopped; what is complete stays, and the same command goes on", file=sys.stderr, flush=True)
+            print(
+                "stopped; what is complete stays, and the same command goes on", file=sys.stderr, flush=True
+            )
             os._exit(130)  # the threads would wait for what a silent endpoint does not send
         except BaseException as error:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, OSError):
-                raise ShardError(f"{error.filename or folder}: cannot be written: {error.strerror}; mend it and start again: what is complete stays") from None
+                raise ShardError(
+                    f"{error.filename or folder}: cannot be written: {error.strerror}; mend it and start"
+                    " again: what is complete stays"
+                ) from None
             raise
-    print(f"{folder}: {len(copies)} shards, {sum(copy.stat.size for copy in copies) / 1e9:.2f} GB; {len(todo)} copied now and verified")
+    print(
+        f"{folder}: {len(copies)} shards, {sum(copy.stat.size for copy in copies) / 1e9:.2f} GB; {len(todo)}"
+        " copied now and verified"
+    )
     print(_advice(shards, copies, config))
 
 
@@ -85,18 +130,26 @@ class _Copy:
         return self.folder / self.shard.location.name
 
     def look(self) -> bool:
-        """Whether it is there and current; takes the shard's size and tag, and removes what a copy that was cut off has left."""
+        """Whether it is there and current; takes the shard's size and tag, and removes what a copy that was
+        cut off has left."""
         self.stat = storage.stat(self.shard.location)
         self._part.unlink(missing_ok=True)
         known = _staged(self.folder).get(self.path.name, {})
         if known and (known["size"], known["tag"]) != (self.stat.size, self.stat.tag):
-            print(f"{self.shard.location.url}: was replaced since it was copied; it is copied anew", flush=True)
-        return self.path.is_file() and (self.path.stat().st_size, known.get("size"), known.get("tag")) == (self.stat.size, self.stat.size, self.stat.tag)
+            print(
+                f"{self.shard.location.url}: was replaced since it was copied; it is copied anew", flush=True
+            )
+        return self.path.is_file() and (self.path.stat().st_size, known.get("size"), known.get("tag")) == (
+            self.stat.size,
+            self.stat.size,
+            self.stat.tag,
+        )
 
     def make(self, advance: Callable[[int], object], stop: Event) -> None:
         """Read, write, sync, verify, rename.
 
-        Raises DataError if the shard is replaced meanwhile or is not what its full index says, ShardError if the disk gives back other bytes.
+        Raises DataError if the shard is replaced meanwhile or is not what its full index says, ShardError if
+        the disk gives back other bytes.
         """
         location = replace(self.shard.location, tag=self.stat.tag)
         crc = 0
@@ -110,11 +163,15 @@ class _Copy:
                 advance(len(block))
             file.flush()
             os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the memory
+            os.posix_fadvise(
+                file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+            )  # so that the disk is read, not the memory
         if storage.stat(location) != self.stat:  # what has no If-Match is found here
             raise DataError(f"{location.url}: was replaced while it was copied; start again")
         if _crc32(self._part) != crc:
-            raise ShardError(f"{self._part}: does not hold what was written to it; look over this disk and start again")
+            raise ShardError(
+                f"{self._part}: does not hold what was written to it; look over this disk and start again"
+            )
         if (sidecar := load_sidecar(self.shard, self.index_dir)) and sidecar.full:
             _check_samples(self._part, sidecar, location.url)
         self._part.replace(self.path)
@@ -128,11 +185,13 @@ class _Copy:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Raises ConfigError if another process copies into this folder."""
-    with (folder / LOCK).open("w") as file:
+    with (folder / LOCK).open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{folder}: another tools.stage is copying into it; wait for it, or stop it") from None
+            raise ConfigError(
+                f"{folder}: another tools.stage is copying into it; wait for it, or stop it"
+            ) from None
         except OSError:  # a file system without locks
             pass
         yield
@@ -147,20 +206,31 @@ def _check_samples(path: Path, sidecar: Sidecar, url: str) -> None:
                 file.seek(row[f"{part}_offset"])
                 crc = zlib.crc32(file.read(row[f"{part}_size"]), crc)
             if row["crc32"] not in (-1, crc):
-                raise DataError(f"{url}: sample {row['key']!r} did not come as it was indexed (CRC32 differs); start again: what is complete stays")
+                raise DataError(
+                    f"{url}: sample {row['key']!r} did not come as it was indexed (CRC32 differs); start"
+                    " again: what is complete stays"
+                )
 
 
 def _copies(source: Source, folder: Path, index_dir: str) -> list[_Copy]:
-    """Where a source's shards go. Raises ConfigError if the folder cannot be made, or holds shards that are not the source's."""
-    copies = [_Copy(shard, folder / "validation" if shard.validation else folder, index_dir) for shard in expand(source)]
+    """Where a source's shards go. Raises ConfigError if the folder cannot be made, or holds shards that are
+    not the source's."""
+    copies = [
+        _Copy(shard, folder / "validation" if shard.validation else folder, index_dir)
+        for shard in expand(source)
+    ]
     for place in {copy.folder for copy in copies}:
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{place}: cannot be made: {error.strerror}") from None
-        if others := sorted({path.name for path in place.glob("*.tar")} - {copy.path.name for copy in copies if copy.folder == place}):
+        if others := sorted(
+            {path.name for path in place.glob("*.tar")}
+            - {copy.path.name for copy in copies if copy.folder == place}
+        ):
             raise ConfigError(
-                f"{place}: holds {', '.join(others[:3])}, not of source {source.name}, which a glob would take, too; remove it or choose another DIR"
+                f"{place}: holds {', '.join(others[:3])}, not of source {source.name}, which a glob would"
+                " take, too; remove it or choose another DIR"
             )
     return copies
 
@@ -168,14 +238,20 @@ def _copies(source: Source, folder: Path, index_dir: str) -> list[_Copy]:
 def _check_space(todo: Sequence[_Copy], folder: Path) -> None:
     needed, free = sum(copy.stat.size for copy in todo), shutil.disk_usage(folder).free
     if needed > free:
-        raise ConfigError(f"{folder}: {needed / 1e9:.2f} GB are to be copied, {free / 1e9:.2f} GB are free; make room or choose another DIR")
+        raise ConfigError(
+            f"{folder}: {needed / 1e9:.2f} GB are to be copied, {free / 1e9:.2f} GB are free; make room or"
+            " choose another DIR"
+        )
 
 
 def _advice(shards: Sequence[str], copies: Sequence[_Copy], config: RunConfig | None) -> str:
     """What to type or write to train on the copies, in one line."""
     if config is None:
         return f"in the config: shards: {copies[0].folder}/*.tar"
-    keys = [f"data.sources.{copy.shard.source.name}.{'validation.' * copy.shard.validation}shards=[{copy.folder}/*.tar]" for copy in copies]
+    keys = []
+    for copy in copies:
+        part = "validation.shards" if copy.shard.validation else "shards"
+        keys.append(f"data.sources.{copy.shard.source.name}.{part}=[{copy.folder}/*.tar]")
     return " ".join([f"python -m launch train {shards[0]}", *map(shlex.quote, dict.fromkeys(keys))])
 
 
@@ -185,7 +261,7 @@ _noting = Lock()
 def _staged(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / STAGED
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError):  # damaged: all is copied anew
         return {}
 

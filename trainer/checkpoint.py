@@ -1,10 +1,12 @@
-"""Checkpoints without world size, engine or pickle: fragments of named parameters in safetensors files, and a manifest.
+"""Checkpoints without world size, engine or pickle: fragments of named parameters in safetensors files, and a
+manifest.
 
-    checkpoints/step-00001000/rank-00000-of-00002.safetensors   `NAME:KIND`: 1-D float32 fragments of this rank
-                              manifest.json                     where every [start, end) of every parameter lies, digests, step
+    checkpoints/step-00001000/
+        rank-00000-of-00002.safetensors   `NAME:KIND`: 1-D float32 fragments of this rank
+        manifest.json                     where every [start, end) of every parameter lies, digests, step
 
-A folder without a valid manifest does not exist. Writing (trainer/writer.py) goes to `step-N.aATTEMPT.tmp`, which is renamed when all
-is on disk. One that turns out to be damaged is set aside as `step-N.damaged`.
+A folder without a valid manifest does not exist. Writing (trainer/writer.py) goes to `step-N.aATTEMPT.tmp`,
+which is renamed when all is on disk. One that turns out to be damaged is set aside as `step-N.damaged`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from configs.schema import Checkpoint
 FORMAT = 2
 MANIFEST = "manifest.json"
 DIGEST_BLOCK = 16 << 20
-"""Bytes per digest (XXH3, 128 bits: it finds damage, not forgery), so that a reader can trust a slice without reading the whole file."""
+"""Bytes per digest (XXH3, 128 bits: it finds damage, not forgery), so that a reader can trust a slice without
+reading the whole file."""
 NAME = re.compile(r"step-(\d{8})")
 UNFINISHED = re.compile(r"step-\d{8}\.a(\d+)\b.*")
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -81,7 +84,11 @@ def name_of(step: int, *, unfinished: int | None = None) -> str:
 
 def find(root: Path) -> list[Path]:
     """All complete checkpoints in a folder, newest first."""
-    folders = [folder for folder in root.glob("step-*") if NAME.fullmatch(folder.name) and (folder / MANIFEST).is_file()]
+    folders = [
+        folder
+        for folder in root.glob("step-*")
+        if NAME.fullmatch(folder.name) and (folder / MANIFEST).is_file()
+    ]
     return sorted(folders, key=lambda folder: folder.name, reverse=True)
 
 
@@ -90,19 +97,25 @@ class Damaged(CheckpointError):
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; the manifest goes first, so that half of one never counts. What cannot be deleted yet (a file that is open on NFS) `clean` takes."""
+    """Delete a checkpoint; the manifest goes first, so that half of one never counts. What cannot be deleted
+    yet (a file that is open on NFS) `clean` takes."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_metrics(folder: Path, metrics: dict[str, float]) -> None:
-    """Add the metrics of an evaluation to a checkpoint that is there. Raises CheckpointError if it cannot be written."""
+    """Add the metrics of an evaluation to a checkpoint that is there. Raises CheckpointError if it cannot be
+    written."""
     temporary = folder / f"{MANIFEST}.tmp"
     try:
-        write_synced(temporary, json.loads((folder / MANIFEST).read_text()) | {"metrics": metrics})
+        write_synced(
+            temporary, json.loads((folder / MANIFEST).read_text(encoding="utf-8")) | {"metrics": metrics}
+        )
         temporary.replace(folder / MANIFEST)
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot note the metrics of the evaluation: {error}; the checkpoint is intact") from error
+        raise CheckpointError(
+            f"{folder}: cannot note the metrics of the evaluation: {error}; the checkpoint is intact"
+        ) from error
 
 
 def set_aside(folder: Path) -> Path:
@@ -113,35 +126,54 @@ def set_aside(folder: Path) -> Path:
 
 
 def clean(root: Path, attempt: int) -> None:
-    """Delete what saves and deletions that were killed have left, but not what attempts later than this one write."""
+    """Delete what saves and deletions that were killed have left, but not what attempts later than this one
+    write."""
     for folder in root.glob("step-*"):
         writer = UNFINISHED.fullmatch(folder.name)
-        if (folder.suffix == ".tmp" and not (writer and int(writer[1]) > attempt)) or (NAME.fullmatch(folder.name) and not (folder / MANIFEST).is_file()):
+        if (folder.suffix == ".tmp" and not (writer and int(writer[1]) > attempt)) or (
+            NAME.fullmatch(folder.name) and not (folder / MANIFEST).is_file()
+        ):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def retain(root: Path, settings: Checkpoint, metric: str, *, spare: Path | None = None) -> None:
-    """Delete the checkpoints that need not be kept, but for `spare`; damaged ones are left for somebody to look at."""
+    """Delete the checkpoints that need not be kept, but for `spare`; damaged ones are left for somebody to
+    look at."""
     for name in superfluous(_manifests(root), settings, metric):
         if root / name != spare:
             remove(root / name)
 
 
 def superfluous(manifests: Mapping[str, Manifest], settings: Checkpoint, metric: str) -> list[str]:
-    """Of these checkpoints, by name, those to delete: not among the last, not the best by `metric`, not one of every so many."""
-    last, (_, lowest), every = sorted(manifests)[-settings.keep_last :], best(manifests, metric), settings.keep_every
-    return [name for name, about in manifests.items() if name not in last and name != lowest and not (every and about.step % every == 0)]
+    """Of these checkpoints, by name, those to delete: not among the last, not the best by `metric`, not one
+    of every so many."""
+    last, (_, lowest), every = (
+        sorted(manifests)[-settings.keep_last :],
+        best(manifests, metric),
+        settings.keep_every,
+    )
+    return [
+        name
+        for name, about in manifests.items()
+        if name not in last and name != lowest and not (every and about.step % every == 0)
+    ]
 
 
 def best_of(root: Path, metric: str) -> tuple[float, Path | None]:
-    """The lowest value of a metric, and the checkpoint that has it (infinity and None without one); damaged checkpoints do not count."""
+    """The lowest value of a metric, and the checkpoint that has it (infinity and None without one); damaged
+    checkpoints do not count."""
     value, name = best(_manifests(root), metric)
     return value, root / name if name else None
 
 
 def best(manifests: Mapping[str, Manifest], metric: str) -> tuple[float, str | None]:
-    """The lowest value of a metric, and the name of the checkpoint that has it (infinity and None without one)."""
-    scored = [(about.metrics[metric], name) for name, about in manifests.items() if math.isfinite(about.metrics.get(metric, math.nan))]
+    """The lowest value of a metric, and the name of the checkpoint that has it (infinity and None without
+    one)."""
+    scored = [
+        (about.metrics[metric], name)
+        for name, about in manifests.items()
+        if math.isfinite(about.metrics.get(metric, math.nan))
+    ]
     return min(scored) if scored else (math.inf, None)
 
 
@@ -157,8 +189,8 @@ class Reader:
     """Reads slices of a checkpoint's parameters; every block that is read is checked against its digest."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises Damaged if the manifest is not valid or a file is missing or of another size; CheckpointError if it cannot be read;
-        ConfigError if another version wrote it.
+        """Raises Damaged if the manifest is not valid or a file is missing or of another size;
+        CheckpointError if it cannot be read; ConfigError if another version wrote it.
         """
         self.folder = folder
         try:
@@ -166,7 +198,9 @@ class Reader:
             try:
                 self.manifest = Manifest.of(values)
             except (TypeError, KeyError):
-                raise ConfigError(f"{folder}: not written in format {FORMAT}, which this version of Earwitness reads") from None
+                raise ConfigError(
+                    f"{folder}: not written in format {FORMAT}, which this version of Earwitness reads"
+                ) from None
             for name, about in self.manifest.files.items():
                 if (size := (folder / name).stat().st_size) != about["size"]:
                     raise Damaged(f"{folder / name}: has {size} bytes, should have {about['size']}: damaged")
@@ -180,13 +214,16 @@ class Reader:
         self._pool = ThreadPoolExecutor(2, "digests")
 
     def __call__(self, name: str, kind: str, start: int, end: int) -> torch.Tensor:
-        """Elements [start, end) of a flattened parameter's `kind`: (end - start,) float32. Raises CheckpointError for damage."""
+        """Elements [start, end) of a flattened parameter's `kind`: (end - start,) float32. Raises
+        CheckpointError for damage."""
         out = torch.empty(end - start)
         content, filled = out.view(torch.uint8).numpy().data, 0
         for first, last, file in self.manifest.parameters[name]["fragments"]:
             low, high = max(first, start), min(last, end)
             if low < high:
-                self._read(file, f"{name}:{kind}", 4 * (low - first), content[4 * (low - start) : 4 * (high - start)])
+                self._read(
+                    file, f"{name}:{kind}", 4 * (low - first), content[4 * (low - start) : 4 * (high - start)]
+                )
                 filled += high - low
         if filled != end - start:
             raise Damaged(f"{self.folder}: holds {filled} of {end - start} elements of {name}")
@@ -214,13 +251,18 @@ class Reader:
             (length,) = struct.unpack("<Q", self._bytes(file, 0, memoryview(bytearray(8))))
             self._verify(file, 0, 8 + length)
             header = json.loads(bytes(self._bytes(file, 8, memoryview(bytearray(length)))))
-            self._offsets[file] = {name: 8 + length + about["data_offsets"][0] for name, about in header.items() if name != "__metadata__"}
+            self._offsets[file] = {
+                name: 8 + length + about["data_offsets"][0]
+                for name, about in header.items()
+                if name != "__metadata__"
+            }
         at = self._offsets[file][key] + start
         self._verify(file, at, at + len(target))
         self._bytes(file, at, target)
 
     def _verify(self, file: str, low: int, high: int) -> None:
-        """See the blocks that hold the bytes [low, high) checked, each once; the block after them is begun, as it is likely to be wanted next."""
+        """See the blocks that hold the bytes [low, high) checked, each once; the block after them is begun,
+        as it is likely to be wanted next."""
         needed = range(low // DIGEST_BLOCK, -(-high // DIGEST_BLOCK))
         for block in range(needed.start, min(needed.stop + 1, len(self.manifest.files[file]["xxh3_128"]))):
             if (file, block) not in self._checks:
@@ -238,11 +280,14 @@ class Reader:
             raise Damaged(f"{self.folder / file}: damaged between bytes {start} and {end}")
 
     def _bytes(self, file: str, start: int, target: memoryview) -> memoryview:
-        """Fill `target` from a file. Files are not mapped: what is mapped counts as this process's memory, and its pages are slow to come."""
+        """Fill `target` from a file. Files are not mapped: what is mapped counts as this process's memory,
+        and its pages are slow to come."""
         filled = 0
         while filled < len(target):
             try:
-                content = self._files.get(file) or self._files.setdefault(file, (self.folder / file).open("rb", buffering=0))
+                content = self._files.get(file) or self._files.setdefault(
+                    file, (self.folder / file).open("rb", buffering=0)
+                )
                 count = os.preadv(content.fileno(), [target[filled:]], start + filled)
             except OSError as error:
                 raise self._unreadable(error) from error
@@ -252,11 +297,15 @@ class Reader:
         return target
 
     def _unreadable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(f"{self.folder}: cannot be read: {error}. That need not be damage, and nothing was changed; mend the access, and start again.")
+        return CheckpointError(
+            f"{self.folder}: cannot be read: {error}. That need not be damage, and nothing was changed; mend"
+            " the access, and start again."
+        )
 
 
 def safetensors_header(shapes: dict[str, list[int]], dtype: torch.dtype) -> bytes:
-    """The beginning of a safetensors file whose tensors follow in this order, without gaps: the header's length, and the header."""
+    """The beginning of a safetensors file whose tensors follow in this order, without gaps: the header's
+    length, and the header."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in shapes.items():
@@ -270,7 +319,7 @@ def safetensors_header(shapes: dict[str, list[int]], dtype: torch.dtype) -> byte
 
 def write_synced(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file and see it on disk."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(value))
         file.flush()
         os.fsync(file.fileno())

@@ -19,7 +19,8 @@ from trainer.loss import count_tokens, token_losses
 from trainer.session import Session
 
 Interrupted = Callable[[Exception | None], bool]
-"""Tells all ranks of one's error, if there is one, and raises on all if any has one; returns whether to leave off. All ranks call it at the same point."""
+"""Tells all ranks of one's error, if there is one, and raises on all if any has one; returns whether to leave
+off. All ranks call it at the same point."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,21 @@ def validation_rows(session: Session, per_source: int) -> list[list[int]]:
     """Up to `per_source` samples of each source's validation part, spread evenly over it, by source."""
     source = session.dataset.validation.column("source")
     by_source = [(source == number).nonzero()[0] for number in range(len(session.config.data.sources))]
-    return [rows[np.linspace(0, len(rows) - 1, min(per_source, len(rows))).astype(int)].tolist() for rows in by_source]
+    return [
+        rows[np.linspace(0, len(rows) - 1, min(per_source, len(rows))).astype(int)].tolist()
+        for rows in by_source
+    ]
 
 
 @torch.no_grad()
-def validation_loss(session: Session, module: torch.nn.Module, interrupted: Interrupted) -> dict[str, float] | None:
-    """Mean loss of a caption token over all validation samples (`validation/loss`) and by source (`validation/loss/SOURCE`).
+def validation_loss(
+    session: Session, module: torch.nn.Module, interrupted: Interrupted
+) -> dict[str, float] | None:
+    """Mean loss of a caption token over all validation samples (`validation/loss`) and by source
+    (`validation/loss/SOURCE`).
 
-    Empty without validation samples; None where `interrupted` says to leave off. Raises DataError if none of a source's validation
-    samples can be used.
+    Empty without validation samples; None where `interrupted` says to leave off. Raises DataError if none of
+    a source's validation samples can be used.
     """
     world, names = session.world, [source.name for source in session.config.data.sources]
     by_source = validation_rows(session, session.config.evaluate.max_samples)
@@ -65,7 +72,9 @@ def validation_loss(session: Session, module: torch.nn.Module, interrupted: Inte
             session.quarantine(unusable, validation=True)
             rejected += unusable
             batch = collate(loaded, session.order.frames, session.pad_id).to(world.device)
-            losses.index_add_(0, batch.source, token_losses(module, batch, mels, session.engine.dtype).double())
+            losses.index_add_(
+                0, batch.source, token_losses(module, batch, mels, session.engine.dtype).double()
+            )
             tokens.index_add_(0, batch.source, count_tokens(batch).double())
     module.train()
     summed = world.sum([*losses.tolist(), *tokens.tolist()])
@@ -73,15 +82,20 @@ def validation_loss(session: Session, module: torch.nn.Module, interrupted: Inte
     for wanted, (name, _, count) in zip(by_source, sums, strict=True):
         if wanted and not count:
             reasons = session.explain([one for one in rejected if one.key.startswith(f"{name}/")])
-            raise DataError(f"source {name}: none of its {len(wanted)} validation samples can be used. {reasons}")
+            raise DataError(
+                f"source {name}: none of its {len(wanted)} validation samples can be used. {reasons}"
+            )
     metrics = {f"validation/loss/{name}": loss / count for name, loss, count in sums if count}
     total = sum(count for *_, count in sums)
     return {"validation/loss": sum(loss for _, loss, _ in sums) / total, **metrics} if total else {}
 
 
 @torch.no_grad()
-def caption_panel(session: Session, module: torch.nn.Module, interrupted: Interrupted) -> list[PanelClip] | None:
-    """Caption the panel: as many validation clips of each source. All ranks take part, rank 0 gets the clips. None where `interrupted` says to leave off."""
+def caption_panel(
+    session: Session, module: torch.nn.Module, interrupted: Interrupted
+) -> list[PanelClip] | None:
+    """Caption the panel: as many validation clips of each source. All ranks take part, rank 0 gets the clips.
+    None where `interrupted` says to leave off."""
     world, wanted = session.world, session.config.evaluate.captions
     by_source = validation_rows(session, -(-wanted // len(session.config.data.sources)))
     turns = [rows[turn] for turn in range(wanted) for rows in by_source if turn < len(rows)][:wanted]
@@ -92,7 +106,9 @@ def caption_panel(session: Session, module: torch.nn.Module, interrupted: Interr
         loaded, error = _loaded(map(samples.load, turns[first + world.rank : first + world.rank + 1]))
         if interrupted(error):
             return None
-        clips += [PanelClip(clip, generate(session, module, clip)) for clip in loaded if isinstance(clip, Sample)]
+        clips += [
+            PanelClip(clip, generate(session, module, clip)) for clip in loaded if isinstance(clip, Sample)
+        ]
     gathered = world.gather(clips)
     panels: list[list[PanelClip]] = gathered or []  # type: ignore[assignment]
     return [panel[turn] for turn in range(wanted) for panel in panels if turn < len(panel)]
@@ -105,7 +121,9 @@ def generate(session: Session, model: torch.nn.Module, sample: Sample) -> str:
     kept = [token for token in config.suppress_tokens or [] if not session.caption_tokens[token]]
     waveform = torch.from_numpy(sample.waveform)[None].to(session.world.device)
     lengths = torch.tensor([len(sample.waveform)], device=waveform.device)
-    features = log_mel(waveform, lengths, session.order.frames, captioner.config.num_mel_bins).to(session.engine.dtype)
+    features = log_mel(waveform, lengths, session.order.frames, captioner.config.num_mel_bins).to(
+        session.engine.dtype
+    )
     style = session.config.data.sources[sample.source].style
     prompt = session.encoder.prompts[style]
     spoken = {"language": LANGUAGE, "task": TASK} if getattr(config, "is_multilingual", False) else {}
@@ -114,7 +132,10 @@ def generate(session: Session, model: torch.nn.Module, sample: Sample) -> str:
     chosen.max_length = captioner.config.max_target_positions
     model.eval()
     tokens = model.generate(  # type: ignore[operator]
-        features, generation_config=chosen, prompt_ids=torch.tensor(prompt, device=waveform.device) if prompt else None, **spoken
+        features,
+        generation_config=chosen,
+        prompt_ids=torch.tensor(prompt, device=waveform.device) if prompt else None,
+        **spoken,
     )
     model.train()
     return str(captioner.processor.batch_decode(tokens, skip_special_tokens=True)[0]).strip()

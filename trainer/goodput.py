@@ -1,4 +1,5 @@
-"""Where a run's time went: the clock of the attempt at work, and what the ledger tells of all of them. `launch status` reads it, too: no torch here."""
+"""Where a run's time went: the clock of the attempt at work, and what the ledger tells of all of them.
+`launch status` reads it, too: no torch here."""
 
 from __future__ import annotations
 
@@ -38,11 +39,15 @@ class Clock:
             self._before = self._busy
 
     def progress(self, step_samples: int) -> dict[str, Any]:
-        """For the ledger, whenever it is asked for; the speed is that of all steps but the first, evaluations left out."""
+        """For the ledger, whenever it is asked for; the speed is that of all steps but the first, evaluations
+        left out."""
         self(self._phase)
         busy = self._busy - self._before
         speed = round((self.steps - 1) * step_samples / busy, 3) if self.steps > 1 and busy > 0 else None
-        return {"samples_per_second": speed, "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()}}
+        return {
+            "samples_per_second": speed,
+            "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+        }
 
     @property
     def _busy(self) -> float:
@@ -90,12 +95,18 @@ def attempts(lines: Iterable[dict[str, Any]], now: float) -> list[Attempt]:
         event = line["event"]
         if event == "attempt":
             nodes = line.get("nodes") or [line["host"]]
-            rows[line["attempt"]] = Attempt(line["attempt"], line.get("job", ""), nodes, line["ranks"], line["time"])
+            rows[line["attempt"]] = Attempt(
+                line["attempt"], line.get("job", ""), nodes, line["ranks"], line["time"]
+            )
         row = rows.get(line.get("attempt", max(rows, default=-1)))
         if row is None:
             continue
         if event == "start":
-            row.first, row.last, row.seconds = line["step"], line["step"], {"start_up": line["time"] - row.begin}
+            row.first, row.last, row.seconds = (
+                line["step"],
+                line["step"],
+                {"start_up": line["time"] - row.begin},
+            )
         elif event in ("progress", "checkpoint", "stop") and row.first is not None:
             row.last = max(row.last or 0, line["step"])
         if event == "progress":
@@ -119,18 +130,25 @@ def _divide(row: Attempt, end: float) -> None:
     seconds = row.seconds or {"start_up": end - row.begin}
     rest = max(0.0, end - row.begin - sum(seconds.values()))
     after_first = max(1, (row.last or 0) - (row.first or 0) - 1)
-    lost = {name: seconds.get(name, 0.0) * min(1.0, row.repeated / after_first) for name in ("data_wait", "training")}
-    row.seconds = {name: value - lost.get(name, 0.0) for name, value in seconds.items()} | {"lost": sum(lost.values()), "other": 0.0}
+    lost = {
+        name: seconds.get(name, 0.0) * min(1.0, row.repeated / after_first)
+        for name in ("data_wait", "training")
+    }
+    row.seconds = {name: value - lost.get(name, 0.0) for name, value in seconds.items()} | {
+        "lost": sum(lost.values()),
+        "other": 0.0,
+    }
     row.seconds["lost" if row.repeated and "training" in seconds else "other"] += rest
 
 
 def goodput(rows: Sequence[Attempt], since: float, until: float) -> dict[str, float]:
     """Seconds from `since` to `until` by what they went into; they add up.
 
-    queue: no attempt was alive. start_up: from an attempt's start until it can train. first_step: the first step's computation, in which
-    kernels are loaded and compiled. data_wait: for samples. training: steps that were kept, and nothing else. evaluation: validation loss
-    and captions. saving: what training waits for a checkpoint. lost: steps that were taken after the newest checkpoint when their attempt died.
-    other: what no clock has told, as the time between its last word and the end.
+    queue: no attempt was alive. start_up: from an attempt's start until it can train. first_step: the first
+    step's computation, in which kernels are loaded and compiled. data_wait: for samples. training: steps that
+    were kept, and nothing else. evaluation: validation loss and captions. saving: what training waits for a
+    checkpoint. lost: steps that were taken after the newest checkpoint when their attempt died. other: what
+    no clock has told, as the time between its last word and the end.
     """
     total = {name: sum(row.seconds.get(name, 0.0) for row in rows) for name in (*TIMED, "lost", "other")}
     return {"queue": max(0.0, until - since - sum(total.values())), **total}

@@ -1,4 +1,5 @@
-"""What makes a run the same run: the settings and data that a checkpoint must share with the run that goes on from it."""
+"""What makes a run the same run: the settings and data that a checkpoint must share with the run that goes on
+from it."""
 
 from __future__ import annotations
 
@@ -10,16 +11,36 @@ from configs.errors import ConfigError
 from configs.schema import RunConfig
 
 ORDER = ("run.seed", "batch.global_size", "data.shuffle_window", "data.sources", "index")
-"""On these the order of the samples depends. If one was changed on purpose, a new epoch begins at the step of the checkpoint."""
+"""On these the order of the samples depends. If one was changed on purpose, a new epoch begins at the step of
+the checkpoint."""
 SETTINGS = (
-    "run.seed", "model.name_or_path", "model.init_from", "model.freeze", "batch.global_size", "engine.dtype",
-    "data.max_seconds", "data.overlong", "data.long_caption", "data.shuffle_window",
-    "optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.clip_grad_norm", "optim.schedule", "optim.warmup_fraction",
-)  # fmt: skip
+    "run.seed",
+    "model.name_or_path",
+    "model.init_from",
+    "model.freeze",
+    "batch.global_size",
+    "engine.dtype",
+    "data.max_seconds",
+    "data.overlong",
+    "data.long_caption",
+    "data.shuffle_window",
+    "optim.lr",
+    "optim.betas",
+    "optim.eps",
+    "optim.weight_decay",
+    "optim.clip_grad_norm",
+    "optim.schedule",
+    "optim.warmup_fraction",
+)
 """Compared as they are. All else may change: ranks, micro-batch, backend, URLs, intervals, more steps."""
 FIXED = ("model.name_or_path", "model.init_from", "model.freeze")
 """Never allowed: the weights come from the run's base and checkpoint, whatever these say."""
-NAMES = {"index": "index (the samples, by digest: a shard was added, removed, changed, or indexed in full after a quick look)"}
+NAMES = {
+    "index": (
+        "index (the samples, by digest: a shard was added, removed, changed, or indexed in full after a quick"
+        " look)"
+    )
+}
 
 
 def identity(config: RunConfig, index_digest: str) -> dict[str, Any]:
@@ -38,10 +59,14 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def check_changes(before: dict[str, Any], now: dict[str, Any], allowed: list[str], checkpoint: Path) -> None:
-    """Raises ConfigError, with the difference, for what was changed though `run.allow_change` does not name it."""
+    """Raises ConfigError, with the difference, for what was changed though `run.allow_change` does not name
+    it."""
     possible = [name for name in now if name not in FIXED]
     if unknown := sorted(set(allowed) - set(possible)):
-        raise ConfigError(f"run.allow_change: {', '.join(unknown)} need not be allowed, or cannot be; there are {', '.join(possible)}")
+        raise ConfigError(
+            f"run.allow_change: {', '.join(unknown)} need not be allowed, or cannot be; there are"
+            f" {', '.join(possible)}"
+        )
     changed = changes(before, now)
     refused = [name for name in changed if name not in allowed]
     if refused:
@@ -52,7 +77,12 @@ def check_changes(before: dict[str, Any], now: dict[str, Any], allowed: list[str
             advice += f", or change it on purpose: 'run.allow_change=[{','.join(changed)}]'"
             advice += " (a new epoch begins then)." if set(refused) & set(ORDER) else "."
         raise ConfigError(
-            "\n  ".join([f"{checkpoint}: going on from here would not be the same run, because these changed:", *differences(before, now, refused)])
+            "\n  ".join(
+                [
+                    f"{checkpoint}: going on from here would not be the same run, because these changed:",
+                    *differences(before, now, refused),
+                ]
+            )
             + f"\n{advice}"
         )
 

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from enum import Enum
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -37,7 +37,8 @@ class Outcome(Enum):
 
 @dataclass
 class Taken:
-    """A step that was taken: its samples on this rank, the sum of their token losses, and the tokens of the global batch."""
+    """A step that was taken: its samples on this rank, the sum of their token losses, and the tokens of the
+    global batch."""
 
     step: Step
     losses: torch.Tensor
@@ -45,9 +46,14 @@ class Taken:
 
 
 def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
-    """Take the steps that are left. Returns SAVED if `stop` was requested on any rank: the state is then on disk."""
+    """Take the steps that are left. Returns SAVED if `stop` was requested on any rank: the state is then on
+    disk."""
     config, state, world = session.config, session.state, session.world
-    loader, monitor, spikes = session.loader(), Monitor(session, watch), SpikeWindow(config.monitor.spike_sigma)
+    loader, monitor, spikes = (
+        session.loader(),
+        Monitor(session, watch),
+        SpikeWindow(config.monitor.spike_sigma),
+    )
     bad, skips, first, due, saved_at = 0, 0, state.step, 0.0, time.monotonic()
     clock = monitor.clock
     taken: Taken | None = None
@@ -70,7 +76,13 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
 
             clock("data_wait")
             step, error = fetch(loader, state.step)
-            batches = micro_batches(step.samples, config.batch.micro_size, session.micro_batches, session.order.window(state.step), session.pad_id)
+            batches = micro_batches(
+                step.samples,
+                config.batch.micro_size,
+                session.micro_batches,
+                session.order.window(state.step),
+                session.pad_id,
+            )
             minutes = (time.monotonic() - saved_at) / 60
             # The one agreement of a step: all ranks take it, or leave together.
             watch.arrive()
@@ -81,7 +93,8 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
                 superseded=session.lease.lost,
                 unsaved=session.writer.failed,
                 bad=sum(one.bad for one in step.rejected),
-                overdue=config.checkpoint.every_minutes is not None and minutes > config.checkpoint.every_minutes,
+                overdue=config.checkpoint.every_minutes is not None
+                and minutes > config.checkpoint.every_minutes,
                 losses_before=float(taken.losses) if taken else 0.0,
             )
             clock("training")
@@ -101,8 +114,12 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
             taken = Taken(step, torch.zeros((), dtype=torch.float64, device=world.device), agreed.tokens)
             for number, batch in enumerate(batches):
                 batch = batch.to(world.device)
-                losses = token_losses(session.engine, batch, session.captioner.config.num_mel_bins, session.engine.dtype)
-                session.engine.backward(losses.sum() / max(1.0, agreed.tokens), last=number == len(batches) - 1)
+                losses = token_losses(
+                    session.engine, batch, session.captioner.config.num_mel_bins, session.engine.dtype
+                )
+                session.engine.backward(
+                    losses.sum() / max(1.0, agreed.tokens), last=number == len(batches) - 1
+                )
                 taken.losses += losses.detach().sum()
                 monitor.add(batch, losses)
             lr = learning_rate(config.optim, state.step, session.total_steps)
@@ -124,7 +141,8 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
 
 
 def save_and_leave(session: Session, clock: Clock, metrics: dict[str, float] | None = None) -> Outcome:
-    """Save, sooner than anything else, and wait until it is durable. metrics: of this step, if it has been evaluated."""
+    """Save, sooner than anything else, and wait until it is durable. metrics: of this step, if it has been
+    evaluated."""
     clock("saving")
     if session.world.sum([session.lease.lost])[0]:
         give_way(session)
@@ -154,8 +172,11 @@ def fetch(loader: Loader, number: int) -> tuple[Step, Exception | None]:
         return Step(number, [], [], 0.0), error
 
 
-def evaluate(session: Session, monitor: Monitor, stop: StopFlag, watch: Watch) -> tuple[dict[str, float], bool] | None:
-    """Validation loss and the panel of captions. Returns the metrics and whether they are the best yet; None if a stop was requested."""
+def evaluate(
+    session: Session, monitor: Monitor, stop: StopFlag, watch: Watch
+) -> tuple[dict[str, float], bool] | None:
+    """Validation loss and the panel of captions. Returns the metrics and whether they are the best yet; None
+    if a stop was requested."""
     state, module = session.state, session.engine.evaluation_module()
 
     def interrupted(error: Exception | None) -> bool:
@@ -176,13 +197,17 @@ def evaluate(session: Session, monitor: Monitor, stop: StopFlag, watch: Watch) -
     state.best = value if is_best else state.best
     state.evaluated = True
     if session.world.rank == 0 and metrics:
-        captions = [{"key": clip.sample.key, "reference": clip.sample.caption, "caption": clip.caption} for clip in panel]
+        captions = [
+            {"key": clip.sample.key, "reference": clip.sample.caption, "caption": clip.caption}
+            for clip in panel
+        ]
         session.run.record("evaluation", step=state.step, **metrics, captions=captions)
     return metrics, is_best
 
 
 def record_samples(session: Session, step: Step) -> None:
-    """Note the tokens of the captions; name the samples that could not be used, and with `data.audit` all samples, before the step is taken."""
+    """Note the tokens of the captions; name the samples that could not be used, and with `data.audit` all
+    samples, before the step is taken."""
     for sample in step.samples:
         session.caption_tokens[[token for token in sample.tokens.labels if token != IGNORED]] = True
     about = {"step": step.number, "attempt": session.attempt, "rank": session.world.rank}
@@ -195,36 +220,43 @@ def record_samples(session: Session, step: Step) -> None:
 
 
 def check_bad(session: Session, bad: int, first: int) -> None:
-    """Raises DataError if more samples were bad in this attempt, whose first step was `first`, than the configuration allows."""
+    """Raises DataError if more samples were bad in this attempt, whose first step was `first`, than the
+    configuration allows."""
     fraction = session.config.data.max_bad_fraction
     if bad > fraction * max(1000, (session.state.step - first) * session.config.batch.global_size):
         session.writer.finish()
         reasons = session.explain([one for one in session.quarantined.values() if one.bad])
-        raise DataError(f"{bad} samples could not be used, more than data.max_bad_fraction={fraction:g} allows. {reasons}")
+        raise DataError(
+            f"{bad} samples could not be used, more than data.max_bad_fraction={fraction:g} allows. {reasons}"
+        )
 
 
 def check_loss(session: Session, spikes: SpikeWindow, taken: Taken, losses: float) -> None:
-    """Mark a step whose loss stands out, and name its samples. losses: sum over the tokens of the global batch."""
+    """Mark a step whose loss stands out, and name its samples. losses: sum over the tokens of the global
+    batch."""
     loss = losses / max(1.0, taken.tokens)
     if spikes.stands_out(loss):
         record_keys(session, "spike", taken.step, loss=loss)
 
 
 def check_update(session: Session, update: Update, skips: int, step: Step) -> None:
-    """Note a skipped update (the gradient was not finite). Raises EarwitnessError if there were too many in a row."""
+    """Note a skipped update (the gradient was not finite). Raises EarwitnessError if there were too many in a
+    row."""
     if update.applied:
         return
     record_keys(session, "skip", step)
     if skips > session.config.optim.max_skips:
         session.writer.finish()
         raise EarwitnessError(
-            f"the gradient was not finite {skips} times in a row, up to step {step.number}; stopped, as optim.max_skips says. "
-            f"The last checkpoint is from before; {session.run.events} names the samples. A lower optim.lr or a longer warm-up often helps."
+            f"the gradient was not finite {skips} times in a row, up to step {step.number}; stopped, as"
+            f" optim.max_skips says. The last checkpoint is from before; {session.run.events} names the"
+            " samples. A lower optim.lr or a longer warm-up often helps."
         )
 
 
 def record_keys(session: Session, event: str, step: Step, **about: float) -> None:
     """Name all samples of a step in the ledger, in the order of lanes."""
-    keys = session.world.gather([sample.key for sample in step.samples])
-    if keys is not None:
-        session.run.record(event, step=step.number, **about, keys=[key for of_rank in keys for key in of_rank])  # type: ignore[attr-defined]
+    gathered: Any = session.world.gather([sample.key for sample in step.samples])
+    if gathered is not None:
+        keys = [key for of_rank in gathered for key in of_rank]
+        session.run.record(event, step=step.number, **about, keys=keys)

@@ -1,6 +1,8 @@
-"""Copies of complete checkpoints outside the run's folder, at any URL that fsspec opens. Rank 0 makes them in the background.
+"""Copies of complete checkpoints outside the run's folder, at any URL that fsspec opens. Rank 0 makes them in
+the background.
 
-URL/NAME/ looks like the run's folder: base/, config.yaml, checkpoints/step-N/ with manifest.json written last and deleted first.
+URL/NAME/ looks like the run's folder: base/, config.yaml, checkpoints/step-N/ with manifest.json written last
+and deleted first.
 """
 
 from __future__ import annotations
@@ -43,11 +45,14 @@ class Mirror:
         self._begun_at: int | None = None
         self.copying: Path | None = None
         """What must not be deleted now."""
-        self._waiting: queue.LifoQueue[Path] = queue.LifoQueue()  # the newest first: while it is copied, others may become superfluous
+        self._waiting: queue.LifoQueue[Path] = (
+            queue.LifoQueue()
+        )  # the newest first: while it is copied, others may become superfluous
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
 
     def begin(self, step: int) -> None:
-        """This attempt goes on from a step: copies of later ones, of a course that was given up, are deleted before the first new one."""
+        """This attempt goes on from a step: copies of later ones, of a course that was given up, are deleted
+        before the first new one."""
         self._begun_at = step
 
     def upload(self, folder: Path) -> None:
@@ -59,9 +64,11 @@ class Mirror:
         self._waiting.join()
 
     def restore(self) -> None:
-        """Bring the newest sound checkpoint, the best one and base/ into a run's folder that has none; nothing if the mirror has none either.
+        """Bring the newest sound checkpoint, the best one and base/ into a run's folder that has none;
+        nothing if the mirror has none either.
 
-        Raises CheckpointError if the mirror cannot be read, or all that it holds is damaged: the run must not start from nothing then.
+        Raises CheckpointError if the mirror cannot be read, or all that it holds is damaged: the run must not
+        start from nothing then.
         """
         try:
             names = self._names()
@@ -71,13 +78,15 @@ class Mirror:
                 self._bring_back(best)
         except FAULTS as error:
             raise CheckpointError(
-                f"{self.url}: {self._run.path} has no checkpoint, and this mirror of it cannot be read: {error}. "
-                "Mend the access, or leave checkpoint.mirror out (checkpoint.mirror=null) to start from the beginning."
+                f"{self.url}: {self._run.path} has no checkpoint, and this mirror of it cannot be read:"
+                f" {error}. Mend the access, or leave checkpoint.mirror out (checkpoint.mirror=null) to start"
+                " from the beginning."
             ) from error
         if names and not newest:
             raise CheckpointError(
-                f"{self.url}: {self._run.path} has no checkpoint, and every copy there is damaged ({', '.join(names)}). "
-                "Put back a sound one, or leave checkpoint.mirror out (checkpoint.mirror=null) to start from the beginning."
+                f"{self.url}: {self._run.path} has no checkpoint, and every copy there is damaged"
+                f" ({', '.join(names)}). Put back a sound one, or leave checkpoint.mirror out"
+                " (checkpoint.mirror=null) to start from the beginning."
             )
 
     def _bring_back(self, name: str) -> bool:
@@ -108,7 +117,11 @@ class Mirror:
             except Exception as error:  # whatever it is, training goes on
                 if folder.is_dir():  # else newer ones have made it superfluous in the meantime
                     said = (str(error) or type(error).__name__).rstrip(".")
-                    print(f"{self.url}: {folder.name} could not be copied: {said}. Training goes on; the next checkpoint is tried again.", flush=True)
+                    print(
+                        f"{self.url}: {folder.name} could not be copied: {said}. Training goes on; the next"
+                        " checkpoint is tried again.",
+                        flush=True,
+                    )
                     with contextlib.suppress(OSError):
                         self._run.record("mirror_failed", folder=folder.name, mirror=self.url, message=said)
             finally:
@@ -134,11 +147,18 @@ class Mirror:
         size = sum(file.stat().st_size for file in files)
         for file in files:
             self._put(file, f"checkpoints/{folder.name}/{file.name}")
-        self._run.record("mirrored", folder=folder.name, mirror=self.url, seconds=round(time.perf_counter() - began, 3), bytes=size)
+        self._run.record(
+            "mirrored",
+            folder=folder.name,
+            mirror=self.url,
+            seconds=round(time.perf_counter() - began, 3),
+            bytes=size,
+        )
         self._retain({*names, folder.name})
 
     def _begin(self, step: int) -> None:
-        """Delete the copies of checkpoints after a step, damaged ones among them, and copy what the others need besides."""
+        """Delete the copies of checkpoints after a step, damaged ones among them, and copy what the others
+        need besides."""
         for name in self._names():
             if name > checkpoint.name_of(step):
                 self._remove(name)
@@ -147,7 +167,8 @@ class Mirror:
         self._put(self._run.config, "config.yaml")
 
     def _retain(self, names: set[str]) -> None:
-        """Of the complete copies keep those that the run's own folder would, and delete what broken ones have left."""
+        """Of the complete copies keep those that the run's own folder would, and delete what broken ones have
+        left."""
         self._fence()
         manifests = self._manifests(names)
         kept = names - set(checkpoint.superfluous(manifests, self._settings, self._metric))
@@ -160,7 +181,9 @@ class Mirror:
         found = {}
         for name in names:
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                found[name] = Manifest.of(json.loads(self._filesystem.cat_file(f"{self._root}/checkpoints/{name}/{MANIFEST}")))
+                found[name] = Manifest.of(
+                    json.loads(self._filesystem.cat_file(f"{self._root}/checkpoints/{name}/{MANIFEST}"))
+                )
         return found
 
     def _remove(self, name: str) -> None:
@@ -172,7 +195,10 @@ class Mirror:
     def _names(self) -> list[str]:
         """Complete checkpoints there, newest first."""
         self._filesystem.invalidate_cache()
-        found = [path.split("/")[-2:] for path in self._filesystem.glob(f"{self._root}/checkpoints/step-*/{MANIFEST}")]
+        found = [
+            path.split("/")[-2:]
+            for path in self._filesystem.glob(f"{self._root}/checkpoints/step-*/{MANIFEST}")
+        ]
         return sorted((name for name, _ in found if NAME.fullmatch(name)), reverse=True)
 
     def _put(self, file: Path, name: str) -> None:
@@ -180,7 +206,10 @@ class Mirror:
 
     def _get(self, name: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self._filesystem.ls(f"{self._root}/{name}", detail=False), key=lambda path: path.endswith("/config.json")):
+        for path in sorted(
+            self._filesystem.ls(f"{self._root}/{name}", detail=False),
+            key=lambda path: path.endswith("/config.json"),
+        ):
             self._filesystem.get_file(path, str(folder / path.rsplit("/", 1)[-1]))
 
 

@@ -16,12 +16,20 @@ from configs.schema import Model
 from data.captions import prefix_tokens
 from trainer.weights import UNTRAINED, base_missing, take_weights
 
-RANDOM_PARTS = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "apply_spec_augment")
+RANDOM_PARTS = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "encoder_layerdrop",
+    "decoder_layerdrop",
+    "apply_spec_augment",
+)
 
 
 @dataclass(frozen=True)
 class Captioner:
-    """A Whisper with its tokenizer and feature extractor (processor) and the tokens that captions start from."""
+    """A Whisper with its tokenizer and feature extractor (processor) and the tokens that captions start
+    from."""
 
     model: WhisperForConditionalGeneration
     processor: WhisperProcessor
@@ -43,8 +51,11 @@ class Captioner:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def load(settings: Model, seed: int, pretrained: Path | None = None, init_from: Path | None = None) -> Captioner:
-    """The model to start from, in float32, with the weights of a run, checkpoint or export `init_from` instead of its own.
+def load(
+    settings: Model, seed: int, pretrained: Path | None = None, init_from: Path | None = None
+) -> Captioner:
+    """The model to start from, in float32, with the weights of a run, checkpoint or export `init_from`
+    instead of its own.
 
     pretrained: a folder with what the hub has under its name, if that was fetched before.
 
@@ -53,7 +64,11 @@ def load(settings: Model, seed: int, pretrained: Path | None = None, init_from: 
     name = str(pretrained) if pretrained and pretrained.is_dir() else settings.name_or_path
     try:
         processor = WhisperProcessor.from_pretrained(name)
-        if Path(name).is_dir() and not any(Path(name).glob("*.safetensors*")) and not any(Path(name).glob("*.bin*")):
+        if (
+            Path(name).is_dir()
+            and not any(Path(name).glob("*.safetensors*"))
+            and not any(Path(name).glob("*.bin*"))
+        ):
             torch.manual_seed(seed)
             model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(name))
             if (Path(name) / "generation_config.json").exists():
@@ -68,7 +83,8 @@ def load(settings: Model, seed: int, pretrained: Path | None = None, init_from: 
 
 
 def load_base(run: RunDir, settings: Model) -> Captioner:
-    """The model of a run that has started: its shape and its untrained tensors; the trained ones come from a checkpoint. Raises CheckpointError."""
+    """The model of a run that has started: its shape and its untrained tensors; the trained ones come from a
+    checkpoint. Raises CheckpointError."""
     try:
         processor = WhisperProcessor.from_pretrained(run.base)
         model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(run.base))
@@ -80,31 +96,41 @@ def load_base(run: RunDir, settings: Model) -> Captioner:
 
 
 def save_base(run: RunDir, captioner: Captioner) -> None:
-    """Write `base/`: all that export and offline nodes need besides a checkpoint. Call before training changes anything."""
+    """Write `base/`: all that export and offline nodes need besides a checkpoint. Call before training
+    changes anything."""
     run.base.mkdir(parents=True, exist_ok=True)
     captioner.processor.save_pretrained(run.base)
     captioner.model.generation_config.save_pretrained(run.base)
     trained = captioner.trained
-    frozen = {n: p.detach() for n, p in captioner.model.named_parameters() if n not in trained} | dict(captioner.model.named_buffers())
+    frozen = {n: p.detach() for n, p in captioner.model.named_parameters() if n not in trained} | dict(
+        captioner.model.named_buffers()
+    )
     save_file({name: tensor.contiguous() for name, tensor in frozen.items()}, run.base / UNTRAINED)
-    (run.base / UNTRAINED).chmod((run.base / "generation_config.json").stat().st_mode)  # safetensors writes 0600
+    (run.base / UNTRAINED).chmod(
+        (run.base / "generation_config.json").stat().st_mode
+    )  # safetensors writes 0600
     captioner.config.save_pretrained(run.base)  # the last one: its presence says that base/ is complete
 
 
-def _prepare(model: WhisperForConditionalGeneration, processor: WhisperProcessor, settings: Model) -> Captioner:
+def _prepare(
+    model: WhisperForConditionalGeneration, processor: WhisperProcessor, settings: Model
+) -> Captioner:
     config = model.config
     random = [part for part in RANDOM_PARTS if getattr(config, part, 0)]
     if random:
         raise ConfigError(
-            f"{settings.name_or_path}: its config sets {', '.join(random)}. "
-            "A step must not depend on how many ranks take it, so set them to 0 (false), as in Whisper as published."
+            f"{settings.name_or_path}: its config sets {', '.join(random)}. A step must not depend on how"
+            " many ranks take it, so set them to 0 (false), as in Whisper as published."
         )
     model.requires_grad_(True)
     model.model.encoder.embed_positions.requires_grad_(False)  # from_pretrained leaves it True
     for prefix in settings.freeze:
         matching = [p for name, p in model.named_parameters() if name.startswith(prefix)]
         if not matching:
-            raise ConfigError(f"model.freeze: no parameter's name starts with {prefix!r}; names look like {next(iter(model.state_dict()))!r}")
+            raise ConfigError(
+                f"model.freeze: no parameter's name starts with {prefix!r}; names look like"
+                f" {next(iter(model.state_dict()))!r}"
+            )
         for parameter in matching:
             parameter.requires_grad_(False)
     if settings.gradient_checkpointing:

@@ -11,7 +11,8 @@ from configs.schema import Optim
 
 
 def adamw(model: torch.nn.Module, settings: Optim) -> torch.optim.AdamW:
-    """AdamW over the trained parameters. Biases and norms (all that has one dimension) have no weight decay."""
+    """AdamW over the trained parameters. Biases and norms (all that has one dimension) have no weight
+    decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": trained, "weight_decay": 0.0}]
     if settings.weight_decay:
@@ -20,7 +21,13 @@ def adamw(model: torch.nn.Module, settings: Optim) -> torch.optim.AdamW:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
     # The fused one needs no compiler, as DeepSpeed's own would.
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
 
 
 def learning_rate(settings: Optim, step: int, total: int) -> float:
@@ -29,5 +36,7 @@ def learning_rate(settings: Optim, step: int, total: int) -> float:
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     left = (total - step) / max(1, total - warmup)
-    factor = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left)))}[settings.schedule]
+    factor = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left)))}[
+        settings.schedule
+    ]
     return settings.lr * factor

@@ -30,7 +30,8 @@ CODE = Path(__file__).parents[1]
 LEAST_FREE = 1 << 30
 """Bytes that must be free for temporary files."""
 LARGEST_SKEW = 30.0
-"""Seconds that a clock may be off that of the run's file system; S3 refuses requests that are 15 minutes off."""
+"""Seconds that a clock may be off that of the run's file system; S3 refuses requests that are 15 minutes
+off."""
 SLOWEST = 0.7
 """Share of the median speed of all GPUs below which one counts as broken."""
 MATRIX = 4096
@@ -53,13 +54,14 @@ class Finding:
 def look_over(config: RunConfig, run: RunDir, attempt: int, node: str, world: World) -> None:
     """Check this rank's node, and compare it with the others; all ranks call it.
 
-    On rank 0 raises UnfitNode for a node that is worse than the others, EarwitnessError where all are; on the others PeerFailed.
+    On rank 0 raises UnfitNode for a node that is worse than the others, EarwitnessError where all are; on the
+    others PeerFailed.
     """
     began = time.monotonic()
     token = run.logs / f"attempt-{attempt:06d}" / "token"
     if world.rank == 0:
         token.parent.mkdir(parents=True, exist_ok=True)
-        token.write_text(str(attempt))
+        token.write_text(str(attempt), encoding="utf-8")
     world.barrier()
     problems: dict[str, str] = {}
     values: dict[str, Any] = {"code": _code_digest(), "versions": _versions()}
@@ -91,7 +93,13 @@ def look_over(config: RunConfig, run: RunDir, attempt: int, node: str, world: Wo
         token.unlink(missing_ok=True)
         speeds = {"tflops": [round(f.values["tflops"], 1) for f in findings]} if "tflops" in values else {}
         gigabytes = ALL_REDUCE_BYTES / 1e9 / seconds
-        run.record("preflight", attempt=attempt, seconds=round(time.monotonic() - began, 2), all_reduce_gb_per_second=round(gigabytes, 3), **speeds)
+        run.record(
+            "preflight",
+            attempt=attempt,
+            seconds=round(time.monotonic() - began, 2),
+            all_reduce_gb_per_second=round(gigabytes, 3),
+            **speeds,
+        )
 
 
 def _compare(findings: list[Finding]) -> EarwitnessError | None:
@@ -108,12 +116,19 @@ def _compare(findings: list[Finding]) -> EarwitnessError | None:
         common = statistics.mode(str(finding.values[what]) for finding in findings)
         for finding in findings:
             if str(finding.values[what]) != common:
-                return UnfitNode(finding.node, f"{finding.node} has other {what} than most: {finding.values[what]} instead of {common}")
+                return UnfitNode(
+                    finding.node,
+                    f"{finding.node} has other {what} than most: {finding.values[what]} instead of {common}",
+                )
     speeds = [finding.values["tflops"] for finding in findings if "tflops" in finding.values]
     for finding in findings if speeds else []:
         if finding.values["tflops"] < SLOWEST * statistics.median(speeds):
             speed, usual = finding.values["tflops"], statistics.median(speeds)
-            return UnfitNode(finding.node, f"{finding.node}: a GPU does {speed:.0f} TFLOP/s in a matrix product, {usual:.0f} are usual here")
+            return UnfitNode(
+                finding.node,
+                f"{finding.node}: a GPU does {speed:.0f} TFLOP/s in a matrix product, {usual:.0f} are usual"
+                " here",
+            )
     return None
 
 
@@ -123,9 +138,12 @@ def _words(finding: Finding) -> str:
 
 def _sees(token: Path, content: str) -> None:
     deadline = time.monotonic() + PATIENCE
-    while not (token.is_file() and token.read_text() == content):
+    while not (token.is_file() and token.read_text(encoding="utf-8") == content):
         if time.monotonic() > deadline:
-            raise OSError(f"does not see {token}, which rank 0 has written: is the run's folder on a file system that all nodes share?")
+            raise OSError(
+                f"does not see {token}, which rank 0 has written: is the run's folder on a file system that"
+                " all nodes share?"
+            )
         time.sleep(0.1)
 
 
@@ -148,7 +166,9 @@ def _check_packages() -> None:
     for name in filter(sys.modules.__contains__, PACKAGES):
         place = Path(sys.modules[name].__file__ or "")
         if not place.is_relative_to(CODE):
-            raise ImportError(f"package {name} comes from {place}, not from {CODE}: something on PYTHONPATH hides it")
+            raise ImportError(
+                f"package {name} comes from {place}, not from {CODE}: something on PYTHONPATH hides it"
+            )
 
 
 def _check_storage(config: RunConfig) -> None:
@@ -165,7 +185,12 @@ def _code_digest() -> str:
 
 
 def _versions() -> str:
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "numpy"))])
+    return ", ".join(
+        [
+            f"Python {platform.python_version()}",
+            *(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "numpy")),
+        ]
+    )
 
 
 def _matmul_tflops(device: torch.device) -> float:

@@ -118,7 +118,13 @@ class Session:
         longest = min(self.order.frames / 100, data.max_seconds or float("inf"))
         index = self.dataset.validation if validation else self.dataset.training
         return Samples(
-            index, self.encoder, max_seconds=longest, overlong=data.overlong, seed=self.config.run.seed, in_hand=self.in_hand, poisoned=self.poisoned
+            index,
+            self.encoder,
+            max_seconds=longest,
+            overlong=data.overlong,
+            seed=self.config.run.seed,
+            in_hand=self.in_hand,
+            poisoned=self.poisoned,
         )
 
     def loader(self) -> Loader:
@@ -126,17 +132,35 @@ class Session:
         data = self.config.data
         samples, steps = self.samples(validation=False), range(self.state.step, self.total_steps)
         read = Cache(data.cache_dir, data.cache_gb).read if data.cache_dir else storage.read
-        return Loader(samples, self.order, self.lanes, steps, threads=data.threads, read_ahead_mb=data.read_ahead_mb, read=read)
+        return Loader(
+            samples,
+            self.order,
+            self.lanes,
+            steps,
+            threads=data.threads,
+            read_ahead_mb=data.read_ahead_mb,
+            read=read,
+        )
 
     def quarantine(self, rejected: Sequence[Rejected], **about: Any) -> None:
         """Name samples that could not be used, each once per attempt."""
         for one in rejected:
             if one.key not in self.quarantined:
                 self.quarantined[one.key] = one
-                append_line(self.run.quarantine, {**about, "attempt": self.attempt, "rank": self.world.rank, "key": one.key, "reason": one.reason})
+                append_line(
+                    self.run.quarantine,
+                    {
+                        **about,
+                        "attempt": self.attempt,
+                        "rank": self.world.rank,
+                        "key": one.key,
+                        "reason": one.reason,
+                    },
+                )
 
     def explain(self, rejected: Sequence[Rejected]) -> str:
-        """The commonest reasons over all ranks, each with an example. All ranks call it; rank 0 gets the text, on the others it raises PeerFailed."""
+        """The commonest reasons over all ranks, each with an example. All ranks call it; rank 0 gets the
+        text, on the others it raises PeerFailed."""
         gathered: Any = self.world.gather([(one.reason, one.key) for one in rejected])
         if gathered is None:
             raise PeerFailed("samples could not be used; rank 0 says why")
@@ -145,15 +169,23 @@ class Session:
             keys.setdefault(reason, []).append(key)
         commonest = sorted(keys.items(), key=lambda item: -len(item[1]))[:3]
         lines = [f"{len(found)} x {reason}, e.g. {found[0]}" for reason, found in commonest]
-        advice = "; is data.sources.NAME.caption_key right?" if any("no caption under" in reason for reason in keys) else ""
+        advice = (
+            "; is data.sources.NAME.caption_key right?"
+            if any("no caption under" in reason for reason in keys)
+            else ""
+        )
         return "\n  ".join(["Reasons:", *lines, f"All are named in {self.run.quarantine}{advice}"])
 
     def note_cut(self, samples: Sequence[Sample]) -> None:
-        """Say it once for each source that captions are cut off because they are too long: in this rank's output, and in the ledger."""
+        """Say it once for each source that captions are cut off because they are too long: in this rank's
+        output, and in the ledger."""
         for sample in samples:
             if sample.tokens.cut and sample.source not in self.cut:
                 self.cut.add(sample.source)
-                what = f"{sample.key}: its caption is {sample.tokens.cut} tokens too long; they are cut off (data.long_caption=skip leaves such samples out)"
+                what = (
+                    f"{sample.key}: its caption is {sample.tokens.cut} tokens too long; they are cut off"
+                    " (data.long_caption=skip leaves such samples out)"
+                )
                 print(f"{what}; further ones of this source are not named", flush=True)
                 self.run.record("cut_caption", attempt=self.attempt, rank=self.world.rank, what=what)
 
@@ -162,17 +194,28 @@ class Session:
         self.caption_tokens = self.world.any(self.caption_tokens)
 
     def save(self, reason: str, metrics: dict[str, float], *, urgent: bool = False) -> None:
-        """Begin to write a checkpoint of the present step, in the background; if there is one, only note the metrics in it."""
+        """Begin to write a checkpoint of the present step, in the background; if there is one, only note the
+        metrics in it."""
         if self.state.step == 0:
             return
         if self.state.saved < self.state.step:
             self.share_caption_tokens()
-            learnt = [token for token in self.captioner.model.generation_config.suppress_tokens or [] if self.caption_tokens[token]]
+            learnt = [
+                token
+                for token in self.captioner.model.generation_config.suppress_tokens or []
+                if self.caption_tokens[token]
+            ]
             about = identity(self.config, self.dataset.training.digest)
             manifest = Manifest(
-                self.state.step, self.engine.updates(), about, (self.order.base_step, self.order.base_epoch), self.order.locate(self.state.step),
-                reason, metrics, learnt,
-            )  # fmt: skip
+                self.state.step,
+                self.engine.updates(),
+                about,
+                (self.order.base_step, self.order.base_epoch),
+                self.order.locate(self.state.step),
+                reason,
+                metrics,
+                learnt,
+            )
             self.writer.save(manifest, urgent=urgent)
             self.state.saved = self.state.step
         elif metrics:

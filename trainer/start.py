@@ -32,11 +32,20 @@ class Stopped(Exception):
     """A stop was requested before training began: nothing has changed."""
 
 
-def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World, stop: StopFlag, in_hand: InHand, grace: float | None = None) -> Session:
-    """Build a session. All ranks call it. grace: seconds in which a job must save when it is asked to, if that is known.
+def prepare(
+    config: RunConfig,
+    run: RunDir,
+    lease: Lease,
+    world: World,
+    stop: StopFlag,
+    in_hand: InHand,
+    grace: float | None = None,
+) -> Session:
+    """Build a session. All ranks call it. grace: seconds in which a job must save when it is asked to, if
+    that is known.
 
-    Raises Stopped if `stop` was requested meanwhile, ConfigError if going on would not be the same run, CheckpointError if no checkpoint of
-    the run is sound.
+    Raises Stopped if `stop` was requested meanwhile, ConfigError if going on would not be the same run,
+    CheckpointError if no checkpoint of the run is sound.
     """
 
     def check_stop() -> None:
@@ -45,10 +54,18 @@ def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World, stop: St
 
     check_stop()
     if world.rank == 0 and config.engine.dtype == "bf16" and not has_bf16(world.device):
-        print("this CPU has no BF16 arithmetic: a new run with engine.dtype=fp32 would be many times faster here", flush=True)
+        print(
+            "this CPU has no BF16 arithmetic: a new run with engine.dtype=fp32 would be many times faster"
+            " here",
+            flush=True,
+        )
     mirror = Mirror(run, config, lease.check) if world.rank == 0 and config.checkpoint.mirror else None
     found = _find_checkpoints(run, lease, mirror, world)
-    captioner = model.load_base(run, config.model) if found else model.load(config.model, config.run.seed, run.pretrained, _init_from(config, run, world))
+    captioner = (
+        model.load_base(run, config.model)
+        if found
+        else model.load(config.model, config.run.seed, run.pretrained, _init_from(config, run, world))
+    )
     check_stop()
     samples = _open_dataset(config, run, lease, world, captioner)
     check_stop()
@@ -58,7 +75,11 @@ def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World, stop: St
     engine = _engine(config, captioner, world)
     shapes = {name: list(p.shape) for name, p in captioner.trained.items()}
     now = identity(config, samples.training.digest)
-    manifest = _resume(found, run, lease, engine, world, lambda reader: _compare(reader, now, shapes, config)) if found else None
+    manifest = (
+        _resume(found, run, lease, engine, world, lambda reader: _compare(reader, now, shapes, config))
+        if found
+        else None
+    )
 
     base = _epoch_base(manifest, now, run, world) if manifest else (0, 0)
     order = samples.order(config, captioner.frames, base)
@@ -66,37 +87,88 @@ def prepare(config: RunConfig, run: RunDir, lease: Lease, world: World, stop: St
     state, vocabulary = State(), torch.zeros(captioner.config.vocab_size, dtype=torch.bool)
     if manifest:
         if total < manifest.step:
-            raise ConfigError(f"{run.path}: has taken {manifest.step} steps, more than the {total} that optim.max_steps or optim.epochs ask for")
+            raise ConfigError(
+                f"{run.path}: has taken {manifest.step} steps, more than the {total} that optim.max_steps or"
+                " optim.epochs ask for"
+            )
         if total == manifest.step and base != manifest.epoch_base:
-            raise ConfigError(f"{run.path}: what was changed begins epoch {base[1] + 1}, but optim.epochs={config.optim.epochs:g} ends before it; raise it")
+            raise ConfigError(
+                f"{run.path}: what was changed begins epoch {base[1] + 1}, but"
+                f" optim.epochs={config.optim.epochs:g} ends before it; raise it"
+            )
         best, _ = checkpoint.best_of(run.checkpoints, config.evaluate.best_metric)
         state = State(manifest.step, manifest.step, bool(manifest.metrics), best)
         vocabulary[manifest.caption_tokens] = True
     encoder = CaptionEncoder(
-        captioner.processor.tokenizer, captioner.prefix, positions=captioner.config.max_target_positions,
-        long_caption=config.data.long_caption, styles=[source.style for source in config.data.sources],
-    )  # fmt: skip
+        captioner.processor.tokenizer,
+        captioner.prefix,
+        positions=captioner.config.max_target_positions,
+        long_caption=config.data.long_caption,
+        styles=[source.style for source in config.data.sources],
+    )
 
     def committed(commit: Commit) -> None:
-        seconds = {"blocking_seconds": round(commit.blocking_seconds, 4), "total_seconds": round(commit.total_seconds, 3)}
+        seconds = {
+            "blocking_seconds": round(commit.blocking_seconds, 4),
+            "total_seconds": round(commit.total_seconds, 3),
+        }
         made = commit.manifest
         if grace and commit.total_seconds > grace / 2:
-            advice = "a preemption or the time limit may come sooner; raise slurm.signal_seconds, or take a faster file system"
-            run.record("slow_save", attempt=lease.attempt, step=made.step, seconds=round(commit.total_seconds, 1), grace=grace, advice=advice)
-        run.record("checkpoint", step=made.step, reason=made.reason, folder=commit.folder.name, **seconds, bytes=commit.bytes, **made.metrics)
-        checkpoint.retain(run.checkpoints, config.checkpoint, config.evaluate.best_metric, spare=mirror.copying if mirror else None)
+            advice = (
+                "a preemption or the time limit may come sooner; raise slurm.signal_seconds, or take a faster"
+                " file system"
+            )
+            run.record(
+                "slow_save",
+                attempt=lease.attempt,
+                step=made.step,
+                seconds=round(commit.total_seconds, 1),
+                grace=grace,
+                advice=advice,
+            )
+        run.record(
+            "checkpoint",
+            step=made.step,
+            reason=made.reason,
+            folder=commit.folder.name,
+            **seconds,
+            bytes=commit.bytes,
+            **made.metrics,
+        )
+        checkpoint.retain(
+            run.checkpoints,
+            config.checkpoint,
+            config.evaluate.best_metric,
+            spare=mirror.copying if mirror else None,
+        )
         if mirror:
             mirror.upload(commit.folder)
 
-    writer = Writer(run.checkpoints, lease.attempt, engine, world, shapes, fence=lease.check, committed=committed)
+    writer = Writer(
+        run.checkpoints, lease.attempt, engine, world, shapes, fence=lease.check, committed=committed
+    )
     if mirror:
         mirror.begin(state.step)
         for folder in reversed(checkpoint.find(run.checkpoints)):  # the last attempt may not have got to them
             mirror.upload(folder)
     return Session(
-        config=config, run=run, lease=lease, world=world, captioner=captioner, engine=engine, dataset=samples, encoder=encoder, order=order,
-        total_steps=total, state=state, writer=writer, mirror=mirror, in_hand=in_hand, poisoned=poisoned, caption_tokens=vocabulary,
-    )  # fmt: skip
+        config=config,
+        run=run,
+        lease=lease,
+        world=world,
+        captioner=captioner,
+        engine=engine,
+        dataset=samples,
+        encoder=encoder,
+        order=order,
+        total_steps=total,
+        state=state,
+        writer=writer,
+        mirror=mirror,
+        in_hand=in_hand,
+        poisoned=poisoned,
+        caption_tokens=vocabulary,
+    )
 
 
 def _find_checkpoints(run: RunDir, lease: Lease, mirror: Mirror | None, world: World) -> list[Path]:
@@ -115,16 +187,19 @@ def _find_checkpoints(run: RunDir, lease: Lease, mirror: Mirror | None, world: W
 
 
 def _refuse_to_forget(run: RunDir) -> None:
-    """Raises CheckpointError if all that is left of a run is damaged: it must not start from nothing without a word."""
+    """Raises CheckpointError if all that is left of a run is damaged: it must not start from nothing without
+    a word."""
     if aside := sorted(folder.name for folder in run.checkpoints.glob("step-*.damaged")):
         raise CheckpointError(
-            f"{run.checkpoints}: no sound checkpoint is left; damaged ones are set aside as {', '.join(aside)}. "
-            "Put back a copy of one, or delete them to start this run from the beginning."
+            f"{run.checkpoints}: no sound checkpoint is left; damaged ones are set aside as"
+            f" {', '.join(aside)}. Put back a copy of one, or delete them to start this run from the"
+            " beginning."
         )
 
 
 def _init_from(config: RunConfig, run: RunDir, world: World) -> Path | None:
-    """What this run's weights begin with: one and the same checkpoint on all ranks, and at every start until the run has one of its own."""
+    """What this run's weights begin with: one and the same checkpoint on all ranks, and at every start until
+    the run has one of its own."""
     source = config.model.init_from
     if source is None:
         return None
@@ -140,11 +215,15 @@ def _init_from(config: RunConfig, run: RunDir, world: World) -> Path | None:
     return world.share(found)
 
 
-def _open_dataset(config: RunConfig, run: RunDir, lease: Lease, world: World, captioner: Captioner) -> Dataset:
+def _open_dataset(
+    config: RunConfig, run: RunDir, lease: Lease, world: World, captioner: Captioner
+) -> Dataset:
     """Merge the indexes on rank 0, and say what is left out; all ranks map the result."""
     seconds = captioner.frames / 100
     if (config.data.max_seconds or 0) > seconds:
-        raise ConfigError(f"data.max_seconds: {config.data.max_seconds:g} s, but the model's window is {seconds:g} s")
+        raise ConfigError(
+            f"data.max_seconds: {config.data.max_seconds:g} s, but the model's window is {seconds:g} s"
+        )
     if world.rank == 0:
         for line in dataset.build(config, run.path, seconds):
             print(line, flush=True)
@@ -164,8 +243,16 @@ def _engine(config: RunConfig, captioner: Captioner, world: World) -> Engine:
     return Zero2Engine(captioner.model, config, world)
 
 
-def _resume(folders: Sequence[Path], run: RunDir, lease: Lease, engine: Engine, world: World, accept: Callable[[Reader], None]) -> Manifest:
-    """Load the newest sound checkpoint that `accept` does not refuse; damaged ones are named and set aside. Returns its manifest."""
+def _resume(
+    folders: Sequence[Path],
+    run: RunDir,
+    lease: Lease,
+    engine: Engine,
+    world: World,
+    accept: Callable[[Reader], None],
+) -> Manifest:
+    """Load the newest sound checkpoint that `accept` does not refuse; damaged ones are named and set aside.
+    Returns its manifest."""
     for folder in folders:
         problem = ""
         try:
@@ -194,11 +281,15 @@ def _compare(reader: Reader, now: dict[str, object], shapes: dict[str, list[int]
     """Raises ConfigError if a checkpoint is not of this run."""
     check_changes(reader.manifest.identity, now, config.run.allow_change, reader.folder)
     if shapes != {name: entry["shape"] for name, entry in reader.manifest.parameters.items()}:
-        raise ConfigError(f"{reader.folder}: is of another model than the run's base; put back that base, or start a new run with another run.name")
+        raise ConfigError(
+            f"{reader.folder}: is of another model than the run's base; put back that base, or start a new"
+            " run with another run.name"
+        )
 
 
 def _epoch_base(manifest: Manifest, now: dict[str, object], run: RunDir, world: World) -> tuple[int, int]:
-    """Where the order of the samples begins: as in the checkpoint, or with a new epoch where data or order were changed on purpose."""
+    """Where the order of the samples begins: as in the checkpoint, or with a new epoch where data or order
+    were changed on purpose."""
     changed = changes(manifest.identity, now)
     epoch, step = manifest.position
     base = (manifest.step, epoch + (step > 0)) if set(changed) & set(ORDER) else manifest.epoch_base

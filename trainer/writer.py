@@ -1,8 +1,10 @@
-"""Checkpoints are written in the background. Training waits for the snapshot alone, a copy to host memory that is allocated once, and only
-if the gradient of the next step is there sooner: weights and moments do not change before the optimizer's step.
+"""Checkpoints are written in the background. Training waits for the snapshot alone, a copy to host memory
+that is allocated once, and only if the gradient of the next step is there sooner: weights and moments do not
+change before the optimizer's step.
 
-Order of events: snapshot -> every rank writes and syncs its file, then its done-file -> rank 0, when all of those are there: manifest,
-fence, rename. Off the main thread ranks agree through these files and never by collectives; on it, at the next step or in `finish`.
+Order of events: snapshot -> every rank writes and syncs its file, then its done-file -> rank 0, when all of
+those are there: manifest, fence, rename. Off the main thread ranks agree through these files and never by
+collectives; on it, at the next step or in `finish`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from xxhash import xxh3_128
 
 from configs.errors import CheckpointError
 from configs.lease import Superseded
-from trainer.checkpoint import DIGEST_BLOCK, MANIFEST, Manifest, name_of, safetensors_header, sync, write_synced
+from trainer.checkpoint import (
+    DIGEST_BLOCK,
+    MANIFEST,
+    Manifest,
+    name_of,
+    safetensors_header,
+    sync,
+    write_synced,
+)
 from trainer.distributed import PeerFailed, World
 from trainer.engines import KINDS, Engine, Fragment
 
@@ -32,13 +42,14 @@ POLL = 0.05
 SYNC_BLOCKS = 16
 """Blocks of a file that are written before they must be on disk, so that the progress means something."""
 REPLACE_BELOW = 0.5
-"""Written share of a checkpoint under way below which an urgent save replaces it. Above, it is waited for: that costs less than half a
-save, and should the time run out after all, that one is durable."""
+"""Written share of a checkpoint under way below which an urgent save replaces it. Above, it is waited for:
+that costs less than half a save, and should the time run out after all, that one is durable."""
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A checkpoint that is complete. Seconds: how long training stopped for it, and from there until it was durable."""
+    """A checkpoint that is complete. Seconds: how long training stopped for it, and from there until it was
+    durable."""
 
     folder: Path
     manifest: Manifest
@@ -48,7 +59,8 @@ class Commit:
 
 
 class Snapshot:
-    """A rank's fragments in host memory, laid out as in the file: reused for every checkpoint, pinned where there is a GPU."""
+    """A rank's fragments in host memory, laid out as in the file: reused for every checkpoint, pinned where
+    there is a GPU."""
 
     def __init__(self, fragments: Sequence[Fragment]) -> None:
         self.entries = [[f.name, f.start, f.end] for f in fragments]
@@ -79,7 +91,8 @@ class Snapshot:
 
 
 class Writer:
-    """Writes the checkpoints of a run, one at a time. Every method but `failed`, `hold` and `drain` is called by all ranks at the same point."""
+    """Writes the checkpoints of a run, one at a time. Every method but `failed`, `hold` and `drain` is called
+    by all ranks at the same point."""
 
     def __init__(
         self,
@@ -92,8 +105,8 @@ class Writer:
         fence: Callable[[], None] = lambda: None,
         committed: Callable[[Commit], None] = lambda commit: None,
     ) -> None:
-        """shapes: of all parameters, by name. On rank 0, in the background: `fence` raises if this attempt may not write any more,
-        `committed` is told of each checkpoint that is complete.
+        """shapes: of all parameters, by name. On rank 0, in the background: `fence` raises if this attempt
+        may not write any more, `committed` is told of each checkpoint that is complete.
         """
         self.root, self.attempt, self.world, self.shapes = root, attempt, world, shapes
         self.fence, self.committed = fence, committed
@@ -108,7 +121,8 @@ class Writer:
     def save(self, manifest: Manifest, *, urgent: bool = False) -> None:
         """Begin to save the state, which must not change before `hold` has returned.
 
-        Waits for the one under way, or replaces it if this one is `urgent` and that has far to go. Raises as `finish` does, for the one under way.
+        Waits for the one under way, or replaces it if this one is `urgent` and that has far to go. Raises as
+        `finish` does, for the one under way.
         """
         began = time.perf_counter()
         if urgent and self._job and self.world.sum([self._job.progress])[0] < REPLACE_BELOW * self.world.size:
@@ -128,14 +142,20 @@ class Writer:
     def finish(self) -> None:
         """Wait until the checkpoint under way is durable.
 
-        If it could not be written (disk full, no permission), the rank that knows why raises CheckpointError, the others PeerFailed;
-        earlier checkpoints stay as they are. If another attempt has taken over, rank 0 raises Superseded.
+        If it could not be written (disk full, no permission), the rank that knows why raises CheckpointError,
+        the others PeerFailed; earlier checkpoints stay as they are. If another attempt has taken over, rank 0
+        raises Superseded.
         """
         job = self._job
         if job is None:
             return
-        for part in (job.written, job.committed):  # all must have written before it makes sense to wait for rank 0
-            while self.world.sum([not part.is_set()])[0]:  # in short collectives: a disk may take longer than one may last
+        for part in (
+            job.written,
+            job.committed,
+        ):  # all must have written before it makes sense to wait for rank 0
+            while self.world.sum([not part.is_set()])[
+                0
+            ]:  # in short collectives: a disk may take longer than one may last
                 if part.wait(POLL):
                     time.sleep(POLL / 5)
             if self.world.sum([job.error is not None])[0]:
@@ -144,12 +164,14 @@ class Writer:
         self._job = None
 
     def drain(self, seconds: float) -> None:
-        """Give the checkpoint under way a last chance, before this rank leaves with an error and without the others."""
+        """Give the checkpoint under way a last chance, before this rank leaves with an error and without the
+        others."""
         if self._job is not None:
             self._job.thread.join(seconds)
 
     def _fail(self, job: _Job) -> None:
-        """Give up the checkpoint under way, and raise why: that another attempt has taken over comes before what follows from it."""
+        """Give up the checkpoint under way, and raise why: that another attempt has taken over comes before
+        what follows from it."""
         cause, superseded = job.error, None
         self._abandon()
         if self.world.rank == 0:
@@ -180,8 +202,21 @@ class Writer:
 class _Job:
     """One checkpoint on its way, and the thread that writes it."""
 
-    def __init__(self, writer: Writer, snapshot: Snapshot, fragments: Sequence[Fragment], manifest: Manifest, began: float) -> None:
-        self.writer, self.snapshot, self.fragments, self.manifest, self.began = writer, snapshot, fragments, manifest, began
+    def __init__(
+        self,
+        writer: Writer,
+        snapshot: Snapshot,
+        fragments: Sequence[Fragment],
+        manifest: Manifest,
+        began: float,
+    ) -> None:
+        self.writer, self.snapshot, self.fragments, self.manifest, self.began = (
+            writer,
+            snapshot,
+            fragments,
+            manifest,
+            began,
+        )
         self.blocking = time.perf_counter() - began
         self.final = writer.root / name_of(manifest.step)
         self.temporary = writer.root / name_of(manifest.step, unfinished=writer.attempt)
@@ -189,7 +224,8 @@ class _Job:
         """Share of this rank's file that is written."""
         self.error: Exception | None = None
         self.taken, self.written, self.committed = threading.Event(), threading.Event(), threading.Event()
-        """That this rank has taken its snapshot, that it has written its file, and that rank 0 has given the folder its name; or failed."""
+        """That this rank has taken its snapshot, that it has written its file, and that rank 0 has given the
+        folder its name; or failed."""
         self.abandoned, self.all_written = threading.Event(), threading.Event()
         """Set from outside."""
         self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
@@ -212,7 +248,10 @@ class _Job:
         """This rank's file, hashed block by block on the way, then its done-file."""
         self.temporary.mkdir(parents=True, exist_ok=True)
         file = self.temporary / self._name(self.writer.world.rank)
-        parts = [memoryview(self.snapshot.header), memoryview(self.snapshot.buffer.view(torch.uint8).numpy().data)]
+        parts = [
+            memoryview(self.snapshot.header),
+            memoryview(self.snapshot.buffer.view(torch.uint8).numpy().data),
+        ]
         size, digests, digest, filled = sum(map(len, parts)), [], xxh3_128(), 0
         with file.open("wb", buffering=0) as out:
             for part in parts:
@@ -234,21 +273,27 @@ class _Job:
                 digests.append(digest.hexdigest())
             os.fsync(out.fileno())
         unfinished = file.with_suffix(".json.tmp")
-        write_synced(unfinished, {"file": {file.name: {"size": size, "xxh3_128": digests}}, "fragments": self.snapshot.entries})
+        write_synced(
+            unfinished,
+            {"file": {file.name: {"size": size, "xxh3_128": digests}}, "fragments": self.snapshot.entries},
+        )
         unfinished.replace(file.with_suffix(".json"))
 
     def _commit(self) -> None:
         """Rank 0: wait for all done-files, write the manifest, and give the folder its name."""
         manifest, ranks = self.manifest, range(self.writer.world.size)
-        # On NFS a listing may be old by half a minute; a name that nobody has asked for yet is looked up anew.
+        # On NFS a listing may be old by half a minute; a name that nobody has asked for yet is looked up
+        # anew.
         while not self.all_written.is_set() and len(list(self.temporary.glob("rank-*.json"))) < len(ranks):
             if self.abandoned.wait(POLL):
                 raise CheckpointError("given up, or another rank failed")
         for done_file in ((self.temporary / self._name(rank)).with_suffix(".json") for rank in ranks):
-            done: dict[str, Any] = json.loads(done_file.read_text())
+            done: dict[str, Any] = json.loads(done_file.read_text(encoding="utf-8"))
             manifest.files |= done["file"]
             for name, start, end in done["fragments"]:
-                entry = manifest.parameters.setdefault(name, {"shape": self.writer.shapes[name], "fragments": []})
+                entry = manifest.parameters.setdefault(
+                    name, {"shape": self.writer.shapes[name], "fragments": []}
+                )
                 entry["fragments"].append([start, end, next(iter(done["file"]))])
             done_file.unlink()
         write_synced(self.temporary / MANIFEST, asdict(manifest))
@@ -262,9 +307,14 @@ class _Job:
         shutil.rmtree(former, ignore_errors=True)
         size = sum(file["size"] for file in manifest.files.values())
         try:
-            self.writer.committed(Commit(self.final, manifest, self.blocking, time.perf_counter() - self.began, size))
+            self.writer.committed(
+                Commit(self.final, manifest, self.blocking, time.perf_counter() - self.began, size)
+            )
         except Exception as error:  # it is durable all the same
-            print(f"{self.final}: is complete, but what follows a save failed: {type(error).__name__}: {error}", flush=True)
+            print(
+                f"{self.final}: is complete, but what follows a save failed: {type(error).__name__}: {error}",
+                flush=True,
+            )
 
     def _name(self, rank: int) -> str:
         return f"rank-{rank:05d}-of-{self.writer.world.size:05d}.safetensors"

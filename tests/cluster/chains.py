@@ -57,7 +57,9 @@ class Chain:
         """Wait until an attempt later than `after` has taken so many steps; returns its number."""
 
         def look() -> list[int]:
-            lines = [line for line in read_lines(self.run.audit / "rank-00000.jsonl") if line["attempt"] > after]
+            lines = [
+                line for line in read_lines(self.run.audit / "rank-00000.jsonl") if line["attempt"] > after
+            ]
             last = max((line["attempt"] for line in lines), default=-1)
             return [last] if sum(line["attempt"] == last for line in lines) >= steps else []
 
@@ -84,7 +86,9 @@ class Chain:
         wanted = {f"SLURM_JOB_ID={self.job()}", f"SLURM_PROCID={rank}"}
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                if b"launch.worker" in (process / "cmdline").read_bytes() and wanted <= set((process / "environ").read_text().split("\0")):
+                if b"launch.worker" in (process / "cmdline").read_bytes() and wanted <= set(
+                    (process / "environ").read_text(encoding="utf-8").split("\0")
+                ):
                     return int(process.name)
             except OSError:
                 continue
@@ -96,26 +100,56 @@ class Chain:
 
     def audit(self) -> dict[int, list[str]]:
         """Keys by step; where two attempts hold one step, the later one counts."""
-        return {step: taken.keys for (_, step), taken in sorted(audit_of_attempts(self.run.path).items(), key=lambda item: item[0])}
+        return {
+            step: taken.keys
+            for (_, step), taken in sorted(audit_of_attempts(self.run.path).items(), key=lambda item: item[0])
+        }
 
     def said(self) -> str:
         """All that is known, for a test that fails."""
         logs = [*sorted(self.run.slurm.glob("*.log")), *sorted(self.run.logs.glob("*/rank-00000.log"))[-2:]]
         events = [str(line)[:300] for line in self.run.ledger() if line["event"] != "evaluation"]
-        return "\n".join([*events[-30:], *(f"--- {log}\n{log.read_text(errors='replace')[-1500:]}" for log in logs), *self.jobs()])
+        return "\n".join(
+            [
+                *events[-30:],
+                *(f"--- {log}\n{log.read_text(errors='replace', encoding='utf-8')[-1500:]}" for log in logs),
+                *self.jobs(),
+            ]
+        )
 
 
-def make_chain(cluster: Cluster, folder: Path, model: Path, shards: str, steps: int, **sections: dict[str, object]) -> Chain:
+def make_chain(
+    cluster: Cluster, folder: Path, model: Path, shards: str, steps: int, **sections: dict[str, object]
+) -> Chain:
     """A run that is not submitted yet; its shards are indexed."""
     (folder / "faults").mkdir(parents=True)
     setup = [f"export PYTHONPATH='{FAULTS}' EARWITNESS_FAULTS='{folder}/faults'"]
-    slurm = {"nodes": 2, "gpus_per_node": 0, "tasks_per_node": 2, "signal_seconds": 20, "time_minutes": 30, "setup": setup, **sections.pop("slurm", {})}
+    slurm = {
+        "nodes": 2,
+        "gpus_per_node": 0,
+        "tasks_per_node": 2,
+        "signal_seconds": 20,
+        "time_minutes": 30,
+        "setup": setup,
+        **sections.pop("slurm", {}),
+    }
     values = config_values(
-        "run", folder, model, shards, **{"optim": {"max_steps": steps}, "evaluate": {"captions": 0, "every_steps": 10_000}, "checkpoint": {"every_steps": 2},
-        "monitor": {"every_steps": 1}, "engine": {"backend": "fsdp2", "dtype": "fp32"}, **sections, "slurm": slurm},
-    )  # fmt: skip
+        "run",
+        folder,
+        model,
+        shards,
+        **{
+            "optim": {"max_steps": steps},
+            "evaluate": {"captions": 0, "every_steps": 10_000},
+            "checkpoint": {"every_steps": 2},
+            "monitor": {"every_steps": 1},
+            "engine": {"backend": "fsdp2", "dtype": "fp32"},
+            **sections,
+            "slurm": slurm,
+        },
+    )
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(values))
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
     done = run_program("tools.index", config)
     assert done.returncode == 0, done.stderr
     return Chain(cluster, config, RunDir(folder / "run"), folder / "faults")

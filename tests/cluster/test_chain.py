@@ -1,4 +1,5 @@
-"""A run that is submitted once goes on through all that a cluster does to its jobs, on a real Slurm, and is the same run at the end."""
+"""A run that is submitted once goes on through all that a cluster does to its jobs, on a real Slurm, and is
+the same run at the end."""
 
 from __future__ import annotations
 
@@ -22,13 +23,20 @@ ENDLESS = 100_000
 
 
 def preempt(chain: Chain) -> None:
-    chain.cluster.run("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    chain.cluster.run(
+        "sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+    )
 
 
 def time_limit(chain: Chain) -> None:
     """The limit of the job at work comes within the minute."""
     elapsed = int(time.time() - chain.run.ledger("attempt")[-1]["time"])
-    chain.cluster.run("scontrol", "update", f"JobId={chain.job()}", f"TimeLimit=00:{elapsed // 60:02d}:{elapsed % 60 + 25:02d}")
+    chain.cluster.run(
+        "scontrol",
+        "update",
+        f"JobId={chain.job()}",
+        f"TimeLimit=00:{elapsed // 60:02d}:{elapsed % 60 + 25:02d}",
+    )
 
 
 def kill_rank(chain: Chain) -> None:
@@ -40,7 +48,7 @@ def stop_rank(chain: Chain) -> None:
 
 
 def raise_in_rank(error: str) -> Callable[[Chain], None]:
-    return lambda chain: (chain.faults / "rank-1").write_text(error) and None
+    return lambda chain: (chain.faults / "rank-1").write_text(error, encoding="utf-8") and None
 
 
 def lose_node(chain: Chain) -> None:
@@ -57,7 +65,12 @@ def lose_slurmd(chain: Chain) -> None:
 
 def lost(nodes: list[str], cluster: Cluster) -> list[str]:
     """Those of some nodes that Slurm has lost."""
-    states = dict(line.split() for line in cluster.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t").splitlines())
+    states = dict(
+        line.split()
+        for line in cluster.run(
+            "sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t"
+        ).splitlines()
+    )
     return [node for node in nodes if "down" in states[node]]
 
 
@@ -82,17 +95,35 @@ def fragile(slurm_packages: None, tmp_path: Path) -> Iterator[Cluster]:
 
 
 @pytest.mark.slow
-def test_whatever_happens_it_goes_on_and_is_the_same_run(fragile: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
-    """Every way in which an attempt can end, one after another; seconds from each fault to the first new step are printed."""
-    chain = make_chain(fragile, tmp_path, model, shards, ENDLESS, slurm={"hang_seconds": 8, "exclude_minutes": 0, "notify": "me@example.org"})
+def test_whatever_happens_it_goes_on_and_is_the_same_run(
+    fragile: Cluster, tmp_path: Path, model: Path, shards: str, launch
+) -> None:
+    """Every way in which an attempt can end, one after another; seconds from each fault to the first new step
+    are printed."""
+    chain = make_chain(
+        fragile,
+        tmp_path,
+        model,
+        shards,
+        ENDLESS,
+        slurm={"hang_seconds": 8, "exclude_minutes": 0, "notify": "me@example.org"},
+    )
     chain.submit()
     attempt = chain.training()
     for name, (happen, cause, words) in ENDINGS.items():
         nodes, began = chain.nodes(), time.time()
         happen(chain)
         attempt = chain.training(attempt, steps=1)
-        stepped, restarted, end = time.time() - began, chain.run.ledger("attempt")[-1]["time"] - began, chain.ends()[-1]
-        print(f"{name:30} next attempt after {restarted:5.1f} s, its first step after {stepped:5.1f} s  {end[1]}", flush=True)
+        stepped, restarted, end = (
+            time.time() - began,
+            chain.run.ledger("attempt")[-1]["time"] - began,
+            chain.ends()[-1],
+        )
+        print(
+            f"{name:30} next attempt after {restarted:5.1f} s, its first step after {stepped:5.1f} s "
+            f" {end[1]}",
+            flush=True,
+        )
         assert end[0] == cause and words in end[1], chain.said()
         for node in lost(nodes, fragile):
             fragile.start_slurmd(node)

@@ -48,35 +48,56 @@ def webhook() -> Iterator[tuple[str, list[dict[str, str]]]]:
     server.server_close()
 
 
-def test_a_crash_loop_stops_after_the_limit_and_says_why(cluster: Cluster, tmp_path: Path, model: Path, shards: str, webhook) -> None:
+def test_a_crash_loop_stops_after_the_limit_and_says_why(
+    cluster: Cluster, tmp_path: Path, model: Path, shards: str, webhook
+) -> None:
     url, told = webhook
-    chain = make_chain(cluster, tmp_path, model, shards, ENDLESS, slurm={"max_attempts_without_progress": 3, "notify": url})
-    (chain.faults / "every-rank-1").write_text("ZeroDivisionError")
+    chain = make_chain(
+        cluster, tmp_path, model, shards, ENDLESS, slurm={"max_attempts_without_progress": 3, "notify": url}
+    )
+    (chain.faults / "every-rank-1").write_text("ZeroDivisionError", encoding="utf-8")
     chain.submit()
     why = chain.finished()
-    assert "3 attempts failed in a row without a checkpoint after step 0" in why and "ZeroDivisionError" in why and "max_attempts_without_progress" in why
+    assert (
+        "3 attempts failed in a row without a checkpoint after step 0" in why
+        and "ZeroDivisionError" in why
+        and "max_attempts_without_progress" in why
+    )
     assert [cause for cause, _ in chain.ends()] == ["error"] * 3
     begun = [line["time"] for line in chain.run.ledger("attempt")]
-    assert begun[2] - chain.run.ledger("ended")[1]["time"] > 10, "the second failure in a row is followed by a pause"
+    assert begun[2] - chain.run.ledger("ended")[1]["time"] > 10, (
+        "the second failure in a row is followed by a pause"
+    )
     status = chain.launch("status", chain.run.path)
     assert "3 attempts failed in a row" in " ".join(status.stdout.split()), status.stdout
     assert [line["why"] for line in told] == [why], "told once, at the end of the chain"
 
 
-def test_an_unfit_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
+def test_an_unfit_node_is_named_and_left_out(
+    cluster: Cluster, tmp_path: Path, model: Path, shards: str
+) -> None:
     chain = make_chain(cluster, tmp_path, model, shards, 4, slurm={"sbatch": ["--nodelist=n1,n2"]})
     (chain.faults / "skew-n2").touch()
     script = chain.launch("submit", chain.config, "--dry-run")
     assert script.returncode == 0, script.stderr
     cluster.run("sbatch", str(chain.run.slurm / "job.sh"))
-    following = chain.wait("the next job", lambda: list((chain.run.slurm / "jobs").glob("*.next")))[0].read_text().strip()
+    following = (
+        chain.wait("the next job", lambda: list((chain.run.slurm / "jobs").glob("*.next")))[0]
+        .read_text(encoding="utf-8")
+        .strip()
+    )
     cluster.run("scontrol", "update", f"JobId={following}", "ReqNodeList=")
     assert chain.finished() == "finished", chain.said()
-    assert chain.ends()[0] == ("unfit_node", chain.ends()[0][1]) and "n2 is unfit: clock: +100 s off" in chain.ends()[0][1], chain.said()
+    assert (
+        chain.ends()[0] == ("unfit_node", chain.ends()[0][1])
+        and "n2 is unfit: clock: +100 s off" in chain.ends()[0][1]
+    ), chain.said()
     assert "n2" not in chain.nodes() and chain.run.ledger("attempt")[0]["nodes"] == ["n1", "n2"]
 
 
-def test_a_drill_reports_seconds_to_save_to_restart_and_to_the_first_step(cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
+def test_a_drill_reports_seconds_to_save_to_restart_and_to_the_first_step(
+    cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch
+) -> None:
     chain = make_chain(cluster, tmp_path, model, shards, ENDLESS)
     early = chain.launch("drill", tmp_path)
     assert early.returncode == 2 and "not the folder of a run" in early.stderr
@@ -85,13 +106,20 @@ def test_a_drill_reports_seconds_to_save_to_restart_and_to_the_first_step(cluste
     done = chain.launch("drill", chain.run.path)
     assert done.returncode == 0, done.stderr
     found = re.findall(r"([\d.]+) s  (.*)", done.stdout)
-    assert [what for _, what in found] == ["durable save", "next attempt starts", "it has loaded the checkpoint", "its first step is taken"], done.stdout
+    assert [what for _, what in found] == [
+        "durable save",
+        "next attempt starts",
+        "it has loaded the checkpoint",
+        "its first step is taken",
+    ], done.stdout
     seconds = [float(number) for number, _ in found]
     assert seconds == sorted(seconds) and seconds[0] < 5
     check_the_same(chain, launch)
 
 
-def test_selftest_takes_a_config_once_through_everything(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
+def test_selftest_takes_a_config_once_through_everything(
+    cluster: Cluster, tmp_path: Path, model: Path, shards: str
+) -> None:
     chain = make_chain(cluster, tmp_path, model, shards, ENDLESS)
     done = chain.launch("selftest", chain.config)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -100,7 +128,9 @@ def test_selftest_takes_a_config_once_through_everything(cluster: Cluster, tmp_p
     assert (tmp_path / "run-selftest/export/model.safetensors").exists() and not chain.run.path.exists()
 
 
-def test_cancelled_by_the_user_it_stays_so_and_submitting_again_goes_on(cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
+def test_cancelled_by_the_user_it_stays_so_and_submitting_again_goes_on(
+    cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch
+) -> None:
     chain = make_chain(cluster, tmp_path, model, shards, ENDLESS)
     chain.submit()
     chain.training()
@@ -112,17 +142,25 @@ def test_cancelled_by_the_user_it_stays_so_and_submitting_again_goes_on(cluster:
     assert again.returncode == 0, again.stderr
     chain.training(0)
     refused = chain.launch("submit", chain.config)
-    assert refused.returncode == 2 and "its chain is still there" in refused.stderr and "launch stop" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "its chain is still there" in refused.stderr
+        and "launch stop" in refused.stderr
+    )
     check_the_same(chain, launch)
 
 
-def test_on_four_nodes_on_two_and_on_three(cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
+def test_on_four_nodes_on_two_and_on_three(
+    cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch
+) -> None:
     chain = make_chain(cluster, tmp_path, model, shards, ENDLESS, slurm={"nodes": "2-4"})
     chain.submit()
     attempt, sizes = chain.training(), [len(chain.nodes())]
     for nodes in (2, 3):
-        following = (chain.run.slurm / "jobs" / f"{chain.job()}.next").read_text().strip()
-        cluster.run("scontrol", "update", f"JobId={following}", f"NumNodes={nodes}-{nodes}", f"NumTasks={2 * nodes}")
+        following = (chain.run.slurm / "jobs" / f"{chain.job()}.next").read_text(encoding="utf-8").strip()
+        cluster.run(
+            "scontrol", "update", f"JobId={following}", f"NumNodes={nodes}-{nodes}", f"NumTasks={2 * nodes}"
+        )
         kill_rank(chain)
         attempt = chain.training(attempt)
         sizes.append(len(chain.nodes()))
@@ -134,23 +172,36 @@ def test_a_poisoned_sample_does_not_loop(cluster: Cluster, tmp_path: Path, model
     """It ends two attempts, and is left out in the third."""
     chain = make_chain(cluster, tmp_path, model, shards, 30)
     config = load(chain.config)
-    (shard, *_) = expand(config.data.sources[0])
+    shard, *_ = expand(config.data.sources[0])
     sidecar = load_sidecar(shard, config.data.index_dir)
     assert sidecar is not None
     row = next(row for row in sidecar.table.to_pylist() if not is_held_out(row["key"], shard.source))
-    audio = Path(shard.location.url.removeprefix("file://")).read_bytes()[row["audio_offset"] : row["audio_offset"] + row["audio_size"]]
-    (chain.faults / "poison").write_text(str(zlib.crc32(audio)))
+    audio = Path(shard.location.url.removeprefix("file://")).read_bytes()[
+        row["audio_offset"] : row["audio_offset"] + row["audio_size"]
+    ]
+    (chain.faults / "poison").write_text(str(zlib.crc32(audio)), encoding="utf-8")
     chain.submit()
     assert chain.finished() == "finished", chain.said()
-    assert [cause for cause, _ in chain.ends()] == ["poisoned_sample", "poisoned_sample", "finished"], chain.said()
+    assert [cause for cause, _ in chain.ends()] == [
+        "poisoned_sample",
+        "poisoned_sample",
+        "finished",
+    ], chain.said()
     assert all(row["key"] in words for _, words in chain.ends()[:2])
     rejected = {key for taken in audit_of_attempts(chain.run.path).values() for key in taken.rejected}
     assert [key.rsplit("/", 1)[1] for key in rejected] == [row["key"]]
-    assert {line["reason"] for line in read_lines(chain.run.quarantine)} == {"its decoder crashed or never ended in 2 attempts"}
+    assert {line["reason"] for line in read_lines(chain.run.quarantine)} == {
+        "its decoder crashed or never ended in 2 attempts"
+    }
 
 
-def test_two_runs_chain_side_by_side(cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
-    chains = [make_chain(cluster, tmp_path / name, model, shards, ENDLESS, slurm={"nodes": 1}) for name in ("one", "two")]
+def test_two_runs_chain_side_by_side(
+    cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch
+) -> None:
+    chains = [
+        make_chain(cluster, tmp_path / name, model, shards, ENDLESS, slurm={"nodes": 1})
+        for name in ("one", "two")
+    ]
     for chain in chains:
         chain.submit()
     for chain in chains:
@@ -164,7 +215,9 @@ def test_two_runs_chain_side_by_side(cluster: Cluster, tmp_path: Path, model: Pa
     assert len(folders[0]) == len(folders[1]) == 3 and not folders[0] & folders[1]
 
 
-def test_without_resubmission_one_attempt_is_all(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
+def test_without_resubmission_one_attempt_is_all(
+    cluster: Cluster, tmp_path: Path, model: Path, shards: str
+) -> None:
     chain = make_chain(cluster, tmp_path, model, shards, ENDLESS, slurm={"resubmit": "none"})
     chain.submit()
     chain.training()
@@ -179,12 +232,17 @@ def accounted(tmp_path: Path) -> Iterator[Cluster]:
     """A cluster with accounting, that warns with USR2, leaves a grace, and starts what was requeued soon."""
     need_packages(accounting=True)
     folder = tmp_path / "slurm"
-    extra = [f"AuthInfo=socket={folder}/munge.sock,cred_expire=8", "SlurmctldParameters=preempt_send_user_signal"]
+    extra = [
+        f"AuthInfo=socket={folder}/munge.sock,cred_expire=8",
+        "SlurmctldParameters=preempt_send_user_signal",
+    ]
     with slurm.serve(folder, accounting=True, grace_seconds=15, extra=extra) as running:
         yield running
 
 
-def test_a_job_that_requeues_itself_and_accounting_and_a_grace(accounted: Cluster, tmp_path: Path, model: Path, shards: str, launch) -> None:
+def test_a_job_that_requeues_itself_and_accounting_and_a_grace(
+    accounted: Cluster, tmp_path: Path, model: Path, shards: str, launch
+) -> None:
     chain = make_chain(accounted, tmp_path / "run", model, shards, ENDLESS, slurm={"resubmit": "requeue"})
     chain.submit()
     attempt = chain.training()
@@ -194,4 +252,6 @@ def test_a_job_that_requeues_itself_and_accounting_and_a_grace(accounted: Cluste
     assert [cause for cause, _ in chain.ends()] == ["crash", "preempted"], chain.said()
     assert len({line["job"] for line in chain.run.ledger("attempt")}) == 1
     check_the_same(chain, launch)
-    assert "COMPLETED" in accounted.run("sacct", "--noheader", "--allocations", f"--jobs={chain.job()}", "--format=State")
+    assert "COMPLETED" in accounted.run(
+        "sacct", "--noheader", "--allocations", f"--jobs={chain.job()}", "--format=State"
+    )

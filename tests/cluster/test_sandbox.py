@@ -30,7 +30,9 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
 
 def submit(cluster: slurm.Cluster, *arguments: str, wrap: str = "exec sleep 1000") -> str:
     """The job's number; what it prints lies in FOLDER/JOB.out."""
-    said = cluster.run("sbatch", "--parsable", f"--output={cluster.folder}/%j.out", *arguments, f"--wrap={wrap}")
+    said = cluster.run(
+        "sbatch", "--parsable", f"--output={cluster.folder}/%j.out", *arguments, f"--wrap={wrap}"
+    )
     return said.strip()
 
 
@@ -43,7 +45,9 @@ def processes_of(folder: Path) -> list[str]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            command, environment = ((process / name).read_bytes().replace(b"\0", b" ") for name in ("cmdline", "environ"))
+            command, environment = (
+                (process / name).read_bytes().replace(b"\0", b" ") for name in ("cmdline", "environ")
+            )
         except OSError:
             continue
         if str(folder).encode() in command + environment:
@@ -52,13 +56,21 @@ def processes_of(folder: Path) -> list[str]:
 
 
 def sleeps(cluster: slurm.Cluster) -> list[str]:
-    return sorted(found[0] for line in processes_of(cluster.folder) if (found := re.findall(r"^\d+ (/bin/sleep \d{4})", line)))
+    return sorted(
+        found[0]
+        for line in processes_of(cluster.folder)
+        if (found := re.findall(r"^\d+ (/bin/sleep \d{4})", line))
+    )
 
 
 def test_a_job_runs_on_two_nodes_with_two_tasks_each(cluster: slurm.Cluster) -> None:
-    job = submit(cluster, "-N2", "--ntasks-per-node=2", wrap="srun /bin/sh -c 'echo $SLURMD_NODENAME $SLURM_PROCID'")
+    job = submit(
+        cluster, "-N2", "--ntasks-per-node=2", wrap="srun /bin/sh -c 'echo $SLURMD_NODENAME $SLURM_PROCID'"
+    )
     wait_until(lambda: state(cluster, job) == "COMPLETED")
-    printed = sorted(line.split() for line in (cluster.folder / f"{job}.out").read_text().splitlines())
+    printed = sorted(
+        line.split() for line in (cluster.folder / f"{job}.out").read_text(encoding="utf-8").splitlines()
+    )
     assert [rank for _, rank in printed] == ["0", "1", "2", "3"]
     first, second = printed[0][0], printed[2][0]
     assert [node for node, _ in printed] == [first, first, second, second] and first != second
@@ -71,13 +83,15 @@ def test_jobs_get_the_gpus_that_they_ask_for(cluster: slurm.Cluster) -> None:
 
 
 def test_a_job_in_high_preempts_one_in_low(cluster: slurm.Cluster) -> None:
-    low = submit(cluster, "-N4", "--exclusive", wrap="trap 'echo warned; exit' TERM; while :; do sleep 0.1; done")
+    low = submit(
+        cluster, "-N4", "--exclusive", wrap="trap 'echo warned; exit' TERM; while :; do sleep 0.1; done"
+    )
     wait_until(lambda: state(cluster, low) == "RUNNING")
     high = submit(cluster, "-phigh", "-N2", "--exclusive", wrap="true")
     wait_until(lambda: state(cluster, high) == "COMPLETED")
     wait_until(lambda: state(cluster, low) == "PENDING")
     assert "Restarts=1 " in cluster.run("scontrol", "show", "job", low)
-    assert "warned" in (cluster.folder / f"{low}.out").read_text()
+    assert "warned" in (cluster.folder / f"{low}.out").read_text(encoding="utf-8")
     cluster.run("scancel", low)
 
 
@@ -88,7 +102,9 @@ def test_without_accounting_sacct_fails(cluster: slurm.Cluster) -> None:
 
 @pytest.mark.slow
 def test_slurm_requeues_the_job_of_a_node_that_lost_power_and_takes_the_node_back(tmp_path: Path) -> None:
-    with slurm.serve(tmp_path / "c", 2, extra=["SlurmdTimeout=3", "MessageTimeout=3"]) as cluster:  # 12 s; 49 s with the defaults, 30 and 10
+    with slurm.serve(
+        tmp_path / "c", 2, extra=["SlurmdTimeout=3", "MessageTimeout=3"]
+    ) as cluster:  # 12 s; 49 s with the defaults, 30 and 10
         job = submit(cluster, "-N2", wrap="exec srun /bin/sleep 1000")
         wait_until(lambda: sleeps(cluster) == ["/bin/sleep 1000"] * 2)
         cluster.kill_node("n1")
@@ -102,12 +118,19 @@ def test_slurm_requeues_the_job_of_a_node_that_lost_power_and_takes_the_node_bac
 def test_jobs_survive_the_death_of_slurmd_but_not_of_their_node(tmp_path: Path) -> None:
     with slurm.serve(tmp_path / "c", 2) as cluster:
         finished, out = cluster.folder / "finished", cluster.folder / "1.out"
-        job = submit(cluster, "-wn1", wrap=f"echo began; until [ -e {finished} ]; do /bin/sleep 0.1; done; echo survived; exec /bin/sleep 1001")
+        job = submit(
+            cluster,
+            "-wn1",
+            wrap=(
+                f"echo began; until [ -e {finished} ]; do /bin/sleep 0.1; done; echo survived; exec"
+                " /bin/sleep 1001"
+            ),
+        )
         submit(cluster, "-wn2", wrap="exec /bin/sleep 1002")
-        wait_until(lambda: out.exists() and out.read_text() == "began\n")
+        wait_until(lambda: out.exists() and out.read_text(encoding="utf-8") == "began\n")
         cluster.kill_slurmd("n1")
         finished.touch()
-        wait_until(lambda: out.read_text() == "began\nsurvived\n")
+        wait_until(lambda: out.read_text(encoding="utf-8") == "began\nsurvived\n")
         cluster.start_slurmd("n1")
         wait_until(lambda: sleeps(cluster) == ["/bin/sleep 1001", "/bin/sleep 1002"])
         assert state(cluster, job) == "RUNNING"
@@ -119,13 +142,23 @@ def test_after_stop_nothing_is_left_whatever_died_before(tmp_path: Path) -> None
     folder = tmp_path / "c"
     with ExitStack() as stack:
         with pytest.raises(KeyboardInterrupt), slurm.serve(folder, 2) as cluster:
-            submit(cluster, "-N2", wrap="trap '' TERM; setsid /bin/sleep 1000 & wait")  # an orphan that hears no signal
+            submit(
+                cluster, "-N2", wrap="trap '' TERM; setsid /bin/sleep 1000 & wait"
+            )  # an orphan that hears no signal
             wait_until(lambda: sleeps(cluster))
             shell = os.environ | cluster.environment
-            commands = ["srun /bin/sleep 1001", "srun -N3 true", "sbatch --wait --wrap=true -dafter:1", "/bin/sleep 1002"]
-            *waiting, bystander = (stack.enter_context(subprocess.Popen(one.split(), env=shell, stderr=subprocess.DEVNULL)) for one in commands)
+            commands = [
+                "srun /bin/sleep 1001",
+                "srun -N3 true",
+                "sbatch --wait --wrap=true -dafter:1",
+                "/bin/sleep 1002",
+            ]
+            *waiting, bystander = (
+                stack.enter_context(subprocess.Popen(one.split(), env=shell, stderr=subprocess.DEVNULL))
+                for one in commands
+            )
             stack.callback(bystander.kill)
-            os.kill(int((folder / "slurmctld.pid").read_text()), signal.SIGKILL)
+            os.kill(int((folder / "slurmctld.pid").read_text(encoding="utf-8")), signal.SIGKILL)
             cluster.kill_slurmd("n1")
             raise KeyboardInterrupt
         assert all(process.wait(10) for process in waiting)
@@ -140,7 +173,9 @@ def test_clusters_side_by_side_do_not_mix(cluster: slurm.Cluster, tmp_path: Path
     with slurm.serve(tmp_path / "other", 1) as other:
         theirs = submit(other, "--job-name=theirs")
         wait_until(lambda: state(cluster, mine) == state(other, theirs) == "RUNNING")
-        assert cluster.run("squeue", "-ho", "%j").split() == ["mine"] and other.run("squeue", "-ho", "%j").split() == ["theirs"]
+        assert cluster.run("squeue", "-ho", "%j").split() == ["mine"] and other.run(
+            "squeue", "-ho", "%j"
+        ).split() == ["theirs"]
         other.kill_node("n1")
     assert state(cluster, mine) == "RUNNING"
     assert cluster.run("srun", "-N4", "/bin/echo", "well") == "well\n" * 4
@@ -153,10 +188,20 @@ def test_the_command_line_starts_one_says_what_to_type_and_stops_it(tmp_path: Pa
     try:
         assert started.returncode == 0, started.stderr
         typed = re.findall(r"export (\w+)=(\S+)", started.stdout)
-        listed = subprocess.run(["sinfo", "-hNo%N"], env=os.environ | dict(typed), capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["sinfo", "-hNo%N"],
+            env=os.environ | dict(typed),
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+        )
         assert set(listed.stdout.split()) == {"n1"}
         again = run_program("tools.sandbox", "slurm", "--nodes", 1, "--dir", folder)
-        assert again.returncode == 1 and f"python -m tools.sandbox stop {folder}" in again.stderr and processes_of(folder)
+        assert (
+            again.returncode == 1
+            and f"python -m tools.sandbox stop {folder}" in again.stderr
+            and processes_of(folder)
+        )
         stop = re.findall(r"python -m (tools.sandbox) (stop) (.*)", started.stdout)[0]
         assert run_program(*stop).returncode == 0
     finally:
@@ -166,17 +211,19 @@ def test_the_command_line_starts_one_says_what_to_type_and_stops_it(tmp_path: Pa
 
 @pytest.mark.parametrize("conf", [None, "ClusterName=real\n"])
 def test_stop_touches_no_folder_that_is_no_sandbox(tmp_path: Path, conf: str | None) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
     if conf:
-        (tmp_path / "slurm.conf").write_text(conf)
+        (tmp_path / "slurm.conf").write_text(conf, encoding="utf-8")
     with pytest.raises(EarwitnessError, match="nothing is stopped or removed"):
         slurm.stop(tmp_path)
     with pytest.raises(EarwitnessError, match="there already"):
         slurm.start(tmp_path)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "years of work"
 
 
-@pytest.mark.parametrize(("name", "words"), [("my cluster", "letters, digits"), ("long" * 30, "80 characters")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("my cluster", "letters, digits"), ("long" * 30, "80 characters")]
+)
 def test_a_folder_that_slurm_cannot_take_is_refused(tmp_path: Path, name: str, words: str) -> None:
     with pytest.raises(EarwitnessError, match=words):
         slurm.start(tmp_path / name)

@@ -17,7 +17,9 @@ from tests.cluster.chains import Chain, make_chain
 from tests.making import config_values, run_program
 from tools.sandbox.slurm import Cluster
 
-ODD = st.text(st.sampled_from("ab01 '\"$`\\#%&;|<>()*?!~{}[]=,:@^üñ語\t".replace("\t", "")), min_size=1, max_size=12).filter(lambda text: text == text.strip())
+ODD = st.text(
+    st.sampled_from("ab01 '\"$`\\#%&;|<>()*?!~{}[]=,:@^üñ語\t".replace("\t", "")), min_size=1, max_size=12
+).filter(lambda text: text == text.strip())
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +27,23 @@ def chain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, model: Pat
     return make_chain(cluster, tmp_path_factory.mktemp("submit"), model, shards, steps=6)
 
 
-@settings(deadline=None, derandomize=True, max_examples=25, phases=[Phase.generate, Phase.shrink], suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=ODD, account=ODD, folder=ODD.filter(lambda name: "/" not in name and "\\" not in name and name not in (".", "..")))
-def test_whatever_things_are_called_slurm_is_told_exactly_that(chain: Chain, monkeypatch: pytest.MonkeyPatch, name: str, account: str, folder: str) -> None:
-    """The real sbatch takes job name, account and the path of the output from the script; bash takes the run's folder from it."""
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    name=ODD,
+    account=ODD,
+    folder=ODD.filter(lambda name: "/" not in name and "\\" not in name and name not in (".", "..")),
+)
+def test_whatever_things_are_called_slurm_is_told_exactly_that(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch, name: str, account: str, folder: str
+) -> None:
+    """The real sbatch takes job name, account and the path of the output from the script; bash takes the
+    run's folder from it."""
     run = chain.faults / folder / 'it\'s "here"'
     config = load(chain.config, [])
     config = config.model_copy(
@@ -45,9 +60,16 @@ def test_whatever_things_are_called_slurm_is_told_exactly_that(chain: Chain, mon
     assert f" JobName={name} UserId=" in told
     assert f" Account={account} QOS=" in told
     assert f" Command={script} WorkDir=" in told
-    assert f" StdOut={str(run.absolute()).replace('%', '%%')}/slurm/{job}.log " in told  # a pattern, as it is shown
-    lines = [line for line in script.read_text().splitlines() if line.startswith("run=")]
-    said = subprocess.run(["bash", "-c", "\n".join([*lines, 'printf %s "$run"'])], capture_output=True, text=True, check=True).stdout
+    assert (
+        f" StdOut={str(run.absolute()).replace('%', '%%')}/slurm/{job}.log " in told
+    )  # a pattern, as it is shown
+    lines = [line for line in script.read_text(encoding="utf-8").splitlines() if line.startswith("run=")]
+    said = subprocess.run(
+        ["bash", "-c", "\n".join([*lines, 'printf %s "$run"'])],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    ).stdout
     assert said == str(run.absolute())
 
 
@@ -57,7 +79,7 @@ def test_the_printed_script_works_when_handed_to_sbatch_by_hand(chain: Chain, tm
     done = chain.launch("submit", chain.config, f"run.dir={folder}", "--dry-run")
     assert done.returncode == 0 and done.stdout.startswith("#!/bin/bash"), done.stderr
     assert "2 samples each" in done.stderr and "not submitted" in done.stderr
-    (tmp_path / "mine.sh").write_text(done.stdout)
+    (tmp_path / "mine.sh").write_text(done.stdout, encoding="utf-8")
     assert not chain.jobs()
     chain.cluster.run("sbatch", str(tmp_path / "mine.sh"))
     assert Chain(chain.cluster, chain.config, RunDir(folder)).finished() == "finished"
@@ -75,9 +97,13 @@ def test_the_printed_script_works_when_handed_to_sbatch_by_hand(chain: Chain, tm
         ([r'run.name="a\nb"'], "control characters"),
     ],
 )
-def test_refused_before_it_costs_an_allocation(chain: Chain, tmp_path: Path, overrides: list[str], said: str) -> None:
+def test_refused_before_it_costs_an_allocation(
+    chain: Chain, tmp_path: Path, overrides: list[str], said: str
+) -> None:
     environment = {**chain.cluster.environment, "AWS_SECRET_ACCESS_KEY": "secret", "HF_HUB_OFFLINE": "1"}
-    done = run_program("launch", "submit", chain.config, f"run.dir={tmp_path}/run", *overrides, env=environment)
+    done = run_program(
+        "launch", "submit", chain.config, f"run.dir={tmp_path}/run", *overrides, env=environment
+    )
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not chain.jobs()
     if "partition" not in said and "characters" not in said:
@@ -85,14 +111,20 @@ def test_refused_before_it_costs_an_allocation(chain: Chain, tmp_path: Path, ove
 
 
 @pytest.mark.slow
-def test_missing_indexes_are_made_by_a_job_without_gpus_first(cluster: Cluster, tmp_path: Path, model: Path, shards: str) -> None:
+def test_missing_indexes_are_made_by_a_job_without_gpus_first(
+    cluster: Cluster, tmp_path: Path, model: Path, shards: str
+) -> None:
     values = config_values("run", tmp_path, model, shards, optim={"max_steps": 4}, evaluate={"captions": 0})
     values["slurm"] = {"gpus_per_node": 0, "nodes": "1-3"}
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(values))
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
     chain = Chain(cluster, config, RunDir(tmp_path / "run"))
     done = chain.launch("submit", config)
-    assert done.returncode == 0 and "indexes the shards" in done.stdout and "2 of 2 shards are not indexed" in done.stderr, done.stderr
+    assert (
+        done.returncode == 0
+        and "indexes the shards" in done.stdout
+        and "2 of 2 shards are not indexed" in done.stderr
+    ), done.stderr
     assert chain.finished() == "finished"
     assert chain.audit().keys() == set(range(4))
     assert len(chain.nodes()) == 3  # a range takes what there is
@@ -101,5 +133,7 @@ def test_missing_indexes_are_made_by_a_job_without_gpus_first(cluster: Cluster, 
 
 
 def test_a_job_that_no_node_can_take_is_told_of(chain: Chain, tmp_path: Path) -> None:
-    done = chain.launch("submit", chain.config, f"run.dir={tmp_path}/run", "slurm.cpus_per_task=64", "--dry-run")
+    done = chain.launch(
+        "submit", chain.config, f"run.dir={tmp_path}/run", "slurm.cpus_per_task=64", "--dry-run"
+    )
     assert done.returncode == 0 and "no nodes here, free or busy, could take this job" in done.stderr

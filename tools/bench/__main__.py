@@ -1,41 +1,56 @@
-"""`python -m tools.bench checkpoint|export|data|index`: what checkpoints, data and starts cost on this machine, in turn with what others offer.
+"""`python -m tools.bench checkpoint|export|data|index`: what checkpoints, data and starts cost on this
+machine, in turn with what others offer.
 
-`checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2 and save the same state, the fp32 weights and AdamW's two moments,
-in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds the BF16 weights) and PyTorch's DCP async_save (each rank's fragments
-as tensors, with a stager that keeps its memory and a process group of its own). Then fresh processes load a checkpoint whose files are in the
-page cache: as many ranks as saved it, and one more, which DeepSpeed refuses.
+`checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2 and save the same state, the fp32
+weights and AdamW's two moments, in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds the
+BF16 weights) and PyTorch's DCP async_save (each rank's fragments as tensors, with a stager that keeps its
+memory and a process group of its own). Then fresh processes load a checkpoint whose files are in the page
+cache: as many ranks as saved it, and one more, which DeepSpeed refuses.
 
     blocking   until training may go on, on the slowest rank
-    hidden     by how much longer the steps take while it is written, all together, than undisturbed ones just before
-    total      until it is durable. Writer and DCP fsync their files, DeepSpeed does not: here that is done after it and counted
-    cpu        user and system time of all ranks, from beginning to durable, where no step is taken in between ("sync", and DeepSpeed)
+    hidden     by how much longer the steps take while it is written, all together, than undisturbed ones just
+               before
+    total      until it is durable. Writer and DCP fsync their files, DeepSpeed does not: here that is done
+               after it and counted
+    cpu        user and system time of all ranks, from beginning to durable, where no step is taken in between
+               ("sync", and DeepSpeed)
     first      a process's first save, left out of the medians
 
-`export`: tools.export and DeepSpeed's zero_to_fp32, each in a fresh process, with the checkpoint's files in the page cache. total is the whole
-process, work what is left without start, imports and exit; peak is VmHWM, mapped files included. Ours also checks digests, fsyncs, loads what it has written
-and compares it. zero_to_fp32 writes pytorch_model.bin: its --safe_serialization fails on Whisper's tied weights.
+`export`: tools.export and DeepSpeed's zero_to_fp32, each in a fresh process, with the checkpoint's files in
+the page cache. total is the whole process, work what is left without start, imports and exit; peak is VmHWM,
+mapped files included. Ours also checks digests, fsyncs, loads what it has written and compares it.
+zero_to_fp32 writes pytorch_model.bin: its --safe_serialization fails on Whisper's tied weights.
 
-`data`: from shards to shuffled batches of 16 (log-mel of 30 s windows, 128 bins, on the CPU by one thread, and labels), each reader in a fresh process
-on the same clips. A first pass is left out, the second one is measured. The shards have their index, and litdata its chunks, before. So few
-clips are read by a request for each or a few of them, large sets in runs of 5 MB: that costs Earwitness more here. "waveforms" is Earwitness
-without log-mel, which a GPU computes from the waveforms where there is one: no reader to compare, but what is left to the CPUs of a node.
+`data`: from shards to shuffled batches of 16 (log-mel of 30 s windows, 128 bins, on the CPU by one thread,
+and labels), each reader in a fresh process on the same clips. A first pass is left out, the second one is
+measured. The shards have their index, and litdata its chunks, before. So few clips are read by a request for
+each or a few of them, large sets in runs of 5 MB: that costs Earwitness more here. "waveforms" is Earwitness
+without log-mel, which a GPU computes from the waveforms where there is one: no reader to compare, but what is
+left to the CPUs of a node.
 
-    samples per core second   samples by CPU second, user and system, of all threads and processes of the reader; not of servers and proxy
+    samples per core second   samples by CPU second, user and system, of all threads and processes of the
+                              reader; not of servers and proxy
     samples per second        by the clock, on a machine that the servers share
     first batch               seconds from the construction (imports are done) to the first batch
     distinct samples          in the first pass, of as many as there are
-    largest mel difference    to WhisperFeatureExtractor fed by soundfile and soxr, on one clip. Ours keeps waveforms as int16: what a file of
-                              16 bits and 16 kHz holds stays as it is, where a clip is resampled or was MP3 it differs; so do other decoders
+    largest mel difference    to WhisperFeatureExtractor fed by soundfile and soxr, on one clip. Ours keeps
+                              waveforms as int16: what a file of 16 bits and 16 kHz holds stays as it is,
+                              where a clip is resampled or was MP3 it differs; so do other decoders
 
-`index`: sidecars of empty shards, as full indexes have them, of seven sources; then, in fresh processes that have imported what they need, the
-first start of a run, which merges them, and later ones, with one rank and with several at a time. The files are in the page cache.
+`index`: sidecars of empty shards, as full indexes have them, of seven sources; then, in fresh processes that
+have imported what they need, the first start of a run, which merges them, and later ones, with one rank and
+with several at a time. The files are in the page cache.
 
-    merge         from the list of shards to the merged indexes; peak is VmHWM, less what there was after the imports
-    check         the same at a later start: rank 0 looks whether shards, sidecars and settings are what they were
+    merge         from the list of shards to the merged indexes; peak is VmHWM, less what there was after the
+                  imports
+    check         the same at a later start: rank 0 looks whether shards, sidecars and settings are what they
+                  were
     open          every rank maps the merged indexes, and cuts the samples into runs; the slowest one
-    plan          the first batch from the start, the middle and the end of an epoch, with all that is to be read for it
+    plan          the first batch from the start, the middle and the end of an epoch, with all that is to be
+                  read for it
     first batch   check, open and the slowest plan
-    memory        of all ranks together, more than after the imports: private, and PSS, which counts once what ranks share; peak: of one rank but rank 0
+    memory        of all ranks together, more than after the imports: private, and PSS, which counts once what
+                  ranks share; peak: of one rank but rank 0
 """
 
 from __future__ import annotations
@@ -79,11 +94,15 @@ imported = time.perf_counter()
 {work}
 ended, status = time.perf_counter(), Path("/proc/self/status").read_text()
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-print(json.dumps({{"import_seconds": imported - began, "work_seconds": ended - imported, "peak_gigabytes": peak / 1e9}}))
+seconds = {{"import_seconds": imported - began, "work_seconds": ended - imported}}
+print(json.dumps({{**seconds, "peak_gigabytes": peak / 1e9}}))
 """
 EXPORTS = {
     "earwitness": ("from tools.export import export", "export(Path({source!r}), {out!r})"),
-    "deepspeed": ("from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert", "convert({source!r}, {out!r})"),
+    "deepspeed": (
+        "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert",
+        "convert({source!r}, {out!r})",
+    ),
 }
 
 
@@ -98,22 +117,34 @@ class Shape(StrEnum):
     @property
     def sizes(self) -> dict[str, int]:
         """As `make_whisper` takes them."""
-        width, layers = {"sandbox": (64, 2), "base": (512, 6), "small": (768, 12), "medium": (1024, 24)}[self.value]
+        width, layers = {"sandbox": (64, 2), "base": (512, 6), "small": (768, 12), "medium": (1024, 24)}[
+            self.value
+        ]
         return {"width": width, "layers": layers, "vocabulary": 400 if self.value == "sandbox" else 51_865}
 
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Measure checkpoints, exports, data and starts on this machine."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Measure checkpoints, exports, data and starts on this machine.",
 )
 Procs = Annotated[int, typer.Option(min=1, help="Ranks that save.")]
 Model = Annotated[Shape, typer.Option(help="Shape of the Whisper.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each, in turn.")]
-Dir = Annotated[Path, typer.Option(help="Where a temporary folder is made: on the disk that is to be measured.")]
+Dir = Annotated[
+    Path, typer.Option(help="Where a temporary folder is made: on the disk that is to be measured.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+ALL_FORMS, ALL_PLACES, ALL_READERS = list(Form), list(Place), list(Reader)
+
+
 @app.command("checkpoint")
-def bench_checkpoint(procs: Procs = 2, model: Model = Shape.small, rounds: Rounds = 3, dir: Dir = Path(), as_json: Json = False) -> None:
+def bench_checkpoint(
+    procs: Procs = 2, model: Model = Shape.small, rounds: Rounds = 3, dir: Dir = Path(), as_json: Json = False
+) -> None:
     """Saving and loading."""
     with _workspace(dir, model) as work:
         saved = _ranks(work, procs, "save", str(1 + rounds), *SAVERS)
@@ -121,23 +152,40 @@ def bench_checkpoint(procs: Procs = 2, model: Model = Shape.small, rounds: Round
         for _ in range(rounds):
             for method, ranks in (("earwitness", procs), ("deepspeed", procs), ("earwitness", procs + 1)):
                 _warm(work / method)
-                loads.setdefault(f"{method} {procs} -> {ranks}", []).append({"seconds": _ranks(work, ranks, "load", method)["load"]})
+                loads.setdefault(f"{method} {procs} -> {ranks}", []).append(
+                    {"seconds": _ranks(work, ranks, "load", method)["load"]}
+                )
     saves = {method: summary(rows[1:]) | {"first": rows[0]} for method, rows in saved["save"].items()}
     loading = {name: summary(rows) for name, rows in loads.items()}
     native = loading[f"deepspeed {procs} -> {procs}"]["median"]["seconds"]
     ratios = {
-        "blocking": saves["earwitness"]["median"]["blocking_seconds"] / saves["deepspeed"]["median"]["blocking_seconds"],
-        "load": max(loading[f"earwitness {procs} -> {ranks}"]["median"]["seconds"] for ranks in (procs, procs + 1)) / native,
+        "blocking": (
+            saves["earwitness"]["median"]["blocking_seconds"]
+            / saves["deepspeed"]["median"]["blocking_seconds"]
+        ),
+        "load": (
+            max(
+                loading[f"earwitness {procs} -> {ranks}"]["median"]["seconds"] for ranks in (procs, procs + 1)
+            )
+            / native
+        ),
     }
-    report(_about(model, saved, procs), {"save": saves, "load": loading}, _aims(ratios), OF_DEEPSPEED, as_json)
+    report(
+        _about(model, saved, procs), {"save": saves, "load": loading}, _aims(ratios), OF_DEEPSPEED, as_json
+    )
 
 
 @app.command("export")
-def bench_export(procs: Procs = 2, model: Model = Shape.small, rounds: Rounds = 3, dir: Dir = Path(), as_json: Json = False) -> None:
+def bench_export(
+    procs: Procs = 2, model: Model = Shape.small, rounds: Rounds = 3, dir: Dir = Path(), as_json: Json = False
+) -> None:
     """From a checkpoint to fp32 weights."""
     with _workspace(dir, model) as work:
         saved = _ranks(work, procs, "save", "1", "earwitness sync", "deepspeed")
-        sources = {"earwitness": next((work / "earwitness/checkpoints").iterdir()), "deepspeed": work / "deepspeed"}
+        sources = {
+            "earwitness": next((work / "earwitness/checkpoints").iterdir()),
+            "deepspeed": work / "deepspeed",
+        }
         rows: dict[str, list[Figures]] = {name: [] for name in sources}
         for _ in range(rounds):
             for name, source in sources.items():
@@ -152,10 +200,16 @@ def bench_export(procs: Procs = 2, model: Model = Shape.small, rounds: Rounds = 
 
 @app.command("data")
 def bench_data(
-    clips: Annotated[int, typer.Option(min=16, help="Clips of each format, rounded down to whole batches of 16.")] = 256,
-    format: Annotated[list[Form], typer.Option(help="Of the clips; may be given several times.")] = list(Form),  # noqa: B006
-    place: Annotated[list[Place], typer.Option(help="Where they lie; may be given several times.")] = list(Place),  # noqa: B006
-    reader: Annotated[list[Reader], typer.Option(help="What reads them; may be given several times.")] = list(Reader),  # noqa: B006
+    clips: Annotated[
+        int, typer.Option(min=16, help="Clips of each format, rounded down to whole batches of 16.")
+    ] = 256,
+    format: Annotated[list[Form], typer.Option(help="Of the clips; may be given several times.")] = ALL_FORMS,
+    place: Annotated[
+        list[Place], typer.Option(help="Where they lie; may be given several times.")
+    ] = ALL_PLACES,
+    reader: Annotated[
+        list[Reader], typer.Option(help="What reads them; may be given several times.")
+    ] = ALL_READERS,
     rounds: Rounds = 3,
     dir: Dir = Path(),
     as_json: Json = False,
@@ -164,17 +218,29 @@ def bench_data(
     skipped = data.missing(reader)
     readers = [one for one in reader if one not in skipped]
     found = data.measure(dir, clips // 16 * 16, rounds, format, place, readers)
-    about = describe("torch", "transformers", *(one for one in readers if one in data.NEEDED)) | {"clips": clips}
-    report(about | {f"skipped {name}": f"({line})" for name, line in skipped.items()}, {"data": found}, {}, "", as_json)
+    about = describe("torch", "transformers", *(one for one in readers if one in data.NEEDED)) | {
+        "clips": clips
+    }
+    report(
+        about | {f"skipped {name}": f"({line})" for name, line in skipped.items()},
+        {"data": found},
+        {},
+        "",
+        as_json,
+    )
 
 
 @app.command("index")
 def bench_index(
     samples: Annotated[int, typer.Option(min=1000, help="Samples in all sources.")] = 3_100_000,
     shards: Annotated[int, typer.Option(min=7, help="Shards in all sources.")] = 3000,
-    held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the samples that is for validation.")] = 0.01,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the samples that is for validation.")
+    ] = 0.01,
     procs: Annotated[int, typer.Option(min=1, help="Ranks of the node; one rank is measured, too.")] = 8,
-    on_s3: Annotated[bool, typer.Option("--on-s3", help="The shards are in a bucket of a server on this machine.")] = False,
+    on_s3: Annotated[
+        bool, typer.Option("--on-s3", help="The shards are in a bucket of a server on this machine.")
+    ] = False,
     rounds: Rounds = 3,
     dir: Dir = Path(),
     as_json: Json = False,
@@ -198,8 +264,14 @@ def bench_index(
                 found.setdefault(f"ranks {ranks}", []).append(starts.measure_start(work, ranks))
         megabytes = sum(file.stat().st_size for file in (work / "run").iterdir()) / 1e6
     tables = {name: summary(rows) for name, rows in found.items()}
-    worst = {aim: max(about["median"][aim] for name, about in tables.items() if name != "merge") for aim in INDEX_AIMS}
-    aims = {name: {"value": value, "at_most": INDEX_AIMS[name], "met": value <= INDEX_AIMS[name]} for name, value in worst.items()}
+    worst = {
+        aim: max(about["median"][aim] for name, about in tables.items() if name != "merge")
+        for aim in INDEX_AIMS
+    }
+    aims = {
+        name: {"value": value, "at_most": INDEX_AIMS[name], "met": value <= INDEX_AIMS[name]}
+        for name, value in worst.items()
+    }
     about = describe("pyarrow", "numpy") | {
         "samples": samples,
         "shards": shards,
@@ -221,15 +293,18 @@ def _workspace(folder: Path, shape: Shape) -> Iterator[Path]:
 
 
 def _ranks(work: Path, procs: int, *arguments: str) -> dict[str, Any]:
-    """What rank 0 of `procs` fresh processes finds (tools/bench/ranks.py). Raises EarwitnessError if one of them fails."""
+    """What rank 0 of `procs` fresh processes finds (tools/bench/ranks.py). Raises EarwitnessError if one of
+    them fails."""
     say(f"{procs} ranks: {' '.join(arguments)}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         job = {"WORLD_SIZE": procs, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
     command, started = [sys.executable, "-m", "tools.bench.ranks", str(work), *arguments], []
     for rank in range(procs):
-        variables = environment() | {name: str(value) for name, value in (job | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        with (work / f"rank-{rank}.log").open("w") as log:
+        variables = environment() | {
+            name: str(value) for name, value in (job | {"RANK": rank, "LOCAL_RANK": rank}).items()
+        }
+        with (work / f"rank-{rank}.log").open("w", encoding="utf-8") as log:
             started.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log))
     try:
         while None in (codes := [process.poll() for process in started]) and not any(codes):
@@ -240,8 +315,9 @@ def _ranks(work: Path, procs: int, *arguments: str) -> dict[str, Any]:
             process.wait()
     if any(codes):
         rank = next(rank for rank, code in enumerate(codes) if code)
-        raise EarwitnessError(f"rank {rank} of the benchmark failed:\n{(work / f'rank-{rank}.log').read_text()[-3000:]}")
-    return dict(json.loads((work / "found.json").read_text()))
+        said = (work / f"rank-{rank}.log").read_text(encoding="utf-8")
+        raise EarwitnessError(f"rank {rank} of the benchmark failed:\n{said[-3000:]}")
+    return dict(json.loads((work / "found.json").read_text(encoding="utf-8")))
 
 
 def _export(name: str, source: Path, out: Path) -> Figures:
@@ -250,7 +326,14 @@ def _export(name: str, source: Path, out: Path) -> Figures:
     imports, work = EXPORTS[name]
     program = EXPORT.format(imports=imports, work=work.format(source=str(source), out=str(out)))
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
     seconds = time.perf_counter() - began
     if done.returncode:
         raise EarwitnessError(f"the export by {name} failed:\n{done.stderr[-3000:]}")
@@ -268,11 +351,18 @@ def _warm(folder: Path) -> None:
 
 
 def _about(model: Shape, saved: dict[str, Any], procs: int) -> dict[str, Any]:
-    return describe("torch", "deepspeed", "transformers") | {"model": model.value, "parameters": saved["parameters"], "procs": procs}
+    return describe("torch", "deepspeed", "transformers") | {
+        "model": model.value,
+        "parameters": saved["parameters"],
+        "procs": procs,
+    }
 
 
 def _aims(ratios: Figures) -> dict[str, dict[str, Any]]:
-    return {name: {"value": ratio, "at_most": AIMS[name], "met": ratio <= AIMS[name]} for name, ratio in ratios.items()}
+    return {
+        name: {"value": ratio, "at_most": AIMS[name], "met": ratio <= AIMS[name]}
+        for name, ratio in ratios.items()
+    }
 
 
 if __name__ == "__main__":

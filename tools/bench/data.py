@@ -1,4 +1,5 @@
-"""Clips made here, where they lie, and what each reader takes to make batches of them (tools/bench/readers)."""
+"""Clips made here, where they lie, and what each reader takes to make batches of them
+(tools/bench/readers)."""
 
 from __future__ import annotations
 
@@ -39,8 +40,12 @@ class Reader(StrEnum):
 
 NEEDED = {Reader.webdataset: "webdataset", Reader.datasets: "torchcodec", Reader.litdata: "litdata"}
 """A package that must be there."""
-INSTALL = {Reader.datasets: "pip install datasets torchcodec==0.13.0", Reader.litdata: "pip install litdata; pip uninstall torchvision"}
-"""What is tried with torch 2.13 for CPUs: later torchcodecs need CUDA, and transformers does not import beside the torchvision that litdata brings."""
+INSTALL = {
+    Reader.datasets: "pip install datasets torchcodec==0.13.0",
+    Reader.litdata: "pip install litdata; pip uninstall torchvision",
+}
+"""What is tried with torch 2.13 for CPUs: later torchcodecs need CUDA, and transformers does not import
+beside the torchvision that litdata brings."""
 SHARDS = 8
 BUCKET = "bench"
 FAR = faults.Fault("far", times=0, seconds=0.05, rate=75e6)
@@ -56,11 +61,16 @@ class Form(StrEnum):
     @property
     def shape(self) -> tuple[str, int, int, int]:
         """Ending, seconds, rate (Hz), channels."""
-        return {Form.speech: ("flac", 10, 16_000, 1), Form.mp3: ("mp3", 10, 44_100, 2), Form.music: ("flac", 30, 44_100, 2)}[self]
+        return {
+            Form.speech: ("flac", 10, 16_000, 1),
+            Form.mp3: ("mp3", 10, 44_100, 2),
+            Form.music: ("flac", 30, 44_100, 2),
+        }[self]
 
 
 class Place(StrEnum):
-    """Where shards lie; `s3` and `far`: behind a proxy, which answers as the server does, or after 50 ms with 75 MB/s per connection."""
+    """Where shards lie; `s3` and `far`: behind a proxy, which answers as the server does, or after 50 ms with
+    75 MB/s per connection."""
 
     local = "local"
     s3 = "s3"
@@ -69,7 +79,8 @@ class Place(StrEnum):
 
 @dataclass(frozen=True)
 class _Clips:
-    """What `_make` has made: folders of tars and of litdata's chunks, and the file of the clip with the key 000000."""
+    """What `_make` has made: folders of tars and of litdata's chunks, and the file of the clip with the key
+    000000."""
 
     shards: Path
     chunks: Path
@@ -78,10 +89,21 @@ class _Clips:
 
 def missing(wanted: Sequence[Reader]) -> dict[Reader, str]:
     """How to install the readers that are not installed."""
-    return {reader: INSTALL[reader] for reader in wanted if reader in NEEDED and not importlib.util.find_spec(NEEDED[reader])}
+    return {
+        reader: INSTALL[reader]
+        for reader in wanted
+        if reader in NEEDED and not importlib.util.find_spec(NEEDED[reader])
+    }
 
 
-def measure(folder: Path, clips: int, rounds: int, forms: Sequence[Form], places: Sequence[Place], readers: Sequence[Reader]) -> dict[str, Any]:
+def measure(
+    folder: Path,
+    clips: int,
+    rounds: int,
+    forms: Sequence[Form],
+    places: Sequence[Place],
+    readers: Sequence[Reader],
+) -> dict[str, Any]:
     """Measure readers in turn. clips: a multiple of the batch. Returns summaries."""
     rows: dict[str, list[Figures]] = {}
     with (
@@ -94,7 +116,13 @@ def measure(folder: Path, clips: int, rounds: int, forms: Sequence[Form], places
         model = make_whisper(work / "model", ["A bell rings twice."], seconds=30, mels=128)
         client = server.client()
         client.create_bucket(Bucket=BUCKET)
-        reach = {Place.local: {}, **{place: server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint} for place, proxy in ((Place.s3, near), (Place.far, far))}}
+        reach = {
+            Place.local: {},
+            **{
+                place: server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint}
+                for place, proxy in ((Place.s3, near), (Place.far, far))
+            },
+        }
         for form in forms:
             say(f"{clips} clips: {form.value}")
             made = _make(work / form.value, form, clips, chunks=Reader.litdata in readers)
@@ -104,14 +132,24 @@ def measure(folder: Path, clips: int, rounds: int, forms: Sequence[Form], places
             for place in places:
                 root = str(work) if place is Place.local else f"s3://{BUCKET}"
                 shards = [f"{root}/{file.relative_to(work)}" for file in sorted(made.shards.iterdir())]
-                about = {"model": str(model), "shards": shards, "chunks": f"{root}/{made.chunks.relative_to(work)}", "ending": form.shape[0]}
+                about = {
+                    "model": str(model),
+                    "shards": shards,
+                    "chunks": f"{root}/{made.chunks.relative_to(work)}",
+                    "ending": form.shape[0],
+                }
                 _run(["tools.index", *shards, "--index-dir", str(work / "index")], reach[place])
                 for number, reader in itertools.product(range(rounds), readers):
                     say(f"round {number + 1}: {form.value}, {place.value}, {reader}")
                     with tempfile.TemporaryDirectory(dir=work) as run:
                         task = json.dumps(about | {"index_dir": str(work / "index"), "work": run})
-                        said = _run(["tools.bench.readers", reader, task, str(clips), str(made.first)], reach[place] | {"HF_HOME": run})
-                    rows.setdefault(f"{form.value}, {place.value}, {reader}", []).append(json.loads(said.splitlines()[-1]))
+                        said = _run(
+                            ["tools.bench.readers", reader, task, str(clips), str(made.first)],
+                            reach[place] | {"HF_HOME": run},
+                        )
+                    rows.setdefault(f"{form.value}, {place.value}, {reader}", []).append(
+                        json.loads(said.splitlines()[-1])
+                    )
             shutil.rmtree(work / form.value)
     return {name: summary(found) for name, found in rows.items()}
 
@@ -119,7 +157,14 @@ def measure(folder: Path, clips: int, rounds: int, forms: Sequence[Form], places
 def _run(command: Sequence[str], variables: dict[str, str]) -> str:
     """What a module of ours prints in a fresh process. Raises EarwitnessError if it fails."""
     threads = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment() | threads | variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=environment() | threads | variables,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
     if done.returncode:
         raise EarwitnessError(f"{' '.join(command[:2])} failed:\n{done.stderr[-3000:]}")
     return done.stdout
@@ -140,7 +185,13 @@ def _make(folder: Path, form: Form, clips: int, *, chunks: bool) -> _Clips:
             soundfile.write(file, clip, rate, format=ending)
             if not number:
                 made.first.write_bytes(file.getvalue())
-            writer.write({"__key__": f"{number:06d}", ending: file.getvalue(), "json": {"caption": "A bell rings twice."}})
+            writer.write(
+                {
+                    "__key__": f"{number:06d}",
+                    ending: file.getvalue(),
+                    "json": {"caption": "A bell rings twice."},
+                }
+            )
     if chunks:
         from tools.bench.readers import litdata
 
@@ -149,7 +200,8 @@ def _make(folder: Path, form: Form, clips: int, *, chunks: bool) -> _Clips:
 
 
 def _sound(random: np.random.Generator, length: int) -> npt.NDArray[np.float64]:
-    """Noise that falls by 3 dB per octave, as music does, and swells; as quiet as recordings are, of which FLAC gets smaller."""
+    """Noise that falls by 3 dB per octave, as music does, and swells; as quiet as recordings are, of which
+    FLAC gets smaller."""
     spectrum = np.fft.rfft(random.standard_normal(length))
     wave = np.fft.irfft(spectrum / np.sqrt(np.arange(len(spectrum)) + 1000), length)
     return wave / np.abs(wave).max() * (0.055 + 0.04 * np.sin(np.arange(length) / 20_000))

@@ -1,4 +1,5 @@
-"""The ranks of a benchmark: `python -m tools.bench.ranks WORK save ROUNDS METHOD...` and `... WORK load METHOD`; rank 0 leaves found.json."""
+"""The ranks of a benchmark: `python -m tools.bench.ranks WORK save ROUNDS METHOD...` and `... WORK load
+METHOD`; rank 0 leaves found.json."""
 
 from __future__ import annotations
 
@@ -38,13 +39,20 @@ Wait = Callable[[], object]
 
 
 class Trainer:
-    """Trains on noise, and saves in several ways: each begins a save, and returns what waits until it is durable."""
+    """Trains on noise, and saves in several ways: each begins a save, and returns what waits until it is
+    durable."""
 
     def __init__(self, work: Path, world: World) -> None:
         self.work, self.world = work, world
         data, optim = {"sources": [{"name": "noise", "shards": "none"}]}, {"max_steps": 1}
         engine = {"dtype": "bf16" if distributed.has_bf16(world.device) else "fp32"}
-        sections = {"run": {"name": "bench"}, "model": {"name_or_path": str(work / "model")}, "data": data, "optim": optim, "engine": engine}
+        sections = {
+            "run": {"name": "bench"},
+            "model": {"name_or_path": str(work / "model")},
+            "data": data,
+            "optim": optim,
+            "engine": engine,
+        }
         config = RunConfig.model_validate(sections)
         captioner = model.load(config.model, seed=0)
         if world.rank == 0:
@@ -60,8 +68,19 @@ class Trainer:
 
     def prepare_saving(self) -> dict[str, Callable[[int], Wait]]:
         """What each way of saving allocates once. Returns them by name."""
-        self._writer = Writer(self.work / "earwitness/checkpoints", 0, self.engine, self.world, self.shapes, committed=self._mark)
-        self._state = {f"{f.name}:{f.start}:{kind}": tensor for f in self.engine.fragments() for kind, tensor in f.tensors.items()}
+        self._writer = Writer(
+            self.work / "earwitness/checkpoints",
+            0,
+            self.engine,
+            self.world,
+            self.shapes,
+            committed=self._mark,
+        )
+        self._state = {
+            f"{f.name}:{f.start}:{kind}": tensor
+            for f in self.engine.fragments()
+            for kind, tensor in f.tensors.items()
+        }
         self._stager = DefaultStager(StagingOptions(*[False] * 4))
         self._group = dist.new_group(backend="gloo")
         return {"earwitness": self._save_earwitness, "deepspeed": self._save_deepspeed, "dcp": self._save_dcp}
@@ -69,8 +88,13 @@ class Trainer:
     def step(self) -> float:
         """Take a step; returns its seconds."""
         began = time.perf_counter()
-        waveforms, ids = torch.randint(-3000, 3000, (1, SECONDS * SAMPLE_RATE), dtype=torch.int16), torch.randint(9, 99, (1, TOKENS))
-        batch = Batch(waveforms, torch.tensor([SECONDS * SAMPLE_RATE]), ids, ids, torch.zeros(1), (), 100 * SECONDS)
+        waveforms, ids = (
+            torch.randint(-3000, 3000, (1, SECONDS * SAMPLE_RATE), dtype=torch.int16),
+            torch.randint(9, 99, (1, TOKENS)),
+        )
+        batch = Batch(
+            waveforms, torch.tensor([SECONDS * SAMPLE_RATE]), ids, ids, torch.zeros(1), (), 100 * SECONDS
+        )
         losses = token_losses(self.engine, batch, self.mels, self.engine.dtype)
         self.engine.backward(losses.sum() / TOKENS / self.world.size, last=True)
         if self._writer:
@@ -80,7 +104,9 @@ class Trainer:
         self.engine.step(lr=1e-5)
         return time.perf_counter() - began
 
-    def measure(self, begin: Callable[[int], Wait], folder: Path, number: int, *, train: bool) -> dict[str, float]:
+    def measure(
+        self, begin: Callable[[int], Wait], folder: Path, number: int, *, train: bool
+    ) -> dict[str, float]:
         """Save, and with `train` take steps until it is durable. Returns figures on rank 0."""
         usual = statistics.median(self.step() for _ in range(STEPS)) if train else 0.0
         if self.world.rank == 0:
@@ -96,7 +122,9 @@ class Trainer:
         while train and self.world.share(self.durable is None):
             steps.append(self.step())
         wait()
-        seconds: Any = self.world.gather((blocking + self.held, self.durable - began if self.durable else 0.0, time.process_time() - cpu))
+        seconds: Any = self.world.gather(
+            (blocking + self.held, self.durable - began if self.durable else 0.0, time.process_time() - cpu)
+        )
         if seconds is None:
             return {}
         blocked, durable, busy = zip(*seconds, strict=True)
@@ -141,13 +169,16 @@ class Trainer:
 
     def _save_dcp(self, number: int) -> Wait:
         folder = self.work / "dcp" / str(number)
-        future: Any = dcp.async_save(self._state, checkpoint_id=folder, process_group=self._group, async_stager=self._stager)
+        future: Any = dcp.async_save(
+            self._state, checkpoint_id=folder, process_group=self._group, async_stager=self._stager
+        )
         future.add_done_callback(self._mark)
         return future.result
 
 
 def save(trainer: Trainer, rounds: int, methods: Sequence[str]) -> dict[str, Any]:
-    """Save in turn with each method, training on meanwhile unless its name ends in `sync`. Returns a row for each round."""
+    """Save in turn with each method, training on meanwhile unless its name ends in `sync`. Returns a row for
+    each round."""
     begin = trainer.prepare_saving()
     for _ in range(2):
         trainer.step()
@@ -156,7 +187,9 @@ def save(trainer: Trainer, rounds: int, methods: Sequence[str]) -> dict[str, Any
         method = methods[number % len(methods)]
         name, *sync = method.split()
         folder = trainer.work / name / ("checkpoints" if name == "earwitness" else "")
-        saves[method].append(trainer.measure(begin[name], folder, 1 + number, train=not sync and name != "deepspeed"))
+        saves[method].append(
+            trainer.measure(begin[name], folder, 1 + number, train=not sync and name != "deepspeed")
+        )
     return saves
 
 
@@ -167,7 +200,9 @@ def main(work: Path, action: str, *arguments: str) -> None:
     trainer = Trainer(work, world)
     found = trainer.load(*arguments) if action == "load" else save(trainer, int(arguments[0]), arguments[1:])
     if world.rank == 0:
-        (work / "found.json").write_text(json.dumps({"parameters": trainer.parameters, action: found}))
+        (work / "found.json").write_text(
+            json.dumps({"parameters": trainer.parameters, action: found}), encoding="utf-8"
+        )
     world.barrier()
     distributed.end()
 

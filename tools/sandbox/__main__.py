@@ -1,4 +1,5 @@
-"""`python -m tools.sandbox slurm|s3|stop`: what Earwitness runs on, on this machine alone, to try it and to break it."""
+"""`python -m tools.sandbox slurm|s3|stop`: what Earwitness runs on, on this machine alone, to try it and to
+break it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import tempfile
 from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -15,15 +16,24 @@ from configs.errors import run_command
 
 FOLDER = Path(tempfile.gettempdir()) / f"earwitness-slurm-{getuser()}"
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Real services for this machine alone.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Real services for this machine alone.",
+)
 
 
 @app.command("slurm")
 def slurm_cluster(
     nodes: Annotated[int, typer.Option(min=1, help="Nodes, all of them on this machine.")] = 4,
     gpus: Annotated[int, typer.Option(min=0, help="Made-up GPUs of each node, that jobs can ask for.")] = 0,
-    grace: Annotated[int, typer.Option(min=0, help="Seconds between a preempted job's warning and its end.")] = 0,
-    accounting: Annotated[bool, typer.Option("--accounting", help="With slurmdbd, so that sacct works.")] = False,
+    grace: Annotated[
+        int, typer.Option(min=0, help="Seconds between a preempted job's warning and its end.")
+    ] = 0,
+    accounting: Annotated[
+        bool, typer.Option("--accounting", help="With slurmdbd, so that sacct works.")
+    ] = False,
     dir: Annotated[Path, typer.Option(help="Its folder.", metavar="DIR")] = FOLDER,
 ) -> None:
     """Start a Slurm cluster in the background, and say how to use it."""
@@ -33,7 +43,7 @@ def slurm_cluster(
     print(f"""{nodes} nodes are idle. Use them:
   export {_as_exports(cluster.environment)}
   sinfo
-  python -m tools.demo --data-only                             (what configs/demo.yaml needs, if `make demo` has not made it)
+  python -m tools.demo --data-only               (what configs/demo.yaml needs, if it is not there yet)
   python -m launch submit configs/demo.yaml run.name=on-slurm
 Take {min(2, nodes)} of them away: partition high preempts jobs of low, the default:
   sbatch -p high -N{min(2, nodes)} --exclusive --wrap 'sleep 5'
@@ -42,7 +52,9 @@ Stop the cluster and all of its jobs, and remove its folder:
 
 
 @app.command()
-def stop(dir: Annotated[Path, typer.Argument(help="The cluster's folder.", metavar="[DIR]")] = FOLDER) -> None:
+def stop(
+    dir: Annotated[Path, typer.Argument(help="The cluster's folder.", metavar="[DIR]")] = FOLDER,
+) -> None:
     """Stop a Slurm cluster, with all of its jobs, and remove its folder."""
     from tools.sandbox import slurm
 
@@ -53,15 +65,24 @@ def stop(dir: Annotated[Path, typer.Argument(help="The cluster's folder.", metav
 
 @app.command("s3")
 def s3_server(
-    fault: Annotated[Optional[list[str]], typer.Option("--faults", help="As reset,after=1000000,times=6; several may be given.", metavar="FAULT")] = None,  # noqa: UP045
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--faults", help="As reset,after=1000000,times=6; several may be given.", metavar="FAULT"
+        ),
+    ] = None,
 ) -> None:
-    """Run an S3 server until Ctrl-C, with a proxy before it that breaks answers as told; what is stored goes with it."""
+    """Run an S3 server until Ctrl-C, with a proxy before it that breaks answers as told; what is stored goes
+    with it."""
     from tools.sandbox import faults, s3
 
     told = [faults.Fault.parse(text) for text in fault or []]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), s3.serve() as server, faults.serve(server.endpoint, told) as proxy:
-        print(f"An S3 server runs until Ctrl-C. In another shell:\n  export {_as_exports(server.environment)}", flush=True)
+        print(
+            f"An S3 server runs until Ctrl-C. In another shell:\n  export {_as_exports(server.environment)}",
+            flush=True,
+        )
         if told:
             print(f"The same with faults:\n  export AWS_ENDPOINT_URL={proxy.endpoint}", flush=True)
         signal.pause()

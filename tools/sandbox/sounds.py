@@ -1,7 +1,8 @@
 """Sounds that are made here, with captions that say what is in them: kind, number, length, pitch and order.
 
-A caption describes one or two groups of equal sounds, as "Two short high beeps then one long low buzz." A tenth of all
-captions is held out, by SHA-256 of the text: none of these occurs in training (nor may a tokenizer see it), so a model that gets one right has put it together.
+A caption describes one or two groups of equal sounds, as "Two short high beeps then one long low buzz." A
+tenth of all captions is held out, by SHA-256 of the text: none of these occurs in training (nor may a
+tokenizer see it), so a model that gets one right has put it together.
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ def write_clips(folder: Path, training: int, held_out: int, seed: int) -> Path:
     """Write that many clips as FLAC and a CSV (file, caption, split = train or held-out); returns the CSV."""
     (folder / "train").mkdir(parents=True)
     (folder / "held-out").mkdir()
-    numbers = [("train", number) for number in range(training)] + [("held-out", number) for number in range(held_out)]
+    numbers = [("train", number) for number in range(training)] + [
+        ("held-out", number) for number in range(held_out)
+    ]
     with ProcessPoolExecutor() as pool:
         rows = list(pool.map(partial(_write_clip, folder, seed), numbers, chunksize=64))
     table = folder / "clips.csv"
-    with table.open("w", newline="") as file:
+    with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerows([("file", "caption", "split"), *rows])
     return table
@@ -86,7 +89,12 @@ def _draw(random: np.random.Generator) -> list[Group]:
 
     def group() -> Group:
         count = int(random.integers(1, 3 if several else 5))
-        return Group(str(random.choice(KINDS)), str(random.choice(list(PITCHES))), str(random.choice(list(LENGTHS))), count)
+        return Group(
+            str(random.choice(KINDS)),
+            str(random.choice(list(PITCHES))),
+            str(random.choice(list(LENGTHS))),
+            count,
+        )
 
     return [group(), group()] if several else [group()]
 
@@ -106,7 +114,9 @@ def _sound(random: np.random.Generator, group: Group) -> Waveform:
     seconds = LENGTHS[group.length]
     time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     pitch = random.uniform(*PITCHES[group.pitch])
-    glide = {"rising tone": (1.0, 1.0), "falling tone": (2.0, -1.0)}.get(group.kind, (1.0, 0.0))  # pitch at the start, and its change
+    glide = {"rising tone": (1.0, 1.0), "falling tone": (2.0, -1.0)}.get(
+        group.kind, (1.0, 0.0)
+    )  # pitch at the start, and its change
     phase = 2 * np.pi * pitch * (glide[0] * time + glide[1] * time**2 / (2 * seconds))
     if group.kind == "noise burst":
         spectrum = np.fft.rfft(random.standard_normal(len(time)))

@@ -1,4 +1,5 @@
-"""Engines spread a model over the ranks. What the trainer asks of one, and the pieces of state that all of them exchange."""
+"""Engines spread a model over the ranks. What the trainer asks of one, and the pieces of state that all of
+them exchange."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimizer step did. grad_norm: before clipping; applied: false if the gradient was not finite."""
+    """What an optimizer step did. grad_norm: before clipping; applied: false if the gradient was not
+    finite."""
 
     grad_norm: float
     applied: bool
@@ -56,10 +58,13 @@ class Engine(Protocol):
         """AdamW's own counter of updates."""
 
     def load(self, read: Read, updates: int | None) -> None:
-        """Set this rank's share of the state; `publish` then lets all ranks compute with it. `updates` None: the weights, with a fresh optimizer."""
+        """Set this rank's share of the state; `publish` then lets all ranks compute with it. `updates` None:
+        the weights, with a fresh optimizer."""
 
     def publish(self) -> None:
-        """Make the weights that compute from what every rank has loaded. Every rank must call it at the same point."""
+        """Make the weights that compute from what every rank has loaded. Every rank must call it at the same
+        point."""
 
     def evaluation_module(self) -> torch.nn.Module:
-        """The whole model as it is now, for evaluation and generation. Every rank must call it at the same point."""
+        """The whole model as it is now, for evaluation and generation. Every rank must call it at the same
+        point."""

@@ -1,4 +1,5 @@
-"""PyTorch's FSDP2: fp32 masters and AdamW's state sharded by rows, whole weights in BF16 from the forward pass to the last backward pass of a step."""
+"""PyTorch's FSDP2: fp32 masters and AdamW's state sharded by rows, whole weights in BF16 from the forward
+pass to the last backward pass of a step."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Fsdp2Engine:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
             module.set_gradient_divide_factor(1.0)  # the sum over ranks, not the mean
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
-        self._trained: dict[str, DTensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}  # type: ignore[misc]
+        trained: Any = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._trained: dict[str, DTensor] = trained
         self._optimizer = adamw(model, config.optim)
         self._reset_optimizer(0)
 
@@ -51,7 +53,11 @@ class Fsdp2Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         gradients = [_flat(p.grad) for p in self._trained.values() if p.grad is not None]
-        norm = math.sqrt(self._world.sum([sum(float(gradient.square().sum(dtype=torch.float64)) for gradient in gradients)])[0])
+        norm = math.sqrt(
+            self._world.sum(
+                [sum(float(gradient.square().sum(dtype=torch.float64)) for gradient in gradients)]
+            )[0]
+        )
         applied = math.isfinite(norm)
         if applied:
             torch._foreach_mul_(gradients, min(1.0, self._clip / (norm + 1e-6)))
@@ -65,7 +71,9 @@ class Fsdp2Engine:
         for name, parameter, start, end in self._pieces():
             state = self._optimizer.state[parameter]
             tensors = {"master": parameter, **{kind: state[kind] for kind in KINDS[1:]}}
-            found.append(Fragment(name, start, end, {kind: _flat(tensor) for kind, tensor in tensors.items()}))
+            found.append(
+                Fragment(name, start, end, {kind: _flat(tensor) for kind, tensor in tensors.items()})
+            )
         return found
 
     def updates(self) -> int:
@@ -85,7 +93,8 @@ class Fsdp2Engine:
 
     @torch.no_grad()
     def evaluation_module(self) -> torch.nn.Module:
-        """A copy of the whole model in `dtype`: generation bypasses the hooks that gather weights, and ranks stop at different lengths."""
+        """A copy of the whole model in `dtype`: generation bypasses the hooks that gather weights, and ranks
+        stop at different lengths."""
         with torch.device("meta"):
             whole: Any = WhisperForConditionalGeneration(self._model.config)
         whole.to(self.dtype).to_empty(device=self._world.device)
@@ -97,7 +106,8 @@ class Fsdp2Engine:
         return whole
 
     def _gathered(self, parameter: DTensor) -> torch.Tensor:
-        """All rows of a parameter, by one plain collective: a rank has crashed in DTensor.full_tensor (torch 2.13, gloo)."""
+        """All rows of a parameter, by one plain collective: a rank has crashed in DTensor.full_tensor (torch
+        2.13, gloo)."""
         share = -(-parameter.shape[0] // self._world.size) * (parameter.numel() // parameter.shape[0])
         local = _flat(parameter)
         mine = local.new_zeros(share)

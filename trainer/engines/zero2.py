@@ -1,4 +1,5 @@
-"""DeepSpeed ZeRO-2 in BF16 with fp32 masters, accumulation and communication. The one file that touches DeepSpeed's private attributes."""
+"""DeepSpeed ZeRO-2 in BF16 with fp32 masters, accumulation and communication. The one file that touches
+DeepSpeed's private attributes."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # found by DeepSpeed too, but with a warning
+os.environ.setdefault(
+    "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
+)  # found by DeepSpeed too, but with a warning
 import deepspeed
 import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
@@ -21,11 +24,19 @@ from trainer.distributed import World
 from trainer.engines import KINDS, Fragment, Read, Update
 from trainer.optim import adamw
 
-PRIVATE = ("single_partition_of_fp32_groups", "round_robin_bit16_groups", "partition_size", "param_names", "real_dp_process_group", "update_lp_params")
+PRIVATE = (
+    "single_partition_of_fp32_groups",
+    "round_robin_bit16_groups",
+    "partition_size",
+    "param_names",
+    "real_dp_process_group",
+    "update_lp_params",
+)
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's config. With its own defaults for the data types gradients are off by 1.4-2.3 %, with these by 0.01 %."""
+    """DeepSpeed's config. With its own defaults for the data types gradients are off by 1.4-2.3 %, with these
+    by 0.01 %."""
     ours = {
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
         "gradient_accumulation_steps": 1,  # the loop says where a step ends, see `backward`
@@ -56,14 +67,25 @@ class Zero2Engine:
         # Would be compiled at the first use on a CPU: 27 s, and a crash without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._world_size = world.size
-        # ZeRO makes its fp32 masters from weights that it has rounded to BF16: set them to the exact ones afterwards.
-        exact = {name: p.detach().to("cpu", copy=True).flatten() for name, p in model.named_parameters() if p.requires_grad}
+        # ZeRO makes its fp32 masters from weights that it has rounded to BF16: set them to the exact ones
+        # afterwards.
+        exact = {
+            name: p.detach().to("cpu", copy=True).flatten()
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
         self._engine, self._zero, *_ = deepspeed.initialize(
-            model=model, optimizer=adamw(model, config.optim), config=deepspeed_config(config, world.size), dist_init_required=False
+            model=model,
+            optimizer=adamw(model, config.optim),
+            config=deepspeed_config(config, world.size),
+            dist_init_required=False,
         )
         missing = [name for name in PRIVATE if not hasattr(self._zero, name)]
         if missing:
-            raise ConfigError(f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)} any more; install the range that requirements.txt names")
+            raise ConfigError(
+                f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)} any more; install the range"
+                " that requirements.txt names"
+            )
         self.dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
         self.load(lambda name, kind, start, end: exact[name][start:end], None)
         self.publish()
@@ -82,7 +104,9 @@ class Zero2Engine:
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._engine.step()
-        return Update(float(self._engine.get_global_grad_norm() or 0.0), bool(self._engine.was_step_applied()))
+        return Update(
+            float(self._engine.get_global_grad_norm() or 0.0), bool(self._engine.was_step_applied())
+        )
 
     def fragments(self) -> list[Fragment]:
         """This rank's share of the state: views, not copies."""
@@ -90,7 +114,14 @@ class Zero2Engine:
         for name, start, flat, at, count in self._pieces():
             state = self._zero.optimizer.state[flat]
             tensors = {"master": flat.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
-            found.append(Fragment(name, start, start + count, {kind: tensor[at : at + count] for kind, tensor in tensors.items()}))
+            found.append(
+                Fragment(
+                    name,
+                    start,
+                    start + count,
+                    {kind: tensor[at : at + count] for kind, tensor in tensors.items()},
+                )
+            )
         return found
 
     def updates(self) -> int:
@@ -109,7 +140,9 @@ class Zero2Engine:
         for name, start, flat, at, count in self._pieces():
             flat[at : at + count].copy_(read(name, "master", start, start + count))
             for kind in KINDS[1:] if updates is not None else ():
-                self._zero.optimizer.state[flat][kind][at : at + count].copy_(read(name, kind, start, start + count))
+                self._zero.optimizer.state[flat][kind][at : at + count].copy_(
+                    read(name, kind, start, start + count)
+                )
 
     def publish(self) -> None:
         """Make the weights that compute from what every rank has loaded."""
@@ -121,7 +154,8 @@ class Zero2Engine:
         return module
 
     def _pieces(self) -> Iterator[tuple[str, int, torch.Tensor, int, int]]:
-        """This rank's parts of parameters: (name, first element of the parameter, flat partition, position in it, elements)."""
+        """This rank's parts of parameters: (name, first element of the parameter, flat partition, position in
+        it, elements)."""
         for group, parameters in enumerate(self._zero.round_robin_bit16_groups):
             flat = self._zero.single_partition_of_fp32_groups[group]
             size = self._zero.partition_size[group]
@@ -130,5 +164,11 @@ class Zero2Engine:
             for parameter in parameters:
                 start, end = max(offset, rank * size), min(offset + parameter.numel(), (rank + 1) * size)
                 if start < end:
-                    yield self._zero.param_names[parameter], start - offset, flat, start - rank * size, end - start
+                    yield (
+                        self._zero.param_names[parameter],
+                        start - offset,
+                        flat,
+                        start - rank * size,
+                        end - start,
+                    )
                 offset += parameter.numel()

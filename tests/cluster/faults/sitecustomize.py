@@ -1,7 +1,9 @@
-"""Python imports this at its start, in jobs of tests: faults come into a rank from outside, by files in the folder EARWITNESS_FAULTS.
+"""Python imports this at its start, in jobs of tests: faults come into a rank from outside, by files in the
+folder EARWITNESS_FAULTS.
 
-`rank-2`: the exception that it names is raised in rank 2's main thread, once; `every-rank-2`: in every attempt. `poison`: the CRC32 of the audio of
-a sample whose decoding ends in a segmentation fault. `skew-n2`: node n2's clock is a hundred seconds fast.
+`rank-2`: the exception that it names is raised in rank 2's main thread, once; `every-rank-2`: in every
+attempt. `poison`: the CRC32 of the audio of a sample whose decoding ends in a segmentation fault. `skew-n2`:
+node n2's clock is a hundred seconds fast.
 """
 
 import builtins
@@ -23,10 +25,12 @@ def _wait_for_fault(folder: Path, rank: str) -> None:
     while True:
         for file in (once, always):
             if file.exists():
-                error = getattr(builtins, file.read_text().strip())
+                error = getattr(builtins, file.read_text(encoding="utf-8").strip())
                 if file is once:
                     file.unlink()
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.main_thread().ident or 0), ctypes.py_object(error))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(threading.main_thread().ident or 0), ctypes.py_object(error)
+                )
                 time.sleep(5)  # an import may have swallowed it: again
         time.sleep(POLL)
 
@@ -51,4 +55,4 @@ if "EARWITNESS_FAULTS" in os.environ and "SLURM_PROCID" in os.environ and "launc
         right = time.time
         time.time = lambda: right() + 100
     if (faults / "poison").exists():
-        _poison(int((faults / "poison").read_text()))
+        _poison(int((faults / "poison").read_text(encoding="utf-8")))

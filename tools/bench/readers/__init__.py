@@ -1,6 +1,8 @@
-"""Readers of the same clips, one per module, each as its users write it: `read(task)` yields batches of BATCH for ever, shuffled within an epoch.
+"""Readers of the same clips, one per module, each as its users write it: `read(task)` yields batches of BATCH
+for ever, shuffled within an epoch.
 
-All but Earwitness read, decode and compute in the thread that iterates: a DataLoader's worker would do just that, and pay for passing batches on.
+All but Earwitness read, decode and compute in the thread that iterates: a DataLoader's worker would do just
+that, and pay for passing batches on.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ SHUFFLE = 256
 
 @dataclass(frozen=True)
 class Task:
-    """What is read. shards: paths or URLs of tars; chunks: a folder or prefix with the same clips in litdata's format; work: a folder for the run."""
+    """What is read. shards: paths or URLs of tars; chunks: a folder or prefix with the same clips in
+    litdata's format; work: a folder for the run."""
 
     model: str
     shards: list[str]
@@ -41,7 +44,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Ready:
-    """A batch that a model takes. features: (B, MELS, 3000) float32; labels: (B, T) int64; keys: of the B samples, as the tar has them."""
+    """A batch that a model takes. features: (B, MELS, 3000) float32; labels: (B, T) int64; keys: of the B
+    samples, as the tar has them."""
 
     features: torch.Tensor
     labels: torch.Tensor
@@ -55,10 +59,16 @@ class Preparation:
         processor = WhisperProcessor.from_pretrained(model)
         self.extractor, self.tokenizer = processor.feature_extractor, processor.tokenizer
 
-    def __call__(self, waveforms: Sequence[npt.NDArray[np.float32]], captions: Sequence[str], keys: Sequence[str]) -> Ready:
+    def __call__(
+        self, waveforms: Sequence[npt.NDArray[np.float32]], captions: Sequence[str], keys: Sequence[str]
+    ) -> Ready:
         """waveforms: (n,) at 16 kHz each."""
-        features = self.extractor(list(waveforms), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
-        return Ready(features, self.tokenizer(list(captions), padding=True, return_tensors="pt").input_ids, keys)
+        features = self.extractor(
+            list(waveforms), sampling_rate=SAMPLE_RATE, return_tensors="pt"
+        ).input_features
+        return Ready(
+            features, self.tokenizer(list(captions), padding=True, return_tensors="pt").input_ids, keys
+        )
 
 
 def decode(content: bytes) -> npt.NDArray[np.float32]:

@@ -1,7 +1,9 @@
-"""`python -m tools.bench.readers READER TASK CLIPS FIRST`: measure a reader, and print what was found as JSON.
+"""`python -m tools.bench.readers READER TASK CLIPS FIRST`: measure a reader, and print what was found as
+JSON.
 
-TASK is a Task in JSON, CLIPS how many there are, FIRST the file of the one with the key 000000. A first pass is left out, so that what is read
-ahead is so at the beginning as at the end of the second pass, which is measured.
+TASK is a Task in JSON, CLIPS how many there are, FIRST the file of the one with the key 000000. A first pass
+is left out, so that what is read ahead is so at the beginning as at the end of the second pass, which is
+measured.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ def _cpu() -> float:
 def measure(reader: str, task: Task, clips: int, first: bytes) -> dict[str, float]:
     """Figures of a reader."""
     torch.set_num_threads(1)
-    module, reference = importlib.import_module(f"tools.bench.readers.{reader}"), Preparation(task.model)([decode(first)], [""], [""])
+    module, reference = (
+        importlib.import_module(f"tools.bench.readers.{reader}"),
+        Preparation(task.model)([decode(first)], [""], [""]),
+    )
     began = time.perf_counter()
     batches = module.read(task)
     ready = next(batches)
@@ -36,7 +41,9 @@ def measure(reader: str, task: Task, clips: int, first: bytes) -> dict[str, floa
     while True:
         keys += ready.keys
         if "000000" in ready.keys and ready.features.ndim == reference.features.ndim:
-            difference = (ready.features[list(ready.keys).index("000000")] - reference.features[0]).abs().max()
+            difference = (
+                (ready.features[list(ready.keys).index("000000")] - reference.features[0]).abs().max()
+            )
         if len(keys) >= clips:
             break
         ready = next(batches)

@@ -24,7 +24,17 @@ def read(task: Task) -> Iterator[Ready]:
     """Without `map`, which would cost more."""
     fsspec.register_implementation("s3", _S3, clobber=True)
     prepare = Preparation(task.model)
-    samples = load_dataset("webdataset", data_files={"train": task.shards}, split="train", streaming=True, cache_dir=task.work)
-    samples = samples.cast_column(task.ending, Audio(sampling_rate=SAMPLE_RATE)).shuffle(seed=SEED, buffer_size=SHUFFLE).repeat(None)
+    samples = load_dataset(
+        "webdataset", data_files={"train": task.shards}, split="train", streaming=True, cache_dir=task.work
+    )
+    samples = (
+        samples.cast_column(task.ending, Audio(sampling_rate=SAMPLE_RATE))
+        .shuffle(seed=SEED, buffer_size=SHUFFLE)
+        .repeat(None)
+    )
     for batch in samples.iter(batch_size=BATCH):
-        yield prepare([audio["array"] for audio in batch[task.ending]], [about["caption"] for about in batch["json"]], batch["__key__"])
+        yield prepare(
+            [audio["array"] for audio in batch[task.ending]],
+            [about["caption"] for about in batch["json"]],
+            batch["__key__"],
+        )

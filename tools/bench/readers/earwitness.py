@@ -1,4 +1,5 @@
-"""Earwitness, with one decoding thread and the defaults of its settings; log-mel, as for the others, on the CPU."""
+"""Earwitness, with one decoding thread and the defaults of its settings; log-mel, as for the others, on the
+CPU."""
 
 from __future__ import annotations
 
@@ -28,13 +29,37 @@ def read(task: Task) -> Iterator[Ready]:
 def batches(task: Task) -> Iterator[Batch]:
     """As a run begins: merge the indexes, open them, and load."""
     data = {"sources": [{"name": "clips", "shards": task.shards}], "index_dir": task.index_dir, "threads": 1}
-    sections = {"run": {"name": "bench", "seed": SEED}, "model": {"name_or_path": task.model}, "batch": {"global_size": BATCH}, "optim": {"max_steps": 1}}
+    sections = {
+        "run": {"name": "bench", "seed": SEED},
+        "model": {"name_or_path": task.model},
+        "batch": {"global_size": BATCH},
+        "optim": {"max_steps": 1},
+    }
     config = validate(sections | {"data": data}, "bench")
     dataset.build(config, Path(task.work), SECONDS)
     found = dataset.open_dataset(config, Path(task.work))
     tokenizer = WhisperProcessor.from_pretrained(task.model).tokenizer
-    encoder = CaptionEncoder(tokenizer, prefix_tokens(tokenizer, GenerationConfig.from_pretrained(task.model)), positions=64, long_caption="truncate")
-    samples = Samples(found.training, encoder, max_seconds=SECONDS, overlong=config.data.overlong, seed=SEED, in_hand=InHand(config.data.threads))
+    encoder = CaptionEncoder(
+        tokenizer,
+        prefix_tokens(tokenizer, GenerationConfig.from_pretrained(task.model)),
+        positions=64,
+        long_caption="truncate",
+    )
+    samples = Samples(
+        found.training,
+        encoder,
+        max_seconds=SECONDS,
+        overlong=config.data.overlong,
+        seed=SEED,
+        in_hand=InHand(config.data.threads),
+    )
     order = found.order(config, 100 * SECONDS)
-    for step in Loader(samples, order, range(BATCH), range(1 << 40), threads=config.data.threads, read_ahead_mb=config.data.read_ahead_mb):
+    for step in Loader(
+        samples,
+        order,
+        range(BATCH),
+        range(1 << 40),
+        threads=config.data.threads,
+        read_ahead_mb=config.data.read_ahead_mb,
+    ):
         yield collate(step.samples, order.window(step.number), tokenizer.pad_token_id)

@@ -18,7 +18,14 @@ from tools.bench.readers import BATCH, SEED, Preparation, Ready, Task, decode
 
 def convert(shards: Path, out: Path) -> None:
     """Write the samples of a folder of tars to chunks."""
-    litdata.optimize(_samples, [str(shard) for shard in sorted(shards.iterdir())], str(out), chunk_bytes="16MB", num_workers=1, verbose=False)
+    litdata.optimize(
+        _samples,
+        [str(shard) for shard in sorted(shards.iterdir())],
+        str(out),
+        chunk_bytes="16MB",
+        num_workers=1,
+        verbose=False,
+    )
 
 
 def _samples(shard: str) -> Iterator[dict[str, Any]]:
@@ -28,11 +35,23 @@ def _samples(shard: str) -> Iterator[dict[str, Any]]:
 
 
 def read(task: Task) -> Iterator[Ready]:
-    """Chunks of a bucket are copied to a folder before they are read; the cache is kept so small that each epoch reads them anew."""
+    """Chunks of a bucket are copied to a folder before they are read; the cache is kept so small that each
+    epoch reads them anew."""
     prepare = Preparation(task.model)
     downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # it has no setting for an endpoint without TLS
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]} if "://" in task.chunks else {}
-    samples = litdata.StreamingDataset(task.chunks, cache_dir=task.work, shuffle=True, seed=SEED, max_cache_size="16MB", storage_options=options)
+    samples = litdata.StreamingDataset(
+        task.chunks,
+        cache_dir=task.work,
+        shuffle=True,
+        seed=SEED,
+        max_cache_size="16MB",
+        storage_options=options,
+    )
     endless = itertools.chain.from_iterable(itertools.repeat(samples))
     while batch := list(itertools.islice(endless, BATCH)):
-        yield prepare([decode(one["audio"]) for one in batch], [one["caption"] for one in batch], [one["key"] for one in batch])
+        yield prepare(
+            [decode(one["audio"]) for one in batch],
+            [one["caption"] for one in batch],
+            [one["key"] for one in batch],
+        )

@@ -1,4 +1,5 @@
-"""Earwitness up to the waveforms that a GPU is given, which computes the log-mel itself: what is left to the CPUs of a node."""
+"""Earwitness up to the waveforms that a GPU is given, which computes the log-mel itself: what is left to the
+CPUs of a node."""
 
 from __future__ import annotations
 
