@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 
 from configs.errors import DataError
+from configs.run.crash_journal import POISONED, CrashJournal
 from data import storage
 from data.batch import Sample
 from data.captions import CaptionEncoder, find_caption
 from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
-from data.in_hand import POISONED, InHand
 from data.index import Index
 from data.location import Location
 from data.patience import STATS
@@ -60,7 +60,7 @@ class Samples:
         max_seconds: float,
         overlong: Literal["skip", "crop"],
         seed: int,
-        in_hand: InHand,
+        in_hand: CrashJournal,
         poisoned: frozenset[str] = frozenset(),
     ) -> None:
         """in_hand: where to note what is being decoded; poisoned: keys of samples whose decoder must not be

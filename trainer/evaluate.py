@@ -69,7 +69,7 @@ def validation_loss(
                 return None
             loaded = [sample for sample in results if isinstance(sample, Sample)]
             unusable = [one for one in results if isinstance(one, Rejected)]
-            session.quarantine(unusable, validation=True)
+            session.quarantine(unusable, None)
             rejected += unusable
             batch = collate(loaded, session.order.frames, session.pad_id).to(world.device)
             losses.index_add_(

@@ -10,15 +10,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from configs.errors import DataError, EarwitnessError
-from configs.rundir import append_line
+from configs.errors import DataError, EarwitnessError, PeerFailed
+from configs.run.events import Evaluated, Skipped, Spike
+from configs.run.goodput import Clock, Phase
 from data.batch import micro_batches
 from data.captions import IGNORED
 from data.loader import Loader, Step
-from trainer.distributed import PeerFailed
 from trainer.engines import Update
 from trainer.evaluate import caption_panel, validation_loss
-from trainer.goodput import Clock
 from trainer.loss import count_tokens, token_losses
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
@@ -62,19 +61,19 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
             last, is_best = state.step == session.total_steps, False
             metrics: dict[str, float] = {}
             if not state.evaluated and (last or state.step % config.evaluate.every_steps == 0):
-                clock("evaluation")
+                clock.enter(Phase.EVALUATION)
                 if (evaluation := evaluate(session, monitor, stop, watch)) is None:
                     return save_and_leave(session, clock)
                 metrics, is_best = evaluation
             if is_best or due or last or state.step % config.checkpoint.every_steps == 0:
-                clock("saving")
+                clock.enter(Phase.SAVING)
                 session.save("best" if is_best else "finished" if last else "interval", metrics)
                 due, saved_at, metrics = 0.0, time.monotonic(), {}
             if last:
                 session.writer.finish()
                 return Outcome.FINISHED
 
-            clock("data_wait")
+            clock.enter(Phase.DATA_WAIT)
             step, error = fetch(loader, state.step)
             batches = micro_batches(
                 step.samples,
@@ -97,7 +96,7 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
                 and minutes > config.checkpoint.every_minutes,
                 losses_before=float(taken.losses) if taken else 0.0,
             )
-            clock("training")
+            clock.enter(Phase.TRAINING)
             if agreed.failed:
                 leave_together(session, error)
             if agreed.superseded or agreed.unsaved:
@@ -123,9 +122,9 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
                 taken.losses += losses.detach().sum()
                 monitor.add(batch, losses)
             lr = learning_rate(config.optim, state.step, session.total_steps)
-            clock("saving")
+            clock.enter(Phase.SAVING)
             session.writer.hold()
-            clock("training")
+            clock.enter(Phase.TRAINING)
             update = session.engine.step(lr)
             state.step += 1
             state.evaluated = False
@@ -143,7 +142,7 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
 def save_and_leave(session: Session, clock: Clock, metrics: dict[str, float] | None = None) -> Outcome:
     """Save, sooner than anything else, and wait until it is durable. metrics: of this step, if it has been
     evaluated."""
-    clock("saving")
+    clock.enter(Phase.SAVING)
     if session.world.sum([session.lease.lost])[0]:
         give_way(session)
     session.save("stop", metrics or {}, urgent=True)
@@ -182,7 +181,7 @@ def evaluate(
     def interrupted(error: Exception | None) -> bool:
         watch.arrive()
         agreed = session.world.sums(failed=error is not None, leaving=stop.requested or session.lease.lost)
-        monitor.clock("evaluation")
+        monitor.clock.enter(Phase.EVALUATION)
         if agreed.failed:
             leave_together(session, error)
         return bool(agreed.leaving)
@@ -201,7 +200,9 @@ def evaluate(
             {"key": clip.sample.key, "reference": clip.sample.caption, "caption": clip.caption}
             for clip in panel
         ]
-        session.run.record("evaluation", step=state.step, **metrics, captions=captions)
+        session.run.ledger.record(
+            Evaluated(attempt=session.attempt, step=state.step, metrics=metrics, captions=captions)
+        )
     return metrics, is_best
 
 
@@ -210,13 +211,14 @@ def record_samples(session: Session, step: Step) -> None:
     samples, before the step is taken."""
     for sample in step.samples:
         session.caption_tokens[[token for token in sample.tokens.labels if token != IGNORED]] = True
-    about = {"step": step.number, "attempt": session.attempt, "rank": session.world.rank}
-    session.quarantine(step.rejected, step=step.number)
+    place = {"step": step.number, "attempt": session.attempt, "rank": session.world.rank}
+    session.quarantine(step.rejected, step.number)
     session.note_cut(step.samples)
     if session.config.data.audit:
-        line = {**about, "keys": [sample.key for sample in step.samples]}
-        rejected = {"rejected": [one.key for one in step.rejected]} if step.rejected else {}
-        append_line(session.run.audit / f"rank-{session.world.rank:05d}.jsonl", line | rejected)
+        line = {**place, "keys": [sample.key for sample in step.samples]}
+        if step.rejected:
+            line["rejected"] = [rejected.key for rejected in step.rejected]
+        session.run.audit.append(line)
 
 
 def check_bad(session: Session, bad: int, first: int) -> None:
@@ -236,7 +238,10 @@ def check_loss(session: Session, spikes: SpikeWindow, taken: Taken, losses: floa
     batch."""
     loss = losses / max(1.0, taken.tokens)
     if spikes.stands_out(loss):
-        record_keys(session, "spike", taken.step, loss=loss)
+        keys = gather_keys(session, taken.step)
+        if keys is not None:
+            spike = Spike(attempt=session.attempt, step=taken.step.number, loss=loss, keys=keys)
+            session.run.ledger.record(spike)
 
 
 def check_update(session: Session, update: Update, skips: int, step: Step) -> None:
@@ -244,19 +249,19 @@ def check_update(session: Session, update: Update, skips: int, step: Step) -> No
     row."""
     if update.applied:
         return
-    record_keys(session, "skip", step)
+    keys = gather_keys(session, step)
+    if keys is not None:
+        session.run.ledger.record(Skipped(attempt=session.attempt, step=step.number, keys=keys))
     if skips > session.config.optim.max_skips:
         session.writer.finish()
         raise EarwitnessError(
             f"the gradient was not finite {skips} times in a row, up to step {step.number}; stopped, as"
-            f" optim.max_skips says. The last checkpoint is from before; {session.run.events} names the"
+            f" optim.max_skips says. The last checkpoint is from before; {session.run.ledger.folder} names the"
             " samples. A lower optim.lr or a longer warm-up often helps."
         )
 
 
-def record_keys(session: Session, event: str, step: Step, **about: float) -> None:
-    """Name all samples of a step in the ledger, in the order of lanes."""
-    gathered: Any = session.world.gather([sample.key for sample in step.samples])
-    if gathered is not None:
-        keys = [key for of_rank in gathered for key in of_rank]
-        session.run.record(event, step=step.number, **about, keys=keys)
+def gather_keys(session: Session, step: Step) -> list[str] | None:
+    """All samples of a step in the order of lanes, on rank 0; None on the others."""
+    by_rank: Any = session.world.gather([sample.key for sample in step.samples])
+    return None if by_rank is None else [key for keys in by_rank for key in keys]

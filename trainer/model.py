@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
 from configs.errors import ConfigError
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from configs.schema import Model
 from data.captions import prefix_tokens
 from trainer.weights import UNTRAINED, base_missing, take_weights

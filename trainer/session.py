@@ -8,21 +8,24 @@ from typing import Any, Protocol
 
 import torch
 
-from configs.lease import Lease
-from configs.rundir import RunDir, append_line
+from configs.run.crash_journal import CrashJournal
+from configs.run.events import CaptionCut
+from configs.run.folder import RunDir
+from configs.run.lease import Lease
+from configs.run.quarantine import Unusable
+from configs.errors import PeerFailed
 from configs.schema import RunConfig
 from data import storage
 from data.batch import Sample
 from data.cache import Cache
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
-from data.in_hand import InHand
 from data.loader import Loader
 from data.order import Order, rank_lanes
 from data.samples import Rejected, Samples
 from trainer import checkpoint
 from trainer.checkpoint import Manifest
-from trainer.distributed import PeerFailed, World
+from trainer.distributed import World
 from trainer.engines import Engine
 from trainer.identity import identity
 from trainer.mirror import Mirror
@@ -80,7 +83,7 @@ class Session:
     writer: Writer
     mirror: Mirror | None
     """Of the checkpoints; on rank 0, if there is one."""
-    in_hand: InHand
+    in_hand: CrashJournal
     """What this rank is decoding."""
     poisoned: frozenset[str]
     """Keys of the samples whose decoder crashed or never ended before."""
@@ -142,20 +145,13 @@ class Session:
             read=read,
         )
 
-    def quarantine(self, rejected: Sequence[Rejected], **about: Any) -> None:
-        """Name samples that could not be used, each once per attempt."""
-        for one in rejected:
-            if one.key not in self.quarantined:
-                self.quarantined[one.key] = one
-                append_line(
-                    self.run.quarantine,
-                    {
-                        **about,
-                        "attempt": self.attempt,
-                        "rank": self.world.rank,
-                        "key": one.key,
-                        "reason": one.reason,
-                    },
+    def quarantine(self, rejected: Sequence[Rejected], step: int | None) -> None:
+        """Name samples that could not be used, each once per attempt. step: None for validation."""
+        for sample in rejected:
+            if sample.key not in self.quarantined:
+                self.quarantined[sample.key] = sample
+                self.run.quarantine.add(
+                    Unusable(self.attempt, self.world.rank, sample.key, sample.reason, step)
                 )
 
     def explain(self, rejected: Sequence[Rejected]) -> str:
@@ -174,7 +170,7 @@ class Session:
             if any("no caption under" in reason for reason in keys)
             else ""
         )
-        return "\n  ".join(["Reasons:", *lines, f"All are named in {self.run.quarantine}{advice}"])
+        return "\n  ".join(["Reasons:", *lines, f"All are named in {self.run.quarantine.folder}{advice}"])
 
     def note_cut(self, samples: Sequence[Sample]) -> None:
         """Say it once for each source that captions are cut off because they are too long: in this rank's
@@ -187,7 +183,7 @@ class Session:
                     " (data.long_caption=skip leaves such samples out)"
                 )
                 print(f"{what}; further ones of this source are not named", flush=True)
-                self.run.record("cut_caption", attempt=self.attempt, rank=self.world.rank, what=what)
+                self.run.ledger.record(CaptionCut(attempt=self.attempt, rank=self.world.rank, what=what))
 
     def share_caption_tokens(self) -> None:
         """Let all ranks know which tokens occurred in the captions of any of them."""

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import torch
 
-from configs.errors import CheckpointError, ConfigError
-from configs.lease import Lease
-from configs.rundir import RunDir
+from configs.errors import CheckpointError, ConfigError, PeerFailed
+from configs.run.crash_journal import CrashJournal, find_poisoned
+from configs.run.events import Changed, CheckpointSaved, InitFrom, LeftOut, SlowSave
+from configs.run.events import Damaged as CheckpointDamaged
+from configs.run.folder import RunDir
+from configs.run.lease import Lease
 from configs.schema import RunConfig
 from data import dataset
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
-from data.in_hand import InHand, find_poisoned
 from trainer import checkpoint, model
 from trainer.checkpoint import Damaged, Manifest, Reader
-from trainer.distributed import PeerFailed, World, has_bf16
+from trainer.distributed import World, has_bf16
 from trainer.engines import Engine
 from trainer.identity import ORDER, changes, check_changes, differences, identity
 from trainer.mirror import Mirror
@@ -28,7 +30,7 @@ from trainer.weights import resolve
 from trainer.writer import Commit, Writer
 
 
-class Stopped(Exception):
+class StopRequested(Exception):
     """A stop was requested before training began: nothing has changed."""
 
 
@@ -38,19 +40,19 @@ def prepare(
     lease: Lease,
     world: World,
     stop: StopFlag,
-    in_hand: InHand,
+    in_hand: CrashJournal,
     grace: float | None = None,
 ) -> Session:
     """Build a session. All ranks call it. grace: seconds in which a job must save when it is asked to, if
     that is known.
 
-    Raises Stopped if `stop` was requested meanwhile, ConfigError if going on would not be the same run,
+    Raises StopRequested if `stop` was requested meanwhile, ConfigError if going on would not be the same run,
     CheckpointError if no checkpoint of the run is sound.
     """
 
     def check_stop() -> None:
         if world.sum([stop.requested])[0]:
-            raise Stopped
+            raise StopRequested
 
     check_stop()
     if world.rank == 0 and config.engine.dtype == "bf16" and not has_bf16(world.device):
@@ -59,12 +61,12 @@ def prepare(
             " here",
             flush=True,
         )
-    mirror = Mirror(run, config, lease.check) if world.rank == 0 and config.checkpoint.mirror else None
+    mirror = Mirror(run, config, lease) if world.rank == 0 and config.checkpoint.mirror else None
     found = _find_checkpoints(run, lease, mirror, world)
     captioner = (
         model.load_base(run, config.model)
         if found
-        else model.load(config.model, config.run.seed, run.pretrained, _init_from(config, run, world))
+        else model.load(config.model, config.run.seed, run.pretrained, _init_from(config, run, lease, world))
     )
     check_stop()
     samples = _open_dataset(config, run, lease, world, captioner)
@@ -81,7 +83,7 @@ def prepare(
         else None
     )
 
-    base = _epoch_base(manifest, now, run, world) if manifest else (0, 0)
+    base = _epoch_base(manifest, now, run, lease.attempt, world) if manifest else (0, 0)
     order = samples.order(config, captioner.frames, base)
     total = config.optim.max_steps or order.steps_of(config.optim.epochs or 0)
     state, vocabulary = State(), torch.zeros(captioner.config.vocab_size, dtype=torch.bool)
@@ -108,32 +110,32 @@ def prepare(
     )
 
     def committed(commit: Commit) -> None:
-        seconds = {
-            "blocking_seconds": round(commit.blocking_seconds, 4),
-            "total_seconds": round(commit.total_seconds, 3),
-        }
         made = commit.manifest
         if grace and commit.total_seconds > grace / 2:
             advice = (
                 "a preemption or the time limit may come sooner; raise slurm.signal_seconds, or take a faster"
                 " file system"
             )
-            run.record(
-                "slow_save",
+            run.ledger.record(
+                SlowSave(
+                    attempt=lease.attempt,
+                    step=made.step,
+                    seconds=round(commit.total_seconds, 1),
+                    grace_seconds=grace,
+                    advice=advice,
+                )
+            )
+        run.ledger.record(
+            CheckpointSaved(
                 attempt=lease.attempt,
                 step=made.step,
-                seconds=round(commit.total_seconds, 1),
-                grace=grace,
-                advice=advice,
+                reason=made.reason,
+                folder=commit.folder.name,
+                blocking_seconds=round(commit.blocking_seconds, 4),
+                total_seconds=round(commit.total_seconds, 3),
+                bytes=commit.bytes,
+                metrics=made.metrics,
             )
-        run.record(
-            "checkpoint",
-            step=made.step,
-            reason=made.reason,
-            folder=commit.folder.name,
-            **seconds,
-            bytes=commit.bytes,
-            **made.metrics,
         )
         checkpoint.retain(
             run.checkpoints,
@@ -197,7 +199,7 @@ def _refuse_to_forget(run: RunDir) -> None:
         )
 
 
-def _init_from(config: RunConfig, run: RunDir, world: World) -> Path | None:
+def _init_from(config: RunConfig, run: RunDir, lease: Lease, world: World) -> Path | None:
     """What this run's weights begin with: one and the same checkpoint on all ranks, and at every start until
     the run has one of its own."""
     source = config.model.init_from
@@ -205,13 +207,15 @@ def _init_from(config: RunConfig, run: RunDir, world: World) -> Path | None:
         return None
     found = Path(source)
     if world.rank == 0 and not (found / "config.json").is_file():
-        known = [Path(line["checkpoint"]) for line in run.ledger("init_from") if line["source"] == source]
+        known = [
+            Path(event.checkpoint) for event in run.ledger.read().of(InitFrom) if event.source == source
+        ]
         if known and known[-1].is_dir():
             found = known[-1]
         else:
             with contextlib.suppress(ConfigError, CheckpointError):  # told when it is read
                 _, found = resolve(found)
-                run.record("init_from", source=source, checkpoint=str(found))
+                run.ledger.record(InitFrom(attempt=lease.attempt, source=source, checkpoint=str(found)))
     return world.share(found)
 
 
@@ -227,7 +231,7 @@ def _open_dataset(
     if world.rank == 0:
         for line in dataset.build(config, run.path, seconds):
             print(line, flush=True)
-            run.record("left_out", attempt=lease.attempt, what=line)
+            run.ledger.record(LeftOut(attempt=lease.attempt, what=line))
     world.barrier()
     return dataset.open_dataset(config, run.path)
 
@@ -270,7 +274,9 @@ def _resume(
             lease.check()
             aside = checkpoint.set_aside(folder)
             print(f"{first}; set aside as {aside.name}, going on from the checkpoint before", flush=True)
-            run.record("damaged", folder=folder.name, message=first)
+            run.ledger.record(
+                CheckpointDamaged(attempt=lease.attempt, folder=folder.name, message=first)
+            )
         world.barrier()
     if world.rank == 0:
         _refuse_to_forget(run)
@@ -287,7 +293,9 @@ def _compare(reader: Reader, now: dict[str, object], shapes: dict[str, list[int]
         )
 
 
-def _epoch_base(manifest: Manifest, now: dict[str, object], run: RunDir, world: World) -> tuple[int, int]:
+def _epoch_base(
+    manifest: Manifest, now: dict[str, object], run: RunDir, attempt: int, world: World
+) -> tuple[int, int]:
     """Where the order of the samples begins: as in the checkpoint, or with a new epoch where data or order
     were changed on purpose."""
     changed = changes(manifest.identity, now)
@@ -296,5 +304,7 @@ def _epoch_base(manifest: Manifest, now: dict[str, object], run: RunDir, world: 
     if changed and world.rank == 0:
         lines = differences(manifest.identity, now, changed)
         print("\n  ".join(["changed on purpose (run.allow_change):", *lines]), flush=True)
-        run.record("changed", step=manifest.step, what=lines, epoch_base=base)
+        run.ledger.record(
+            Changed(attempt=attempt, step=manifest.step, what=lines, epoch_base=base)
+        )
     return base

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from xxhash import xxh3_128
 
-from configs.errors import CheckpointError
-from configs.lease import Superseded
+from configs.errors import CheckpointError, PeerFailed
+from configs.run.lease import Superseded
 from trainer.checkpoint import (
     DIGEST_BLOCK,
     MANIFEST,
@@ -34,7 +34,7 @@ from trainer.checkpoint import (
     sync,
     write_synced,
 )
-from trainer.distributed import PeerFailed, World
+from trainer.distributed import World
 from trainer.engines import KINDS, Engine, Fragment
 
 POLL = 0.05

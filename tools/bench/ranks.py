@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from configs.schema import RunConfig
 from data.batch import Batch
 from data.decode import SAMPLE_RATE
