@@ -249,6 +249,13 @@ def test_a_full_index_leaves_out_overlong_clips_beforehand(shards: str, opened: 
     assert len(samples.index) < len(opened(shards, full=True, max_seconds=1.0, overlong="crop")[0].index)
 
 
+def test_crops_are_the_same_under_every_version_of_numpy(shards: str, opened: Open) -> None:
+    """In numbers (seconds where a crop begins, and its length); who changes them, changes ORDER_VERSION."""
+    samples, _ = opened(shards, max_seconds=0.6, overlong="crop")
+    crops = [samples._fit(10.0, row, step) for row, step in ((3, 5), (4, 5), (3, 6))]
+    assert crops == [(6.99, 0.6), (1.62, 0.6), (7.38, 0.6)]
+
+
 @pytest.mark.parametrize(("ranks", "start"), [(1, 11), (3, 0)])
 def test_crops_do_not_depend_on_ranks_or_start(shards: str, opened: Open, ranks: int, start: int) -> None:
     found = opened(shards, max_seconds=0.6, overlong="crop")
