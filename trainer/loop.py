@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from configs.rundir import append_line
 from data.batch import micro_batches
 from data.captions import IGNORED
 from data.loader import Loader, Step
+from data.patience import received
 from trainer.distributed import PeerFailed
 from trainer.engines import Update
 from trainer.evaluate import caption_panel, validation_loss
@@ -26,6 +28,8 @@ from trainer.session import Session, StopFlag, Watch
 
 LAST_CHANCE = 5.0
 """Seconds that a checkpoint under way gets when this rank has failed."""
+SLICE = 1.0
+"""Seconds after which a rank that waits for samples looks whether a stop is requested."""
 
 
 class Outcome(Enum):
@@ -74,8 +78,7 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
                 session.writer.finish()
                 return Outcome.FINISHED
 
-            clock("data_wait")
-            step, error = fetch(loader, state.step)
+            step, error = fetch(loader, state.step, stop, clock)
             batches = micro_batches(
                 step.samples,
                 config.batch.micro_size,
@@ -164,12 +167,28 @@ def give_way(session: Session) -> None:
     raise PeerFailed("a later attempt has taken over")
 
 
-def fetch(loader: Loader, number: int) -> tuple[Step, Exception | None]:
-    """The next step's samples; an error is returned, so that all ranks can learn of it before they leave."""
+def fetch(
+    loader: Loader, number: int, stop: StopFlag, clock: Callable[[str], None]
+) -> tuple[Step, Exception | None]:
+    """The next step's samples; none if a stop is requested before they are there: no rank takes the step
+    then.
+
+    An error is returned, so that all ranks can learn of it before they leave. Bytes that come are a sign of
+    life: slow storage is not taken for a hang.
+    """
+    nothing = Step(number, [], [], 0.0)
+    clock("data_wait")
+    before = received()
     try:
+        while not loader.ready(SLICE):
+            if stop.requested:
+                return nothing, None
+            if received() != before:
+                before = received()
+                clock("data_wait")
         return next(loader), None
     except Exception as error:
-        return Step(number, [], [], 0.0), error
+        return nothing, error
 
 
 def evaluate(
