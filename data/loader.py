@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,6 +69,11 @@ class _Plan:
     number: int
     slots: list[_Slot] = field(default_factory=list)
 
+    @property
+    def samples(self) -> list[Future[Sample | Rejected]]:
+        """Those of the slots, once they are being read and decoded."""
+        return [slot.sample for slot in self.slots if slot.sample is not None]
+
 
 class Loader(Iterator[Step]):
     """Iterates over some steps of an order, for the lanes of one rank.
@@ -96,18 +101,33 @@ class Loader(Iterator[Step]):
         self._planned: deque[_Plan] = deque()
         self._decoding: deque[_Plan] = deque()
         self._held = 0  # bytes read or being read
+        self._waited = 0.0  # seconds, for the next step
         self._next = steps.start
         self._epoch, self._in_epoch = order.locate(steps.start)
         self._enter_epoch()
 
-    def __next__(self) -> Step:
+    def ready(self, seconds: float | None) -> bool:
+        """Wait until `next` has something to give at once: the next step, the error in its place, or the end.
+        False if that takes longer than `seconds`."""
         self._read_ahead()
+        if not self._decoding:
+            return True
+        began = time.perf_counter()
+        done, waiting = wait(self._decoding[0].samples, seconds, return_when=FIRST_EXCEPTION)
+        self._waited += time.perf_counter() - began
+        return not waiting or any(sample.exception() for sample in done)
+
+    def __next__(self) -> Step:
+        self.ready(None)
         if not self._decoding:
             self.close()
             raise StopIteration
-        began = time.perf_counter()
         plan = self._decoding.popleft()
-        done = [slot.sample.result() for slot in plan.slots if slot.sample is not None]
+        waited, self._waited = self._waited, 0.0
+        for sample in plan.samples:
+            if sample.done():
+                sample.result()  # an error is raised at once, however long the others would take
+        done = [sample.result() for sample in plan.samples]
         for slot in plan.slots:
             for span in slot.spans:
                 span.uses -= 1
@@ -116,7 +136,7 @@ class Loader(Iterator[Step]):
                     span.content = None  # the lane's window still holds the span
         samples = [result for result in done if isinstance(result, Sample)]
         rejected = [result for result in done if isinstance(result, Rejected)]
-        return Step(plan.number, samples, rejected, time.perf_counter() - began)
+        return Step(plan.number, samples, rejected, waited)
 
     def close(self) -> None:
         """Give up what is under way."""

@@ -15,13 +15,28 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.uint64]
 
+ORDER_VERSION = 2
+"""Version of the order. One that puts samples, or their crops, in other places gets the next number: a run
+that goes on from a checkpoint is told, and asked."""
 RUN_BYTES = 5 << 20
 """Bytes after which a run ends: one ranged read of this size hides the latency of object storage."""
 RUNS_PER_LANE = 16
 """Runs are shorter where a lane would have fewer of them per epoch, so that small data sets mix well."""
 EMPTY = -1
 """Slot without a sample."""
+SHUFFLE_RUNS, SHUFFLE_LANE, CYCLE, CROP = 1, 2, 3, 4
+"""Purposes of random keys."""
+
+
+def random_keys(count: int, seed: int, *purpose: int) -> Keys:
+    """Random 64-bit keys, (count,), which depend on `seed` and `purpose` alone.
+
+    They are the same in every version of numpy, which promises the raw stream of PCG64 and what SeedSequence
+    makes of a seed, but not how a Generator permutes or draws.
+    """
+    return np.random.PCG64(np.random.SeedSequence(seed, spawn_key=purpose)).random_raw(count)
 
 
 def cut_runs(shard: npt.ArrayLike, size: npt.ArrayLike, global_batch: int) -> Ints:
@@ -98,7 +113,7 @@ class Order:
         """Samples of some lanes in an epoch: (len(lanes), steps_in(epoch)), EMPTY where a lane is one
         shorter."""
         runs = self._runs_in(epoch)
-        runs = runs[self._random(1, epoch).permutation(len(runs))]
+        runs = runs[random_keys(len(runs), self.seed, SHUFFLE_RUNS, epoch).argsort(kind="stable")]
         lengths = self._lengths()[runs]
         total = int(lengths.sum())
         cuts = [lane * total // self.global_batch for lane in range(lanes.start, lanes.stop + 1)]
@@ -120,10 +135,9 @@ class Order:
     def _shuffled(self, stretch: Ints, epoch: int, lane: int) -> Ints:
         """Shuffle a lane inside windows of `shuffle_window` samples."""
         window = min(self.shuffle_window, max(1, len(stretch)))
-        keys = np.full(
-            (-(-len(stretch) // window), window), np.inf
-        )  # a short last window is filled up, at its end
-        keys.flat[: len(stretch)] = self._random(2, epoch, lane).random(len(stretch))
+        # A short last window is filled up with the largest key, which a stable sort leaves at the end.
+        keys = np.full((-(-len(stretch) // window), window), np.iinfo(np.uint64).max, np.uint64)
+        keys.flat[: len(stretch)] = random_keys(len(stretch), self.seed, SHUFFLE_LANE, epoch, lane)
         places = keys.argsort(axis=1, kind="stable") + window * np.arange(len(keys))[:, None]
         return stretch[places.ravel()[: len(stretch)]]
 
@@ -136,16 +150,13 @@ class Order:
             whole = int(weight)
             chosen += [runs] * whole
             if part := weight - whole:
-                cycle = self._random(3, source).permutation(runs)
+                cycle = runs[random_keys(len(runs), self.seed, CYCLE, source).argsort(kind="stable")]
                 start, end = round(epoch * part * len(runs)), round((epoch + 1) * part * len(runs))
                 chosen.append(cycle[np.arange(start, end) % len(runs)])
         return np.concatenate(chosen).astype(np.int64)
 
     def _lengths(self) -> Ints:
         return np.diff(self.runs)
-
-    def _random(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *key])
 
 
 def rank_lanes(rank: int, world_size: int, global_batch: int) -> range:

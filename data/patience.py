@@ -59,8 +59,8 @@ class Limits:
 
 LIMITS = Limits()
 STATS: Counter[str] = Counter()
-"""Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and cached
-(bytes)."""
+"""Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and the bytes that
+came from the cache (cached) and from this machine's file systems (local)."""
 HubError: type[Exception] = HfHubHTTPError.__bases__[0]
 """The HTTPError of httpx or httpx2, whichever this huggingface_hub has."""
 FAILURES: tuple[type[Exception], ...] = (
@@ -138,6 +138,11 @@ class Trouble:
                 return action(*self.open())
             except FAILURES as error:
                 time.sleep(self.failed(error))
+
+
+def received() -> int:
+    """Bytes that have come since this process began, from wherever: as long as they do, nothing hangs."""
+    return STATS["bytes"] + STATS["cached"] + STATS["local"]
 
 
 def _final(error: Exception) -> tuple[str, bool]:

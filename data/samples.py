@@ -6,8 +6,6 @@ import zlib
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from configs.errors import DataError
 from configs.run.crash_journal import POISONED, CrashJournal
 from data import storage
@@ -16,6 +14,7 @@ from data.captions import CaptionEncoder, find_caption
 from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
 from data.index import Index
 from data.location import Location
+from data.order import CROP, random_keys
 from data.patience import STATS
 
 
@@ -127,4 +126,5 @@ class Samples:
             )
         # At whole hundredths of a second, which are whole frames of most rates.
         last = int((seconds - longest) * 100)
-        return int(np.random.default_rng([self.seed, 4, step, row]).integers(last + 1)) / 100, longest
+        key = int(random_keys(1, self.seed, CROP, step, row)[0])
+        return (key * (last + 1) >> 64) / 100, longest

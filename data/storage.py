@@ -19,7 +19,7 @@ from fsspec.utils import glob_translate
 from configs.errors import DataError
 from data import patience
 from data.location import Location
-from data.patience import Trouble, advice
+from data.patience import STATS, Trouble, advice
 from data.ranges import Range, within
 
 TAGS = (
@@ -170,6 +170,7 @@ def read(location: Location, start: int, end: int) -> bytes:
         found: bytes = filesystem.cat_file(path, start=start, end=end)
         if len(found) != end - start:
             raise EOFError(f"got {len(found)} of {end - start} bytes")
+        STATS["local"] += len(found)
         if location.tag and stat(location).tag != location.tag:
             raise DataError(
                 f"{location.url}: was changed since the run began; a run on other samples is another run: put"

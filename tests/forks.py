@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ class Kill:
     or some time after it.
 
     rank: the victim; None: the whole node, the launcher included. signum: another signal, as SIGTERM, which
-    asks to save. content: a segmentation fault instead, in all calls whose first argument holds it.
+    asks to save. content: a segmentation fault instead, in all calls whose first argument holds it. stall:
+    seconds that the call takes longer.
     """
 
     function: str
@@ -50,6 +52,7 @@ class Kill:
     delay: float | None = None
     signum: int = signal.SIGKILL
     content: str = ""
+    stall: float = 0.0
 
     def arm(self, rank: int) -> None:
         """Set the trap in this process."""
@@ -68,6 +71,8 @@ class Kill:
                 threading.Timer(self.delay, self._strike).start()
             elif due and not self.after:
                 self._strike()
+            if due:
+                time.sleep(self.stall)
             result = original(*arguments, **keywords)
             if due and self.after:
                 self._strike()

@@ -21,14 +21,15 @@ import pytest
 import soundfile
 from transformers import GenerationConfig, WhisperProcessor
 
-from configs.errors import DataError, EarwitnessError
+from configs.errors import DataError, EarwitnessError, ShardError
 from configs.load import validate
-from data import dataset, location
+from data import dataset, location, storage
 from data.cache import Cache
 from data.captions import CaptionEncoder, prefix_tokens
 from data.in_hand import InHand
 from data.index import index_shard
 from data.loader import Loader, Read, Step
+from data.location import Location
 from data.order import Order, rank_lanes
 from data.patience import STATS
 from data.samples import Samples
@@ -249,10 +250,52 @@ def test_a_full_index_leaves_out_overlong_clips_beforehand(shards: str, opened: 
     assert len(samples.index) < len(opened(shards, full=True, max_seconds=1.0, overlong="crop")[0].index)
 
 
+def test_crops_are_the_same_under_every_version_of_numpy(shards: str, opened: Open) -> None:
+    """In numbers (seconds where a crop begins, and its length); who changes them, changes ORDER_VERSION."""
+    samples, _ = opened(shards, max_seconds=0.6, overlong="crop")
+    crops = [samples._fit(10.0, row, step) for row, step in ((3, 5), (4, 5), (3, 6))]
+    assert crops == [(6.99, 0.6), (1.62, 0.6), (7.38, 0.6)]
+
+
 @pytest.mark.parametrize(("ranks", "start"), [(1, 11), (3, 0)])
 def test_crops_do_not_depend_on_ranks_or_start(shards: str, opened: Open, ranks: int, start: int) -> None:
     found = opened(shards, max_seconds=0.6, overlong="crop")
     assert of_ranks(found, ranks, range(start, STEPS.stop)) == content(list(loader(found)))[start:]
+
+
+def test_waiting_may_be_cut_into_slices(shards: str, opened: Open) -> None:
+    """What comes is what comes without."""
+    found, held = opened(shards), threading.Event()
+
+    def read(location: Location, start: int, end: int) -> bytes:
+        held.wait()
+        return storage.read(location, start, end)
+
+    sliced, steps = loader(found, read=read), []
+    assert not sliced.ready(0) and not sliced.ready(0.01)
+    held.set()
+    while sliced.ready(60) and (step := next(sliced, None)):
+        steps.append(step)
+    assert content(steps) == content(list(loader(found)))
+    assert steps[0].waited >= 0.01
+
+
+def test_an_error_is_there_though_other_reads_of_the_step_do_not_come(shards: str, opened: Open) -> None:
+    found, never = opened(shards), threading.Event()
+    reads = itertools.count()
+
+    def read(location: Location, start: int, end: int) -> bytes:
+        if next(reads) == 0:
+            never.wait(60)
+        raise ShardError(f"{location.url}: gone")
+
+    failing = loader(found, read=read)
+    assert failing.ready(50)
+    with pytest.raises(ShardError, match="gone"):
+        next(failing)
+    assert not never.is_set()
+    failing.close()
+    never.set()
 
 
 def error_of(found: Opened) -> EarwitnessError:

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from data.order import EMPTY, RUN_BYTES, RUNS_PER_LANE, Order, cut_runs, rank_lanes
+from configs.errors import ConfigError
+from configs.load import validate
+from data.order import (
+    EMPTY,
+    ORDER_VERSION,
+    RUN_BYTES,
+    RUNS_PER_LANE,
+    Order,
+    cut_runs,
+    random_keys,
+    rank_lanes,
+)
+from tests.making import config_values
+from trainer.identity import ORDER, check_changes, identity
 
 seeded = settings(derandomize=True, deadline=None, max_examples=100, phases=[Phase.generate, Phase.shrink])
 
@@ -133,6 +147,42 @@ def test_runs_cover_all_samples_inside_shards_and_the_byte_limit(samples, batch)
         assert (
             end - start == 1 or size[start : end - 1].sum() < limit
         )  # the sample that reaches the limit ends the run
+
+
+def test_the_order_is_the_same_under_every_version_of_numpy() -> None:
+    """In numbers. Whoever changes them gives the order another ORDER_VERSION: runs that go on are told
+    then."""
+    assert random_keys(2, 7, 1, 0).tolist() == [10880027834572141776, 9343578914191250935]
+    assert random_keys(2, 2**33, 2, 5, 3).tolist() == [11914143290752745678, 908092971789093623]
+    assert ORDER_VERSION == 2
+    runs = np.arange(0, 25, 2)  # of two samples each; those of the second source come every second epoch
+    order = Order(runs, np.repeat([0, 1], 6), [1.0, 0.5], 7, 4, shuffle_window=3, frames=3000)
+    assert order.lanes(0, range(4)).tolist() == [
+        [9, 8, 6, 7, -1],
+        [17, 16, 22, 2, 23],
+        [1, 3, 0, 12, -1],
+        [13, 4, 5, 11, 10],
+    ]
+    assert order.lanes(1, range(4)).tolist() == [
+        [20, 11, 10, 21, -1],
+        [6, 1, 0, 7, 8],
+        [18, 9, 19, 4, -1],
+        [15, 5, 14, 3, 2],
+    ]
+
+
+def test_a_run_of_a_version_with_another_order_is_told_and_goes_on_when_allowed(tmp_path: Path) -> None:
+    """Its checkpoint says nothing of an order, or names another one."""
+    now = identity(validate(config_values("run", tmp_path, tmp_path, "*.tar"), "test"), "digest")
+    unnamed = {name: value for name, value in now.items() if name != "order"}
+    for before, version in ((unnamed, 1), ({**now, "order": 3}, 3)):
+        with pytest.raises(ConfigError) as caught:
+            check_changes(before, now, [], tmp_path)
+        said = str(caught.value)
+        assert f": {version} -> {ORDER_VERSION}\n" in said and "version of the order" in said
+        assert "run.allow_change=[order]' (a new epoch begins then)" in said
+        check_changes(before, now, ["order"], tmp_path)
+    assert "order" in ORDER
 
 
 def test_an_epoch_mixes_the_sources_from_the_start() -> None:

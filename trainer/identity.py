@@ -9,8 +9,9 @@ from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema import RunConfig
+from data.order import ORDER_VERSION
 
-ORDER = ("run.seed", "batch.global_size", "data.shuffle_window", "data.sources", "index")
+ORDER = ("run.seed", "batch.global_size", "data.shuffle_window", "data.sources", "index", "order")
 """On these the order of the samples depends. If one was changed on purpose, a new epoch begins at the step of
 the checkpoint."""
 SETTINGS = (
@@ -39,8 +40,14 @@ NAMES = {
     "index": (
         "index (the samples, by digest: a shard was added, removed, changed, or indexed in full after a quick"
         " look)"
-    )
+    ),
+    "order": (
+        "order (version of the order in which samples come: this Earwitness has another one than that which"
+        " wrote the checkpoint, with which the run goes on as it was)"
+    ),
 }
+UNNAMED = {"order": 1}
+"""Values in checkpoints that do not name them yet."""
 
 
 def identity(config: RunConfig, index_digest: str) -> dict[str, Any]:
@@ -50,11 +57,13 @@ def identity(config: RunConfig, index_digest: str) -> dict[str, Any]:
     found["data.sources"] = [[source.name, source.weight] for source in config.data.sources]
     found["data.sources.captions"] = [[source.caption_key, source.style] for source in config.data.sources]
     found["index"] = index_digest
+    found["order"] = ORDER_VERSION
     return dict(json.loads(json.dumps(found)))
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of what is not as it was."""
+    before = UNNAMED | before
     return [name for name in now if before.get(name) != now[name]]
 
 
@@ -89,6 +98,7 @@ def check_changes(before: dict[str, Any], now: dict[str, Any], allowed: list[str
 
 def differences(before: dict[str, Any], now: dict[str, Any], names: list[str]) -> list[str]:
     """What was changed, a line for each name."""
+    before = UNNAMED | before
     return [f"{NAMES.get(name, name)}: {_short(before.get(name))} -> {_short(now[name])}" for name in names]
 
 

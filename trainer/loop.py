@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NoReturn
 
 import torch
 
-from configs.errors import DataError, EarwitnessError, PeerFailed
-from configs.run.events import Evaluated, Skipped, Spike
-from configs.run.goodput import Clock, Phase
+from configs.errors import DataError, EarwitnessError
+from configs.rundir import append_line
 from data.batch import micro_batches
 from data.captions import IGNORED
 from data.loader import Loader, Step
+from data.patience import received
+from trainer.distributed import PeerFailed
 from trainer.engines import Update
 from trainer.evaluate import caption_panel, validation_loss
+from trainer.goodput import Clock
 from trainer.loss import count_tokens, token_losses
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
@@ -25,6 +28,8 @@ from trainer.session import Session, StopFlag, Watch
 
 LAST_CHANCE = 5.0
 """Seconds that a checkpoint under way gets when this rank has failed."""
+SLICE = 1.0
+"""Seconds after which a rank that waits for samples looks whether a stop is requested."""
 
 
 class Outcome(Enum):
@@ -61,20 +66,19 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
             last, is_best = state.step == session.total_steps, False
             metrics: dict[str, float] = {}
             if not state.evaluated and (last or state.step % config.evaluate.every_steps == 0):
-                clock.enter(Phase.EVALUATION)
+                clock("evaluation")
                 if (evaluation := evaluate(session, monitor, stop, watch)) is None:
                     return save_and_leave(session, clock)
                 metrics, is_best = evaluation
             if is_best or due or last or state.step % config.checkpoint.every_steps == 0:
-                clock.enter(Phase.SAVING)
+                clock("saving")
                 session.save("best" if is_best else "finished" if last else "interval", metrics)
                 due, saved_at, metrics = 0.0, time.monotonic(), {}
             if last:
                 session.writer.finish()
                 return Outcome.FINISHED
 
-            clock.enter(Phase.DATA_WAIT)
-            step, error = fetch(loader, state.step)
+            step, error = fetch(loader, state.step, stop, clock)
             batches = micro_batches(
                 step.samples,
                 config.batch.micro_size,
@@ -96,7 +100,7 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
                 and minutes > config.checkpoint.every_minutes,
                 losses_before=float(taken.losses) if taken else 0.0,
             )
-            clock.enter(Phase.TRAINING)
+            clock("training")
             if agreed.failed:
                 leave_together(session, error)
             if agreed.superseded or agreed.unsaved:
@@ -122,9 +126,9 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
                 taken.losses += losses.detach().sum()
                 monitor.add(batch, losses)
             lr = learning_rate(config.optim, state.step, session.total_steps)
-            clock.enter(Phase.SAVING)
+            clock("saving")
             session.writer.hold()
-            clock.enter(Phase.TRAINING)
+            clock("training")
             update = session.engine.step(lr)
             state.step += 1
             state.evaluated = False
@@ -142,7 +146,7 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
 def save_and_leave(session: Session, clock: Clock, metrics: dict[str, float] | None = None) -> Outcome:
     """Save, sooner than anything else, and wait until it is durable. metrics: of this step, if it has been
     evaluated."""
-    clock.enter(Phase.SAVING)
+    clock("saving")
     if session.world.sum([session.lease.lost])[0]:
         give_way(session)
     session.save("stop", metrics or {}, urgent=True)
@@ -163,12 +167,28 @@ def give_way(session: Session) -> None:
     raise PeerFailed("a later attempt has taken over")
 
 
-def fetch(loader: Loader, number: int) -> tuple[Step, Exception | None]:
-    """The next step's samples; an error is returned, so that all ranks can learn of it before they leave."""
+def fetch(
+    loader: Loader, number: int, stop: StopFlag, clock: Callable[[str], None]
+) -> tuple[Step, Exception | None]:
+    """The next step's samples; none if a stop is requested before they are there: no rank takes the step
+    then.
+
+    An error is returned, so that all ranks can learn of it before they leave. Bytes that come are a sign of
+    life: slow storage is not taken for a hang.
+    """
+    nothing = Step(number, [], [], 0.0)
+    clock("data_wait")
+    before = received()
     try:
+        while not loader.ready(SLICE):
+            if stop.requested:
+                return nothing, None
+            if received() != before:
+                before = received()
+                clock("data_wait")
         return next(loader), None
     except Exception as error:
-        return Step(number, [], [], 0.0), error
+        return nothing, error
 
 
 def evaluate(
@@ -181,7 +201,7 @@ def evaluate(
     def interrupted(error: Exception | None) -> bool:
         watch.arrive()
         agreed = session.world.sums(failed=error is not None, leaving=stop.requested or session.lease.lost)
-        monitor.clock.enter(Phase.EVALUATION)
+        monitor.clock("evaluation")
         if agreed.failed:
             leave_together(session, error)
         return bool(agreed.leaving)
@@ -200,9 +220,7 @@ def evaluate(
             {"key": clip.sample.key, "reference": clip.sample.caption, "caption": clip.caption}
             for clip in panel
         ]
-        session.run.ledger.record(
-            Evaluated(attempt=session.attempt, step=state.step, metrics=metrics, captions=captions)
-        )
+        session.run.record("evaluation", step=state.step, **metrics, captions=captions)
     return metrics, is_best
 
 
@@ -211,14 +229,13 @@ def record_samples(session: Session, step: Step) -> None:
     samples, before the step is taken."""
     for sample in step.samples:
         session.caption_tokens[[token for token in sample.tokens.labels if token != IGNORED]] = True
-    place = {"step": step.number, "attempt": session.attempt, "rank": session.world.rank}
-    session.quarantine(step.rejected, step.number)
+    about = {"step": step.number, "attempt": session.attempt, "rank": session.world.rank}
+    session.quarantine(step.rejected, step=step.number)
     session.note_cut(step.samples)
     if session.config.data.audit:
-        line = {**place, "keys": [sample.key for sample in step.samples]}
-        if step.rejected:
-            line["rejected"] = [rejected.key for rejected in step.rejected]
-        session.run.audit.append(line)
+        line = {**about, "keys": [sample.key for sample in step.samples]}
+        rejected = {"rejected": [one.key for one in step.rejected]} if step.rejected else {}
+        append_line(session.run.audit / f"rank-{session.world.rank:05d}.jsonl", line | rejected)
 
 
 def check_bad(session: Session, bad: int, first: int) -> None:
@@ -238,10 +255,7 @@ def check_loss(session: Session, spikes: SpikeWindow, taken: Taken, losses: floa
     batch."""
     loss = losses / max(1.0, taken.tokens)
     if spikes.stands_out(loss):
-        keys = gather_keys(session, taken.step)
-        if keys is not None:
-            spike = Spike(attempt=session.attempt, step=taken.step.number, loss=loss, keys=keys)
-            session.run.ledger.record(spike)
+        record_keys(session, "spike", taken.step, loss=loss)
 
 
 def check_update(session: Session, update: Update, skips: int, step: Step) -> None:
@@ -249,19 +263,19 @@ def check_update(session: Session, update: Update, skips: int, step: Step) -> No
     row."""
     if update.applied:
         return
-    keys = gather_keys(session, step)
-    if keys is not None:
-        session.run.ledger.record(Skipped(attempt=session.attempt, step=step.number, keys=keys))
+    record_keys(session, "skip", step)
     if skips > session.config.optim.max_skips:
         session.writer.finish()
         raise EarwitnessError(
             f"the gradient was not finite {skips} times in a row, up to step {step.number}; stopped, as"
-            f" optim.max_skips says. The last checkpoint is from before; {session.run.ledger.folder} names the"
+            f" optim.max_skips says. The last checkpoint is from before; {session.run.events} names the"
             " samples. A lower optim.lr or a longer warm-up often helps."
         )
 
 
-def gather_keys(session: Session, step: Step) -> list[str] | None:
-    """All samples of a step in the order of lanes, on rank 0; None on the others."""
-    by_rank: Any = session.world.gather([sample.key for sample in step.samples])
-    return None if by_rank is None else [key for keys in by_rank for key in keys]
+def record_keys(session: Session, event: str, step: Step, **about: float) -> None:
+    """Name all samples of a step in the ledger, in the order of lanes."""
+    gathered: Any = session.world.gather([sample.key for sample in step.samples])
+    if gathered is not None:
+        keys = [key for of_rank in gathered for key in of_rank]
+        session.run.record(event, step=step.number, **about, keys=keys)

@@ -1,0 +1,86 @@
+"""A run that waits for its samples heeds a stop, and is no hang as long as bytes come."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.loader import Step
+from data.patience import STATS
+from slurm.signals import StopFlag
+from tests.forks import Course, Kill, Launcher
+from tests.making import config_values
+from trainer.loop import fetch
+
+STALL = 90.0
+"""Seconds that the read takes for which the run waits: longer than everything else together."""
+
+
+@dataclass
+class Slow:
+    """Takes the place of a loader: a slice of waiting for each entry, in which so many bytes come."""
+
+    slices: list[int]
+    stop: StopFlag
+    stopped_after: int = 1000
+
+    def ready(self, seconds: float) -> bool:
+        assert seconds <= 1
+        if not self.slices:
+            return True
+        STATS["local"] += self.slices.pop(0)
+        self.stopped_after -= 1
+        if self.stopped_after == 0:
+            self.stop.signum = signal.SIGTERM
+        return False
+
+    def __next__(self) -> Step:
+        return Step(3, [], [], 12.0)
+
+
+def test_bytes_that_come_are_signs_of_life_and_waiting_alone_is_none() -> None:
+    signs: list[str] = []
+    stop = StopFlag()
+    step, error = fetch(Slow([0, 5, 0, 0, 7, 1, 0], stop), 3, stop, signs.append)
+    assert (step.waited, error) == (12.0, None)
+    assert signs == ["data_wait"] * (1 + 3), (
+        "one at the beginning, and one for each slice in which bytes came"
+    )
+
+
+def test_who_is_asked_to_stop_waits_no_longer() -> None:
+    stop = StopFlag()
+    loader = Slow([5] * 20, stop, stopped_after=3)
+    step, error = fetch(loader, 3, stop, lambda phase: None)
+    assert len(loader.slices) == 17 and error is None
+    assert (step.number, step.samples, step.waited) == (3, [], 0.0)
+
+
+def test_a_stop_while_a_read_stalls_saves_at_once(
+    tmp_path: Path, model: Path, shards: str, launch: Launcher
+) -> None:
+    """Rank 1 alone is asked, by TERM, a second after one of its reads has begun to stall. All ranks save what
+    they have taken, and leave; the step whose samples did not come is taken later."""
+    course = Course(tmp_path, model, shards, launch)
+    values = config_values(
+        "stalled",
+        tmp_path,
+        model,
+        shards,
+        engine={"backend": "fsdp2", "dtype": "fp32"},
+        data={"read_ahead_mb": 1},  # a read for each sample
+        optim={"max_steps": 30},
+        evaluate={"every_steps": 1000, "captions": 0, "max_samples": 4},
+        checkpoint={"every_steps": 1000},
+    )
+    stalled = Kill("data.storage:read", nth=60, rank=1, delay=1.0, signum=signal.SIGTERM, stall=STALL)
+    began = time.monotonic()
+    done = launch(values, procs=2, kill=stalled)
+    assert time.monotonic() - began < STALL, "the read was waited for"
+    assert done.returncode == 85, done.stderr
+    run = course.run("stalled")
+    (saved,) = run.ledger("checkpoint")
+    assert saved["reason"] == "stop" and 0 < saved["step"] < 30
+    assert [line["step"] for line in run.ledger("stop")] == [saved["step"]]
