@@ -24,8 +24,8 @@ class ExitCode(IntEnum):
 
 
 class EarwitnessError(Exception):
-    """A failure with a message for the user; `exit_code` is what the process ends with, `cause` what the ledger
-    is told if it ends a rank."""
+    """A failure with a message for the user; `exit_code` is what the process ends with, `cause` what the
+    ledger is told if it ends a rank."""
 
     exit_code: int = 1
     cause: Cause = Cause.ERROR
@@ -35,12 +35,14 @@ class ConfigError(EarwitnessError):
     """The configuration or the command line is wrong."""
 
     exit_code = ExitCode.USAGE
+    cause = Cause.BAD_INPUT
 
 
 class DataError(EarwitnessError):
     """The data, or the access to them, is wrong; trying again would not help."""
 
     exit_code = ExitCode.DATA
+    cause = Cause.BAD_INPUT
 
 
 class PeerFailed(EarwitnessError):

@@ -77,7 +77,9 @@ def status(
         Path | None, typer.Argument(help="Folder of a run; default all below runs/.", metavar="[RUN]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    events: Annotated[bool, typer.Option(help="Print the ledger of a run, a JSON line for each event.")] = False,
+    events: Annotated[
+        bool, typer.Option(help="Print the ledger of a run, a JSON line for each event.")
+    ] = False,
 ) -> None:
     """Attempts, why each ended, and where the time went."""
     from launch.status import print_events, status

@@ -1,7 +1,7 @@
 """`python -m launch.attempt`: what job.sh asks before an attempt and after it, in a step of its own.
 
-It answers in one line: VERDICT (go or stop) ATTEMPT NODES-TO-LEAVE-OUT SECONDS-TO-WAIT, with - for nothing; the
-latter two are for the next attempt.
+It answers in one line: VERDICT (go or stop) ATTEMPT NODES-TO-LEAVE-OUT SECONDS-TO-WAIT, with - for nothing;
+the latter two are for the next attempt.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ class Judge:
         now = holder(self.run)
         jobs = [began.job for began in self._attempts()]
         try:
-            lease = claim(
-                self.run, job=self.job, supersede=now is not None and now.job in [before, *jobs]
-            )
+            lease = claim(self.run, job=self.job, supersede=now is not None and now.job in [before, *jobs])
         except ConfigError as error:  # another chain, or `launch train`
             return Verdict(False, str(error)), -1
         self.run.ledger.record(

@@ -125,7 +125,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
 
 
 def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> tuple[int, Failure | None]:
-    """Print the error that ended the run. Returns its exit code, and a failure that the ledger does not tell of.
+    """Print the error that ended the run. Returns its exit code, and a failure that the ledger does not tell
+    of.
 
     A rank that was killed is the cause, the others only lost it. One that has aborted is not, unless it was
     decoding: NCCL does so to those that wait for another one.

@@ -34,8 +34,8 @@ from configs.run.events import (
 )
 from configs.run.folder import RunDir
 from configs.run.goodput import AttemptSummary, begin, goodput, summarize
-from configs.run.ledger import History, warning
 from configs.run.lease import holder
+from configs.run.ledger import History, warning
 from slurm import cluster
 from slurm.chain import chain_jobs, look_outside
 from slurm.cluster import QueuedJob
@@ -172,9 +172,7 @@ def _at_work(run: RunDir, attempt: AttemptBegan, jobs: list[QueuedJob] | None) -
     return now is not None and now.alive and now.attempt == attempt.attempt
 
 
-def _state(
-    history: History, rows: list[AttemptSummary], jobs: list[QueuedJob] | None
-) -> tuple[str, str]:
+def _state(history: History, rows: list[AttemptSummary], jobs: list[QueuedJob] | None) -> tuple[str, str]:
     """The state of a run in one word, and what there is to say of it."""
     last = rows[-1] if rows else None
     if last and last.end is None:

@@ -70,7 +70,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     from trainer import distributed
     from trainer.loop import Outcome, train
     from trainer.preflight import look_over
-    from trainer.start import StopRequested, prepare
+    from trainer.start import Start, StopRequested
 
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
@@ -78,13 +78,15 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     if (
         in_job() and config.slurm.gpus_per_node > 0 and gpus <= (local_rank if gpus != 1 else 0)
     ):  # one: the site binds each rank to its own
-        raise UnfitNode(node_name(), f"{node_name()}: only {gpus} of {config.slurm.gpus_per_node} GPUs answer")
+        raise UnfitNode(
+            node_name(), f"{node_name()}: only {gpus} of {config.slurm.gpus_per_node} GPUs answer"
+        )
     world = distributed.start(nodes)
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
     grace = config.slurm.signal_seconds if in_job() else None
     try:
-        session = prepare(config, run, lease, world, stop, journal, grace=grace)
+        session = Start(config, run, lease, world, stop).session(journal, grace)
     except StopRequested:
         return _leave(run, lease, world, stop, Outcome.SAVED, run.ledger.read().saved_step)
     if world.rank == 0:
@@ -94,8 +96,8 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     outcome = train(session, stop, watch)
     code = _leave(run, lease, world, stop, outcome, session.state.step)
     watch.close()
-    if outcome is Outcome.FINISHED and session.mirror:
-        session.mirror.finish()  # now that nobody waits for this rank
+    if outcome is Outcome.FINISHED:
+        session.checkpoints.finish_mirror()  # now that nobody waits for this rank
     return code
 
 
@@ -125,9 +127,7 @@ def _leave(run: RunDir, lease: Lease, world: World, stop: StopFlag, outcome: Out
     from trainer.loop import Outcome
 
     if world.rank == 0:
-        run.ledger.record(
-            Stopped(attempt=lease.attempt, step=step, outcome=outcome.value, signal=stop.name)
-        )
+        run.ledger.record(Stopped(attempt=lease.attempt, step=step, outcome=outcome.value, signal=stop.name))
     world.barrier()
     distributed.end()
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED
@@ -136,7 +136,8 @@ def _leave(run: RunDir, lease: Lease, world: World, stop: StopFlag, outcome: Out
 def _watchdog(
     run: RunDir, lease: Lease, rank: int, nodes: list[str], journal: CrashJournal, seconds: float | None
 ) -> Watchdog:
-    """The watchdog of this rank: it writes a hang into the ledger, and the samples that seem to be at fault."""
+    """The watchdog of this rank: it writes a hang into the ledger, and the samples that seem to be at
+    fault."""
 
     def report(hang: Hang) -> None:
         run.ledger.record(

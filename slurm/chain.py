@@ -12,8 +12,8 @@ from configs.run.causes import FAILURES, FAULTS_OF_NODES, FINAL, MISFORTUNES, Ca
 from configs.run.ends import Failure, Outside, find_end
 from configs.run.events import AttemptBegan, CouldNotBegin, Ended, Submitted
 from configs.run.folder import RunDir
-from configs.run.ledger import History
 from configs.run.lease import holder
+from configs.run.ledger import History
 from configs.schema import Slurm, node_range
 from slurm.said import JOB_STATES, first_failure, job_state
 
@@ -141,9 +141,7 @@ def _exclude(
 
 def chain_jobs(run: RunDir) -> set[str]:
     """All jobs that were ever submitted for a run."""
-    queued_next = {
-        path.read_text(encoding="utf-8").strip() for path in (run.slurm / "jobs").glob("*.next")
-    }
+    queued_next = {path.read_text(encoding="utf-8").strip() for path in (run.slurm / "jobs").glob("*.next")}
     history = run.ledger.read()
     submitted = {event.job for event in history.of(Submitted)}
     begun = {event.job for event in history.of(AttemptBegan)}

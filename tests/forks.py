@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from configs.errors import run_command
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from launch import local, worker
 from launch.__main__ import app
 from tests.making import ROOT

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from configs.errors import UnfitNode
 from configs.schema import Slurm
 from launch.local import _free_port
 from slurm.chain import MISFORTUNES_WITHOUT_PROGRESS, decide
 from slurm.watchdog import Sign, explain
 from trainer import distributed, preflight
-from trainer.distributed import UnfitNode
 from trainer.preflight import Finding
 
 NOW = 1e6

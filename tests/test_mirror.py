@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from configs.run.events import Damaged, Event, MirrorFailed, Restored, Started
 from tests.forks import Course, Done, Kill, Launcher
 from tests.making import config_values
 from trainer import checkpoint
@@ -85,10 +86,10 @@ class Mirrored(Course):
         )
 
     def started_at(self, name: str) -> int:
-        return self.run(name).ledger("start")[-1]["step"]
+        return self.run(name).ledger.read().of(Started)[-1].step
 
-    def told(self, name: str, event: str) -> list[dict[str, Any]]:
-        return self.run(name).ledger(event)
+    def told(self, name: str, kind: type[Event]) -> list[Any]:
+        return self.run(name).ledger.read().of(kind)
 
     def same(self, name: str) -> None:
         """The copies are those of the local checkpoints, no more and no less, and complete."""
@@ -143,7 +144,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(
         shutil.rmtree(course.run(name).checkpoints)
     assert course.train(name, 6, procs=3).returncode == 0
     assert course.started_at(name) == 5
-    assert [line["folder"] for line in course.told(name, "restored")] == ["step-00000005"]
+    assert [line.folder for line in course.told(name, Restored)] == ["step-00000005"]
     restored = course.run(name).checkpoints / "step-00000005"
     assert all(
         file.read_bytes() == (course.run(mirrored).checkpoints / restored.name / file.name).read_bytes()
@@ -230,12 +231,12 @@ def test_damaged_copies_are_named_and_the_newest_sound_one_is_used(course: Mirro
         damage(course.place, f"{name}/checkpoints/step-{step:08d}")
     done = course.train(name, 5, checkpoint={"keep_last": 9})
     assert done.returncode == 0 and course.started_at(name) == 1
-    told = course.told(name, "damaged")
-    assert [line["folder"] for line in told] == [
+    told = course.told(name, Damaged)
+    assert [line.folder for line in told] == [
         f"{course.place.url}/{name}/checkpoints/step-{step:08d}" for step in (5, 4, 3, 2)
     ]
     for line, said in zip(told, DAMAGE.values(), strict=True):
-        assert said in line["message"] and line["folder"] in done.stdout
+        assert said in line.message and line.folder in done.stdout
     assert not [
         folder
         for folder in course.run(name).checkpoints.iterdir()
@@ -286,9 +287,9 @@ def test_copies_that_cannot_be_made_are_told_and_training_goes_on(
     shutil.copytree(course.run(mirrored).path, course.run(name).path)
     done = course.train(name, 6, checkpoint={"mirror": url}, env=NOWHERE if trouble == "server gone" else {})
     assert done.returncode == 0 and course.started_at(name) == 5
-    told = course.told(name, "mirror_failed")
-    assert "step-00000006" in {line["folder"] for line in told}
-    assert all(line["mirror"] == f"{url}/{name}" and line["message"] for line in told)
+    told = course.told(name, MirrorFailed)
+    assert "step-00000006" in {line.folder for line in told}
+    assert all(line.mirror == f"{url}/{name}" and line.message for line in told)
     assert all(
         f"{url}/{name}: {line['folder']} could not be copied: {line['message']}. Training goes on"
         in done.stdout

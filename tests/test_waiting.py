@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.run.events import CheckpointSaved, Stopped
 from data.loader import Step
 from data.patience import STATS
 from slurm.signals import StopFlag
@@ -81,6 +82,6 @@ def test_a_stop_while_a_read_stalls_saves_at_once(
     assert time.monotonic() - began < STALL, "the read was waited for"
     assert done.returncode == 85, done.stderr
     run = course.run("stalled")
-    (saved,) = run.ledger("checkpoint")
-    assert saved["reason"] == "stop" and 0 < saved["step"] < 30
-    assert [line["step"] for line in run.ledger("stop")] == [saved["step"]]
+    (saved,) = run.ledger.read().of(CheckpointSaved)
+    assert saved.reason == "stop" and 0 < saved.step < 30
+    assert [line.step for line in run.ledger.read().of(Stopped)] == [saved.step]

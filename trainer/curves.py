@@ -22,7 +22,8 @@ def open_curves(folder: Path, purge_step: int) -> SummaryWriter:
     newest = max((_second(path) for path in folder.glob("events.out.tfevents.*")), default=0)
     writer = SummaryWriter(str(folder), purge_step=purge_step)
     writer.flush()
-    events: Any = writer.file_writer.event_writer  # type: ignore[union-attr]
+    files: Any = writer.file_writer
+    events = files.event_writer
     path = Path(events._file_name)
     if _second(path) <= newest:
         later = path.with_name(NAME.sub(rf"events.out.tfevents.{newest + 1:010d}.\2", path.name))

@@ -97,7 +97,9 @@ class Mirror:
         self._get(f"checkpoints/{name}", temporary)
         if problem := _damage(temporary):
             print(f"{self.url}/checkpoints/{name}: {problem}; trying the one before", flush=True)
-            self._run.ledger.record(Damaged(attempt=self._attempt, folder=f"{self.url}/checkpoints/{name}", message=problem))
+            self._run.ledger.record(
+                Damaged(attempt=self._attempt, folder=f"{self.url}/checkpoints/{name}", message=problem)
+            )
             shutil.rmtree(temporary)
             return False
         if not (self._run.base / "config.json").is_file():
@@ -125,7 +127,9 @@ class Mirror:
                     )
                     with contextlib.suppress(OSError):
                         self._run.ledger.record(
-                            MirrorFailed(attempt=self._attempt, folder=folder.name, mirror=self.url, message=said)
+                            MirrorFailed(
+                                attempt=self._attempt, folder=folder.name, mirror=self.url, message=said
+                            )
                         )
             finally:
                 self.copying = None
@@ -150,13 +154,15 @@ class Mirror:
         size = sum(file.stat().st_size for file in files)
         for file in files:
             self._put(file, f"checkpoints/{folder.name}/{file.name}")
-        self._run.ledger.record(Mirrored(
-            attempt=self._attempt,
-            folder=folder.name,
-            mirror=self.url,
-            seconds=round(time.perf_counter() - began, 3),
-            bytes=size,
-        ))
+        self._run.ledger.record(
+            Mirrored(
+                attempt=self._attempt,
+                folder=folder.name,
+                mirror=self.url,
+                seconds=round(time.perf_counter() - began, 3),
+                bytes=size,
+            )
+        )
         self._retain({*names, folder.name})
 
     def _begin(self, step: int) -> None:

@@ -41,6 +41,11 @@ class Captioner:
         return self.model.config
 
     @property
+    def pad_id(self) -> int:
+        """Token that fills up decoder inputs."""
+        return int(self.config.pad_token_id or 0)
+
+    @property
     def frames(self) -> int:
         """Mel frames of its audio window."""
         return 2 * int(self.config.max_source_positions)

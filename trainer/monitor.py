@@ -31,7 +31,7 @@ from trainer.distributed import World
 from trainer.engines import Update
 from trainer.evaluate import PanelClip
 from trainer.flops import peak_flops
-from trainer.loss import count_tokens
+from trainer.loss import SourceTotals
 
 SPIKE_WINDOW = 100
 """Steps that a loss is compared with; the first SPIKE_WINDOW / 5 of an attempt are only collected."""
@@ -60,33 +60,6 @@ class SpikeWindow:
         return False
 
 
-@dataclass
-class SourceTotals:
-    """Sums by source since the last point of the curves; each is (sources,) float64, on the device or not."""
-
-    losses: torch.Tensor
-    """Of token losses."""
-    tokens: torch.Tensor
-    """Caption tokens."""
-
-    @classmethod
-    def zeros(cls, sources: int, device: torch.device) -> SourceTotals:
-        """Nothing yet."""
-        losses = torch.zeros(sources, dtype=torch.float64, device=device)
-        return cls(losses, torch.zeros_like(losses))
-
-    def add(self, batch: Batch, losses: torch.Tensor) -> None:
-        """Count a micro-batch. losses: (B,) sums of its token losses."""
-        self.losses.index_add_(0, batch.source, losses.detach().double())
-        self.tokens.index_add_(0, batch.source, count_tokens(batch).double())
-
-    def over_ranks(self, world: World) -> SourceTotals:
-        """The sums over all ranks, on the CPU. All ranks call it."""
-        count = len(self.losses)
-        summed = torch.tensor(world.sum(torch.cat([self.losses, self.tokens]).tolist()), dtype=torch.float64)
-        return SourceTotals(summed[:count], summed[count:])
-
-
 @dataclass(frozen=True)
 class Totals:
     """Numbers since the last point of the curves, summed over all ranks. waited: seconds for data."""
@@ -111,8 +84,8 @@ class Monitor:
         sample_flops: Callable[[float], float],
         tell: Callable[[Phase, int], None],
     ) -> None:
-        """first_step: steps taken before; sample_flops: FLOPs of a training step per sample, by the mean of its
-        caption tokens; tell: is told of each phase and the step that it belongs to."""
+        """first_step: steps taken before; sample_flops: FLOPs of a training step per sample, by the mean of
+        its caption tokens; tell: is told of each phase and the step that it belongs to."""
         self._config, self._run, self._attempt, self._world = config, run, attempt, world
         self._names = [source.name for source in config.data.sources]
         self._sample_flops, self._peak = sample_flops, peak_flops(config.monitor.peak_tflops, world.device)
@@ -140,8 +113,8 @@ class Monitor:
         self._totals.add(batch, losses)
 
     def step(self, data: Step, update: Update, lr: float, unusable: Counter[str]) -> None:
-        """Count a step; every `monitor.every_steps` it is reported. unusable: samples that this rank could not
-        use in this attempt, by source."""
+        """Count a step; every `monitor.every_steps` it is reported. unusable: samples that this rank could
+        not use in this attempt, by source."""
         self._waited += data.waited
         self._samples += len(data.samples)
         self._seconds += sum(sample.seconds for sample in data.samples)
@@ -203,7 +176,7 @@ class Monitor:
         if self._writer is None:
             return
         seconds = time.perf_counter() - self._since
-        scalars = self._losses(by_source)
+        scalars = by_source.means(self._names, "loss") or {"loss": 0.0}
         scalars |= {"grad_norm": update.grad_norm, "learning_rate": lr, "attempt": self._attempt}
         scalars |= self._speeds(totals, float(by_source.tokens.sum()), seconds)
         for name, count in zip(self._names, unusable_samples, strict=True):
@@ -219,17 +192,6 @@ class Monitor:
         self._show_unusable(self._writer)
         self._writer.flush()
         self._show_status(scalars)
-
-    def _losses(self, totals: SourceTotals) -> dict[str, float]:
-        """Mean losses of a caption token, by source and of all."""
-        losses = {}
-        for name, loss, tokens in zip(
-            self._names, totals.losses.tolist(), totals.tokens.tolist(), strict=True
-        ):
-            if tokens:
-                losses[f"loss/{name}"] = loss / tokens
-        losses["loss"] = float(totals.losses.sum()) / max(1.0, float(totals.tokens.sum()))
-        return losses
 
     def _speeds(self, totals: Totals, tokens: float, seconds: float) -> dict[str, float]:
         speeds = {

@@ -125,8 +125,10 @@ class Writer:
         `finish` does, for the one under way.
         """
         began = time.perf_counter()
-        if urgent and self._job and self.world.sum([self._job.progress])[0] < REPLACE_BELOW * self.world.size:
-            self._abandon()
+        if urgent and self._job:
+            (written,) = self.world.sum([self._job.progress])
+            if written < REPLACE_BELOW * self.world.size:
+                self._abandon()
         self.finish()
         self._snapshot.follow()
         self._job = _Job(self, self._snapshot, self._engine.fragments(), manifest, began)
@@ -149,16 +151,13 @@ class Writer:
         job = self._job
         if job is None:
             return
-        for part in (
-            job.written,
-            job.committed,
-        ):  # all must have written before it makes sense to wait for rank 0
-            while self.world.sum([not part.is_set()])[
-                0
-            ]:  # in short collectives: a disk may take longer than one may last
+        # All must have written before it makes sense to wait for rank 0.
+        for part in (job.written, job.committed):
+            # In short collectives: a disk may take longer than one may last.
+            while self.world.any(not part.is_set()):
                 if part.wait(POLL):
                     time.sleep(POLL / 5)
-            if self.world.sum([job.error is not None])[0]:
+            if self.world.any(job.error is not None):
                 self._fail(job)
             job.all_written.set()
         self._job = None
@@ -179,7 +178,7 @@ class Writer:
                 self.fence()
             except Superseded as error:
                 superseded = error
-        if self.world.sum([superseded is not None])[0]:
+        if self.world.any(superseded is not None):
             raise superseded or PeerFailed("a later attempt has taken over")
         if cause is None:
             raise PeerFailed("another rank could not write the checkpoint")

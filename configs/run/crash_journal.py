@@ -107,8 +107,8 @@ def deaths(run: RunDir, attempt: int) -> list[DeathInHand]:
 
 
 def find_poisoned(run: RunDir, attempt: int) -> frozenset[str]:
-    """Keys of the samples that are no longer tried. Writes into the ledger first what attempts before this one
-    died of; one rank calls it."""
+    """Keys of the samples that are no longer tried. Writes into the ledger first what attempts before this
+    one died of; one rank calls it."""
     history = run.ledger.read()
     known = {(death.attempt, death.rank) for death in history.of(DeathInHand)}
     # The last attempt that has started has itself looked at those before it.

@@ -47,7 +47,8 @@ class Outside:
     failure: Failure | None = None
     """As srun, the launcher or the crash journal tell of it."""
     job_cause: Cause | None = None
-    """As Slurm says of the job: cancelled, preempted, time limit, ...; None if it says nothing of the kind."""
+    """As Slurm says of the job: cancelled, preempted, time limit, ...; None if it says nothing of the
+    kind."""
     job_state: str = ""
     """Slurm's own word for the job's state."""
     stop_asked: bool = False
@@ -110,8 +111,8 @@ def find_end(run: RunDir, history: History, attempt: int, outside: Outside) -> E
 
 
 def rank_errors(history: History, attempt: int) -> list[RankFailed]:
-    """What the ranks of an attempt say of their failures: first those that know why, then those that have only
-    lost another one; oldest first, by clocks that differ."""
+    """What the ranks of an attempt say of their failures: first those that know why, then those that have
+    only lost another one; oldest first, by clocks that differ."""
     return sorted(
         history.of(RankFailed, attempt), key=lambda error: (error.cause is Cause.LOST_PEER, error.time)
     )

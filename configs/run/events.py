@@ -43,14 +43,14 @@ def parse(line: dict[str, Any]) -> Event:
     if kind is None:
         raise ValueError(f"no event: {line.get('event')}")
     try:
-        return _adapter(kind).validate_python(line)
+        return _adapter(kind.name).validate_python(line)
     except ValidationError as error:
         raise ValueError(f"{kind.name}: {error.errors()[0]['msg']}") from None
 
 
 @functools.cache
-def _adapter(kind: type[Event]) -> TypeAdapter[Event]:
-    return TypeAdapter(kind)
+def _adapter(name: str) -> TypeAdapter[Event]:
+    return TypeAdapter(KINDS[name])
 
 
 @dataclass(frozen=True, kw_only=True)

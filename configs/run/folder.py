@@ -27,7 +27,8 @@ class RunDir:
         self.proposal = Proposal(self.path / "config.next.yaml", self.config)
         """What a start asks for; it becomes config.yaml when the run has accepted it."""
         self.base = self.path / "base"
-        """The model's config, tokenizer, processor, generation config and the tensors that are not trained."""
+        """The model's config, tokenizer, processor, generation config and the tensors that are not
+        trained."""
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.ledger = Ledger(self.path / "events")
@@ -57,8 +58,8 @@ class RunDir:
                     pass
         except OSError as error:
             raise ConfigError(
-                f"{run.path}: cannot write the run's folder: {error.strerror}; set run.dir to a place that you"
-                " may write"
+                f"{run.path}: cannot write the run's folder: {error.strerror}; set run.dir to a place that"
+                " you may write"
             ) from None
         return run
 
@@ -79,5 +80,7 @@ class RunDir:
     def read_config(self) -> RunConfig:
         """The resolved config of this run. Raises ConfigError if this folder is none."""
         if not self.config.is_file():
-            raise ConfigError(f"{self.path}: not the folder of a run that has started (it has no config.yaml)")
+            raise ConfigError(
+                f"{self.path}: not the folder of a run that has started (it has no config.yaml)"
+            )
         return load(self.config)

@@ -120,7 +120,10 @@ def claim(run: RunDir, *, job: str = "", supersede: bool = False) -> Lease:
         _file(run, attempt).parent.mkdir(parents=True, exist_ok=True)
         if not _create(_file(run, attempt), json.dumps(asdict(mine))):
             continue
-        if any(file > _file(run, attempt) for file in _files(run)) or run.ledger.read().next_attempt > attempt:
+        if (
+            any(file > _file(run, attempt) for file in _files(run))
+            or run.ledger.read().next_attempt > attempt
+        ):
             _file(run, attempt).unlink(missing_ok=True)
             continue
         for file in _files(run):

@@ -25,9 +25,7 @@ class History:
     def of(self, kind: type[E], attempt: int | None = None) -> list[E]:
         """The events of a kind, oldest first; of one attempt, if it is named."""
         return [
-            event
-            for event in self.events
-            if isinstance(event, kind) and attempt in (None, event.attempt)
+            event for event in self.events if isinstance(event, kind) and attempt in (None, event.attempt)
         ]
 
     def last(self, kind: type[E], attempt: int | None = None) -> E | None:
@@ -95,4 +93,3 @@ def warning(history: History) -> str:
         f"{count} line{'s' if count > 1 else ''} of the ledger cannot be read (a full disk, a power cut, or"
         f" another version), e.g. {history.unreadable[0]}"
     )
-

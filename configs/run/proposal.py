@@ -1,9 +1,9 @@
 """The config that a start asks for, until the run has accepted it.
 
-    propose    `launch train` and `launch submit`, before the first rank starts     config.next.yaml
-    read       everybody who works for the attempt
-    accept     rank 0, when the model is loaded and the checkpoint was compared      -> config.yaml
-    withdraw   whoever started the attempt, when it is over: a config that was refused must not reach the next
+propose    `launch train` and `launch submit`, before the first rank starts     config.next.yaml
+read       everybody who works for the attempt
+accept     rank 0, when the model is loaded and the checkpoint was compared      -> config.yaml
+withdraw   whoever started the attempt, when it is over: a config that was refused must not reach the next
 """
 
 from __future__ import annotations

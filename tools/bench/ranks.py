@@ -153,7 +153,7 @@ class Trainer:
 
     def _save_earwitness(self, number: int) -> Wait:
         assert self._writer
-        self._writer.save(Manifest(number, self.engine.updates(), {}))
+        self._writer.save(Manifest(step=number, updates=self.engine.updates(), identity={}))
         return self._writer.finish
 
     def _save_deepspeed(self, number: int) -> Wait:

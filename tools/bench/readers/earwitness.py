@@ -9,11 +9,11 @@ from pathlib import Path
 from transformers import GenerationConfig, WhisperProcessor
 
 from configs.load import validate
+from configs.run.crash_journal import CrashJournal
 from data import dataset
 from data.batch import Batch, collate
 from data.captions import CaptionEncoder, prefix_tokens
 from data.features import log_mel
-from configs.run.crash_journal import CrashJournal
 from data.loader import Loader
 from data.samples import Samples
 from tools.bench.readers import BATCH, MELS, SECONDS, SEED, Ready, Task
