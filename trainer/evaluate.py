@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,14 @@ from configs.errors import DataError
 from data.batch import Sample, collate
 from data.captions import LANGUAGE, TASK
 from data.features import log_mel
+from data.loader import Loader, Step
 from data.samples import Rejected
 from trainer.loss import count_tokens, token_losses
 from trainer.session import Session
 
-Interrupted = Callable[[Exception | None], bool]
-"""Tells all ranks of one's error, if there is one, and raises on all if any has one; returns whether to leave
-off. All ranks call it at the same point."""
+Take = Callable[[Loader], Step | None]
+"""Gives the next step of a loader once all ranks have theirs, None where they leave off. Raises on all ranks
+if one has failed. All ranks call it at the same point."""
 
 
 @dataclass(frozen=True)
@@ -42,36 +43,30 @@ def validation_rows(session: Session, per_source: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def validation_loss(
-    session: Session, module: torch.nn.Module, interrupted: Interrupted
-) -> dict[str, float] | None:
+def validation_loss(session: Session, module: torch.nn.Module, take: Take) -> dict[str, float] | None:
     """Mean loss of a caption token over all validation samples (`validation/loss`) and by source
     (`validation/loss/SOURCE`).
 
-    Empty without validation samples; None where `interrupted` says to leave off. Raises DataError if none of
-    a source's validation samples can be used.
+    Empty without validation samples; None where the ranks leave off. Raises DataError if none of a source's
+    validation samples can be used.
     """
     world, names = session.world, [source.name for source in session.config.data.sources]
     by_source = validation_rows(session, session.config.evaluate.max_samples)
     rows = [row for of_source in by_source for row in of_source]
-    size, mels = session.config.batch.micro_size, session.captioner.config.num_mel_bins
-    samples = session.samples(validation=True)
+    mels = session.captioner.config.num_mel_bins
     losses = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     tokens = torch.zeros_like(losses)
     rejected: list[Rejected] = []
     module.eval()
-    with ThreadPoolExecutor(session.config.data.threads) as pool:
-        for first in range(0, len(rows), size * world.size):  # as many rounds on every rank
-            mine = rows[first + world.rank * size : min(first + (world.rank + 1) * size, len(rows))]
-            results, error = _loaded(pool.map(samples.load, mine))
-            if interrupted(error):
+    with closing(session.validation_loader(rows, session.config.batch.micro_size)) as loader:
+        for _ in loader.steps:
+            step = take(loader)
+            if step is None:
                 module.train()
                 return None
-            loaded = [sample for sample in results if isinstance(sample, Sample)]
-            unusable = [one for one in results if isinstance(one, Rejected)]
-            session.quarantine(unusable, validation=True)
-            rejected += unusable
-            batch = collate(loaded, session.order.frames, session.pad_id).to(world.device)
+            session.quarantine(step.rejected, validation=True)
+            rejected += step.rejected
+            batch = collate(step.samples, session.order.frames, session.pad_id).to(world.device)
             losses.index_add_(
                 0, batch.source, token_losses(module, batch, mels, session.engine.dtype).double()
             )
@@ -91,24 +86,20 @@ def validation_loss(
 
 
 @torch.no_grad()
-def caption_panel(
-    session: Session, module: torch.nn.Module, interrupted: Interrupted
-) -> list[PanelClip] | None:
+def caption_panel(session: Session, module: torch.nn.Module, take: Take) -> list[PanelClip] | None:
     """Caption the panel: as many validation clips of each source. All ranks take part, rank 0 gets the clips.
-    None where `interrupted` says to leave off."""
+    None where the ranks leave off."""
     world, wanted = session.world, session.config.evaluate.captions
     by_source = validation_rows(session, -(-wanted // len(session.config.data.sources)))
     turns = [rows[turn] for turn in range(wanted) for rows in by_source if turn < len(rows)][:wanted]
-    samples = session.samples(validation=True)
     session.share_caption_tokens()
     clips = []
-    for first in range(0, len(turns), world.size):  # as many rounds on every rank
-        loaded, error = _loaded(map(samples.load, turns[first + world.rank : first + world.rank + 1]))
-        if interrupted(error):
-            return None
-        clips += [
-            PanelClip(clip, generate(session, module, clip)) for clip in loaded if isinstance(clip, Sample)
-        ]
+    with closing(session.validation_loader(turns, per_rank=1)) as loader:
+        for _ in loader.steps:
+            step = take(loader)
+            if step is None:
+                return None
+            clips += [PanelClip(clip, generate(session, module, clip)) for clip in step.samples]
     gathered = world.gather(clips)
     panels: list[list[PanelClip]] = gathered or []  # type: ignore[assignment]
     return [panel[turn] for turn in range(wanted) for panel in panels if turn < len(panel)]
@@ -139,11 +130,3 @@ def generate(session: Session, model: torch.nn.Module, sample: Sample) -> str:
     )
     model.train()
     return str(captioner.processor.batch_decode(tokens, skip_special_tokens=True)[0]).strip()
-
-
-def _loaded(results: Iterable[Sample | Rejected]) -> tuple[list[Sample | Rejected], Exception | None]:
-    """All results; or none, and the error, so that all ranks can learn of it before they leave."""
-    try:
-        return list(results), None
-    except Exception as error:
-        return [], error

@@ -78,7 +78,7 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
                 session.writer.finish()
                 return Outcome.FINISHED
 
-            step, error = fetch(loader, state.step, stop, clock)
+            step, error = fetch(loader, state.step, stop, clock, "data_wait")
             batches = micro_batches(
                 step.samples,
                 config.batch.micro_size,
@@ -168,16 +168,16 @@ def give_way(session: Session) -> None:
 
 
 def fetch(
-    loader: Loader, number: int, stop: StopFlag, clock: Callable[[str], None]
+    loader: Loader, number: int, stop: StopFlag, clock: Callable[[str], None], phase: str
 ) -> tuple[Step, Exception | None]:
     """The next step's samples; none if a stop is requested before they are there: no rank takes the step
     then.
 
     An error is returned, so that all ranks can learn of it before they leave. Bytes that come are a sign of
-    life: slow storage is not taken for a hang.
+    life in this phase: slow storage is not taken for a hang.
     """
     nothing = Step(number, [], [], 0.0)
-    clock("data_wait")
+    clock(phase)
     before = received()
     try:
         while not loader.ready(SLICE):
@@ -185,7 +185,7 @@ def fetch(
                 return nothing, None
             if received() != before:
                 before = received()
-                clock("data_wait")
+                clock(phase)
         return next(loader), None
     except Exception as error:
         return nothing, error
@@ -198,16 +198,17 @@ def evaluate(
     if a stop was requested."""
     state, module = session.state, session.engine.evaluation_module()
 
-    def interrupted(error: Exception | None) -> bool:
+    def take(loader: Loader) -> Step | None:
+        step, error = fetch(loader, state.step, stop, monitor.clock, "evaluation")
         watch.arrive()
         agreed = session.world.sums(failed=error is not None, leaving=stop.requested or session.lease.lost)
         monitor.clock("evaluation")
         if agreed.failed:
             leave_together(session, error)
-        return bool(agreed.leaving)
+        return None if agreed.leaving else step
 
-    metrics = validation_loss(session, module, interrupted)
-    panel = None if metrics is None else caption_panel(session, module, interrupted)
+    metrics = validation_loss(session, module, take)
+    panel = None if metrics is None else caption_panel(session, module, take)
     if metrics is None or panel is None:
         return None
     monitor.evaluation(metrics, panel)

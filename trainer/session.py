@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +18,8 @@ from data.cache import Cache
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
 from data.in_hand import InHand
-from data.loader import Loader
-from data.order import Order, rank_lanes
+from data.loader import Loader, Read
+from data.order import Listed, Order, Plan, rank_lanes
 from data.samples import Rejected, Samples
 from trainer import checkpoint
 from trainer.checkpoint import Manifest
@@ -28,6 +29,9 @@ from trainer.identity import identity
 from trainer.mirror import Mirror
 from trainer.model import Captioner
 from trainer.writer import Writer
+
+VALIDATION_AHEAD_MB = 64
+"""Megabytes of validation samples that are read ahead, at most."""
 
 
 class StopFlag(Protocol):
@@ -125,22 +129,31 @@ class Session:
             seed=self.config.run.seed,
             in_hand=self.in_hand,
             poisoned=self.poisoned,
+            same_crops=validation,
         )
 
     def loader(self) -> Loader:
         """The steps that are still to be taken."""
+        steps = range(self.state.step, self.total_steps)
+        return self._loader(self.samples(validation=False), self.order, self.lanes, steps)
+
+    def validation_loader(self, rows: Sequence[int], per_rank: int) -> Loader:
+        """Validation samples: each step has the next `per_rank` for each rank, on all ranks as many steps."""
+        listed = Listed(rows, per_rank * self.world.size)
+        lanes = range(self.world.rank * per_rank, (self.world.rank + 1) * per_rank)
+        return self._loader(self.samples(validation=True), listed, lanes, range(listed.steps))
+
+    def _loader(self, samples: Samples, plan: Plan, lanes: range, steps: range) -> Loader:
         data = self.config.data
-        samples, steps = self.samples(validation=False), range(self.state.step, self.total_steps)
-        read = Cache(data.cache_dir, data.cache_gb).read if data.cache_dir else storage.read
-        return Loader(
-            samples,
-            self.order,
-            self.lanes,
-            steps,
-            threads=data.threads,
-            read_ahead_mb=data.read_ahead_mb,
-            read=read,
-        )
+        # What training has read ahead stays in memory while validation reads.
+        ahead = data.read_ahead_mb if plan is self.order else min(data.read_ahead_mb, VALIDATION_AHEAD_MB)
+        return Loader(samples, plan, lanes, steps, threads=data.threads, read_ahead_mb=ahead, read=self._read)
+
+    @cached_property
+    def _read(self) -> Read:
+        """Reads a range of a shard; one cache for all loaders."""
+        data = self.config.data
+        return Cache(data.cache_dir, data.cache_gb).read if data.cache_dir else storage.read
 
     def quarantine(self, rejected: Sequence[Rejected], **about: Any) -> None:
         """Name samples that could not be used, each once per attempt."""
