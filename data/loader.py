@@ -6,14 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from data import storage
 from data.batch import Sample
 from data.location import Location
-from data.order import EMPTY, RUN_BYTES, Ints, Order
+from data.order import EMPTY, RUN_BYTES, Ints, Plan
 from data.samples import Place, Rejected, Samples
 
 READERS = 8
@@ -65,9 +65,11 @@ class _Slot:
 
 
 @dataclass
-class _Plan:
+class _Coming:
+    """A step on its way."""
+
     number: int
-    slots: list[_Slot] = field(default_factory=list)
+    slots: list[_Slot]
 
     @property
     def samples(self) -> list[Future[Sample | Rejected]]:
@@ -76,7 +78,7 @@ class _Plan:
 
 
 class Loader(Iterator[Step]):
-    """Iterates over some steps of an order, for the lanes of one rank.
+    """Iterates over some steps of a plan, for the lanes of one rank.
 
     All bookkeeping happens in the thread that calls `next`; threads only read and decode. A failure to read
     surfaces in `next`.
@@ -85,7 +87,7 @@ class Loader(Iterator[Step]):
     def __init__(
         self,
         samples: Samples,
-        order: Order,
+        plan: Plan,
         lanes: range,
         steps: range,
         *,
@@ -94,16 +96,19 @@ class Loader(Iterator[Step]):
         read: Read = storage.read,
     ) -> None:
         """read: gives a range of a shard, as `storage.read` does."""
-        self._read, self.samples, self.order, self.lanes, self.end = read, samples, order, lanes, steps.stop
+        self._read, self.samples, self.plan, self.lanes, self.steps = read, samples, plan, lanes, steps
         self.budget = read_ahead_mb << 20
         self._readers = ThreadPoolExecutor(READERS, "reader")
         self._decoders = ThreadPoolExecutor(threads, "decoder")
-        self._planned: deque[_Plan] = deque()
-        self._decoding: deque[_Plan] = deque()
+        self._planned: deque[_Coming] = deque()
+        self._decoding: deque[_Coming] = deque()
         self._held = 0  # bytes read or being read
         self._waited = 0.0  # seconds, for the next step
         self._next = steps.start
-        self._epoch, self._in_epoch = order.locate(steps.start)
+        self._epoch, self._in_epoch = plan.locate(steps.start)
+        self._window = -1  # number, in the epoch, of that whose reads are planned
+        self._singly = False
+        self._spans: dict[int, tuple[_Span, _Span]] = {}
         self._enter_epoch()
 
     def ready(self, seconds: float | None) -> bool:
@@ -122,21 +127,21 @@ class Loader(Iterator[Step]):
         if not self._decoding:
             self.close()
             raise StopIteration
-        plan = self._decoding.popleft()
+        step = self._decoding.popleft()
         waited, self._waited = self._waited, 0.0
-        for sample in plan.samples:
+        for sample in step.samples:
             if sample.done():
                 sample.result()  # an error is raised at once, however long the others would take
-        done = [sample.result() for sample in plan.samples]
-        for slot in plan.slots:
+        done = [sample.result() for sample in step.samples]
+        for slot in step.slots:
             for span in slot.spans:
                 span.uses -= 1
                 if span.uses == 0:
                     self._held -= span.end - span.start
-                    span.content = None  # the lane's window still holds the span
+                    span.content = None  # the window still holds the span
         samples = [result for result in done if isinstance(result, Sample)]
         rejected = [result for result in done if isinstance(result, Rejected)]
-        return Step(plan.number, samples, rejected, waited)
+        return Step(step.number, samples, rejected, waited)
 
     def close(self) -> None:
         """Give up what is under way."""
@@ -145,13 +150,13 @@ class Loader(Iterator[Step]):
 
     def _read_ahead(self) -> None:
         """Keep DECODE_AHEAD steps decoding, and the steps after them read as far as the budget allows."""
-        while len(self._decoding) < DECODE_AHEAD and (self._planned or self._plan()):
-            plan = self._planned.popleft()
-            for slot in plan.slots:
+        while len(self._decoding) < DECODE_AHEAD and (self._planned or self._plan_step()):
+            step = self._planned.popleft()
+            for slot in step.slots:
                 self._fetch(slot)
-                slot.sample = self._decoders.submit(self._build, slot, plan.number)
-            self._decoding.append(plan)
-        while self._held < self.budget and len(self._planned) < PLAN_AHEAD and self._plan():
+                slot.sample = self._decoders.submit(self._build, slot, step.number)
+            self._decoding.append(step)
+        while self._held < self.budget and len(self._planned) < PLAN_AHEAD and self._plan_step():
             for slot in self._planned[-1].slots:
                 self._fetch(slot)
 
@@ -165,73 +170,72 @@ class Loader(Iterator[Step]):
         audio, text = slot.spans
         return self.samples.build(slot.row, audio.cut(slot.place.audio), text.cut(slot.place.text), step)
 
-    def _plan(self) -> bool:
+    def _plan_step(self) -> bool:
         """Plan one more step; False at the end."""
-        if self._next >= self.end:
+        if self._next >= self.steps.stop:
             return False
         while self._in_epoch >= self._rows.shape[1]:
             self._epoch, self._in_epoch = self._epoch + 1, 0
             self._enter_epoch()
-        plan = _Plan(self._next)
-        for lane in range(len(self.lanes)):
-            row = int(self._rows[lane, self._in_epoch])
-            if row != EMPTY:
-                plan.slots.append(self._slot(lane, row))
-        self._planned.append(plan)
+        window = self._in_epoch // self.plan.shuffle_window
+        if window != self._window and not self._singly:
+            end = (window + 1) * self.plan.shuffle_window
+            self._window, self._spans = window, self._plan_reads(self._rows[:, self._in_epoch : end])
+        slots = []
+        rows = self._rows[:, self._in_epoch]
+        for row in rows[rows != EMPTY].tolist():
+            place = self.samples.place(row)
+            slots.append(_Slot(row, place, _alone(place) if self._singly else self._spans[row]))
+        self._planned.append(_Coming(self._next, slots))
         self._next += 1
         self._in_epoch += 1
         return True
 
     def _enter_epoch(self) -> None:
-        self._rows: Ints = self.order.lanes(self._epoch, self.lanes)
-        self._windows: dict[int, tuple[int, dict[int, tuple[_Span, _Span]]]] = {}
+        self._rows: Ints = self.plan.lanes(self._epoch, self.lanes)
+        self._window = -1
         # Spans of a whole window stay in memory until their last sample is used; where that is too much,
         # samples are read singly.
-        some = self._rows[self._rows != EMPTY][:1000]
-        size = (
-            np.mean([place.end - place.start for place in map(self.samples.place, some.tolist())])
-            if len(some)
-            else 0
-        )
-        self._singly = (
-            size * len(self.lanes) * min(self.order.shuffle_window, self._rows.shape[1]) > self.budget
-        )
+        some = self._rows[self._rows != EMPTY][:1000].tolist()
+        size = float(np.mean([place.end - place.start for place in map(self.samples.place, some)] or [0]))
+        window = min(self.plan.shuffle_window, self._rows.shape[1])
+        self._singly = size * len(self.lanes) * window > self.budget
 
-    def _slot(self, lane: int, row: int) -> _Slot:
-        window = self._in_epoch // self.order.shuffle_window
-        if self._windows.get(lane, (-1, {}))[0] != window:
-            end = (window + 1) * self.order.shuffle_window
-            self._windows[lane] = window, self._spans(self._rows[lane, self._in_epoch : end])
-        return _Slot(row, self.samples.place(row), self._windows[lane][1][row])
-
-    def _spans(self, rows: Ints) -> dict[int, tuple[_Span, _Span]]:
-        """The reads that bring the samples of (the rest of) a lane's window: row -> spans of its audio and
-        its text."""
-        wanted, times = np.unique(rows[rows != EMPTY], return_counts=True)
+    def _plan_reads(self, rows: Ints) -> dict[int, tuple[_Span, _Span]]:
+        """The reads that bring the samples of (the rest of) a window, neighbours in one: row -> spans of its
+        audio and its text."""
         spans: dict[int, tuple[_Span, _Span]] = {}
-        last, last_shard = None, -1
-        for row, uses in zip(wanted.tolist(), times.tolist(), strict=True):
+        wanted, times = np.unique(rows[rows != EMPTY], return_counts=True)
+        span, shard = None, -1
+        for row, count in zip(wanted.tolist(), times.tolist(), strict=True):
             place = self.samples.place(row)
-            scattered = (
-                place.end - place.start
-                > place.audio[1] - place.audio[0] + place.text[1] - place.text[0] + LARGEST_GAP
-            )
-            if scattered:
-                audio, text = (
-                    _Span(place.location, *place.audio, uses),
-                    _Span(place.location, *place.text, uses),
-                )
-                spans[row] = audio, text
+            if _scattered(place):
+                spans[row] = _alone(place, count)
                 continue
-            near = (
-                last is not None
-                and last_shard == place.shard
-                and 0 <= place.start - last.end <= LARGEST_GAP
-                and place.end - last.start <= 2 * RUN_BYTES
-            )
-            if last is None or not near or self._singly:
-                last, last_shard = _Span(place.location, place.start, place.end), place.shard
-            last.end = place.end
-            last.uses += 2 * uses
-            spans[row] = last, last
+            if span is None or shard != place.shard or not _extends(span, place):
+                span, shard = _Span(place.location, place.start, place.start), place.shard
+            span.end = place.end
+            span.uses += 2 * count
+            spans[row] = span, span
         return spans
+
+
+def _alone(place: Place, count: int = 1) -> tuple[_Span, _Span]:
+    """The reads of one sample's audio and text, which it needs `count` times: one read, unless they lie far
+    apart."""
+    if _scattered(place):
+        audio, text = place.audio, place.text
+        return _Span(place.location, *audio, count), _Span(place.location, *text, count)
+    span = _Span(place.location, place.start, place.end, 2 * count)
+    return span, span
+
+
+def _scattered(place: Place) -> bool:
+    """Whether much lies between a sample's audio and its text."""
+    wanted = place.audio[1] - place.audio[0] + place.text[1] - place.text[0]
+    return place.end - place.start > wanted + LARGEST_GAP
+
+
+def _extends(span: _Span, place: Place) -> bool:
+    """Whether a read goes on to a sample: it follows closely, and the read does not become too long."""
+    return 0 <= place.start - span.end <= LARGEST_GAP and place.end - span.start <= 2 * RUN_BYTES

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ RUNS_PER_LANE = 16
 """Runs are shorter where a lane would have fewer of them per epoch, so that small data sets mix well."""
 EMPTY = -1
 """Slot without a sample."""
+READ_TOGETHER = 64
+"""Samples of a list whose reads are put together where they are neighbours."""
 SHUFFLE_RUNS, SHUFFLE_LANE, CYCLE, CROP = 1, 2, 3, 4
 """Purposes of random keys."""
 
@@ -59,6 +62,48 @@ def cut_runs(shard: npt.ArrayLike, size: npt.ArrayLike, global_batch: int) -> In
     times = np.arange(1, more.sum() + 1) - np.repeat(np.cumsum(more) - more, more)
     later = np.searchsorted(before, np.repeat(before[first], more) + limit * times)
     return np.unique(np.r_[first, later, len(sizes)]).astype(np.int64)
+
+
+class Plan(Protocol):
+    """Which samples come when: what a loader asks for, be it a run's order or a list."""
+
+    @property
+    def shuffle_window(self) -> int:
+        """Steps of an epoch whose samples are read in as few requests as can be."""
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step in that epoch) of a step."""
+
+    def lanes(self, epoch: int, lanes: range) -> Ints:
+        """Samples of some lanes in an epoch: (len(lanes), steps), EMPTY where there is none."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Samples as they are listed, once: each step has the next `width` of them, one for each lane."""
+
+    rows: Sequence[int]
+    width: int
+
+    @property
+    def steps(self) -> int:
+        """Steps until all samples have come; the last one may have empty slots."""
+        return -(-len(self.rows) // self.width)
+
+    @property
+    def shuffle_window(self) -> int:
+        """Steps whose samples are read in as few requests as can be; nothing is shuffled."""
+        return max(1, READ_TOGETHER // self.width)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """There is one epoch."""
+        return 0, step
+
+    def lanes(self, epoch: int, lanes: range) -> Ints:
+        """Samples of some lanes: (len(lanes), steps), EMPTY where the last step has none."""
+        slots = np.full(self.steps * self.width, EMPTY, np.int64)
+        slots[: len(self.rows)] = self.rows
+        return slots.reshape(self.steps, self.width).T[lanes.start : lanes.stop]
 
 
 @dataclass(frozen=True)

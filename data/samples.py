@@ -61,10 +61,12 @@ class Samples:
         seed: int,
         in_hand: CrashJournal,
         poisoned: frozenset[str] = frozenset(),
+        same_crops: bool = False,
     ) -> None:
         """in_hand: where to note what is being decoded; poisoned: keys of samples whose decoder must not be
-        tried again."""
+        tried again; same_crops: an overlong clip is cropped alike at all steps."""
         self.index, self.encoder, self.overlong, self.seed = index, encoder, overlong, seed
+        self.same_crops = same_crops
         self.in_hand, self.poisoned = in_hand, poisoned
         self.max_length = round(max_seconds * SAMPLE_RATE)
         names = ("shard", "source", "audio_offset", "audio_size", "text_offset", "text_size", "crc32")
@@ -126,5 +128,5 @@ class Samples:
             )
         # At whole hundredths of a second, which are whole frames of most rates.
         last = int((seconds - longest) * 100)
-        key = int(random_keys(1, self.seed, CROP, step, row)[0])
+        key = int(random_keys(1, self.seed, CROP, 0 if self.same_crops else step, row)[0])
         return (key * (last + 1) >> 64) / 100, longest

@@ -123,20 +123,17 @@ def _exclude(
 ) -> tuple[str, ...]:
     """The nodes to leave out: the last ones at fault first, as long as enough others remain."""
     oldest = now - 60 * settings.exclude_minutes
+    guilt = [(end.time, end.node, end.cause) for end in ends if end.cause in FAULTS_OF_NODES]
+    guilt += [(event.time, event.node, Cause.UNFIT_NODE) for event in could_not_begin]
     faults = Counter[str]()
-    last_fault: dict[str, float] = {}
-    for end in ends:
-        if end.node and end.time > oldest and end.cause in FAULTS_OF_NODES:
-            faults[end.node] += FAULTS_LIMIT if end.cause is Cause.UNFIT_NODE else 1
-            last_fault[end.node] = end.time
-    for event in could_not_begin:
-        if event.time > oldest:
-            faults[event.node] += FAULTS_LIMIT
-            last_fault[event.node] = max(event.time, last_fault.get(event.node, 0.0))
-    guilty = [node for node in faults if faults[node] >= FAULTS_LIMIT]
-    guilty.sort(key=lambda node: last_fault[node], reverse=True)
+    last_faults: list[str] = []
+    for time_of_fault, node, cause in sorted(guilt, key=lambda fault: fault[0]):
+        if node and time_of_fault > oldest:
+            faults[node] += FAULTS_LIMIT if cause is Cause.UNFIT_NODE else 1
+            last_faults.append(node)
+    newest_first = dict.fromkeys(node for node in reversed(last_faults) if faults[node] >= FAULTS_LIMIT)
     spare = max(0, partition_nodes - node_range(settings.nodes)[0])
-    return tuple(sorted(guilty[:spare]))
+    return tuple(sorted(list(newest_first)[:spare]))
 
 
 def chain_jobs(run: RunDir) -> set[str]:

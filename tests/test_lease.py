@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs import lease
 from configs.errors import ConfigError, ExitCode
+from configs.run import lease
 from configs.run.events import AttemptBegan, CheckpointSaved, Started
 from configs.run.folder import RunDir
 from configs.run.lease import EXPIRES, Lease, Superseded, claim, holder
@@ -297,5 +297,5 @@ def test_a_running_training_that_is_taken_over_leaves_without_saving_and_the_lat
         == 0
     )
     (start,) = [line for line in run.ledger.read().of(Started) if line.attempt == 1]
-    assert start["step"] == step
+    assert start.step == step
     assert checkpoints(run)[-1] == f"step-{step + 3:08d}" and not list(run.checkpoints.glob("*.tmp"))

@@ -162,7 +162,13 @@ KILLED = Failure(Cause.CRASH, "rank 1 on n2: Killed", "n2", by_signal=True, rank
             "error: rank 0: there is too little memory, Superseded, NCCL",
             "n0",
         ),
-        ([error(0, Cause.OUT_OF_MEMORY, "no room")], Outside(), Cause.OUT_OF_MEMORY, "out of memory: rank 0: no room", "n0"),
+        (
+            [error(0, Cause.OUT_OF_MEMORY, "no room")],
+            Outside(),
+            Cause.OUT_OF_MEMORY,
+            "out of memory: rank 0: no room",
+            "n0",
+        ),
         ([error(0, Cause.SUPERSEDED, "by 3")], Outside(), Cause.SUPERSEDED, "superseded: by 3", ""),
         ([error(0, Cause.UNFIT_NODE, "a disk")], Outside(), Cause.UNFIT_NODE, "unfit node: a disk", "n0"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NoReturn
@@ -90,6 +91,30 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
         training.close()
 
 
+def fetch(
+    loader: Loader, number: int, stop: StopFlag, sign_of_life: Callable[[], None]
+) -> tuple[Step, Exception | None]:
+    """The samples of step `number`; none if a stop is requested before they are there: no rank takes the step
+    then.
+
+    An error is returned, so that all ranks can learn of it before they leave. Bytes that come are signs of
+    life: slow storage is not taken for a hang.
+    """
+    nothing = Step(number, [], [], 0.0)
+    sign_of_life()
+    before = received()
+    try:
+        while not loader.ready(SLICE):
+            if stop.requested:
+                return nothing, None
+            if received() != before:
+                before = received()
+                sign_of_life()
+        return next(loader), None
+    except Exception as error:
+        return nothing, error
+
+
 class Training:
     """The steps of one attempt. All ranks do the same at the same time."""
 
@@ -175,25 +200,8 @@ class Training:
         return self.state.step % steps == 0
 
     def fetch(self, loader: Loader, phase: Phase) -> tuple[Step, Exception | None]:
-        """The next step's samples; none if a stop is requested before they are there: no rank takes the step
-        then.
-
-        An error is returned, so that all ranks can learn of it before they leave. Bytes that come are a sign
-        of life in this phase: slow storage is not taken for a hang.
-        """
-        nothing = Step(self.state.step, [], [], 0.0)
-        self.clock.enter(phase)
-        before = received()
-        try:
-            while not loader.ready(SLICE):
-                if self.stop.requested:
-                    return nothing, None
-                if received() != before:
-                    before = received()
-                    self.clock.enter(phase)
-            return next(loader), None
-        except Exception as error:
-            return nothing, error
+        """The next step's samples, or the error in their place."""
+        return fetch(loader, self.state.step, self.stop, lambda: self.clock.enter(phase))
 
     def agree(self, step: Step, batches: list[Batch], error: Exception | None) -> StepVotes:
         """The one agreement of a step: all ranks take it, or leave together."""

@@ -241,7 +241,7 @@ def main(work: Path, rank: int, world_size: int) -> None:
                 threads=1,
                 read_ahead_mb=config.data.read_ahead_mb,
             )
-            assert loader._plan()  # reading would follow, and there is nothing to read
+            assert loader._plan_step()  # reading would follow, and there is nothing to read
         print(time.perf_counter() - began, flush=True)
 
 

@@ -1,0 +1,175 @@
+"""Validation takes the same samples on any number of ranks, and reads them as training reads its own."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, GenerationConfig, WhisperProcessor
+
+from configs.load import validate
+from configs.run.crash_journal import CrashJournal
+from configs.run.folder import RunDir
+from data import dataset, location
+from data.batch import Batch
+from data.captions import CaptionEncoder, prefix_tokens
+from data.loader import Loader, Step
+from tests.making import WINDOW_SECONDS, config_values
+from tools.sandbox import faults, s3
+from tools.sandbox.faults import Proxy
+from trainer import evaluate
+from trainer.evaluate import Evaluator
+from trainer.loaders import Loaders
+from trainer.records import SampleRecords
+
+HELD_OUT = 0.9
+"""Share of the clips that is for validation."""
+
+
+@dataclass
+class Rank:
+    """A rank by itself: what it would sum over all is kept."""
+
+    rank: int
+    size: int
+    summed: list[float] = field(default_factory=list)
+    device = torch.device("cpu")
+
+    def sum(self, values: list[float]) -> list[float]:
+        self.summed = values
+        return values
+
+
+Open = Callable[..., Evaluator]
+
+
+@pytest.fixture
+def opened(model: Path, tmp_path: Path) -> Open:
+    """Evaluators of some shards; keyword arguments are settings of `data`."""
+
+    def opened(shards: str, rank: int = 0, ranks: int = 1, micro: int = 4, **data: object) -> Evaluator:
+        source = {"name": "sounds", "shards": shards, "validation": HELD_OUT}
+        values = config_values(
+            "run",
+            tmp_path,
+            model,
+            shards,
+            data={"sources": [source], "max_seconds": 0.6, "overlong": "crop", **data},
+            batch={"micro_size": micro},
+            evaluate={"max_samples": 1000},
+        )
+        config = validate(values, "test")
+        for shard in dataset.list_shards(config):
+            dataset.index_shard(shard, config.data.index_dir, full=False)
+        dataset.build(config, config.run.dir, WINDOW_SECONDS)
+        found = dataset.open_dataset(config, config.run.dir)
+        tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
+        prefix = prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model))
+        world: Any = Rank(rank, ranks)
+        captioner: Any = types.SimpleNamespace(config=AutoConfig.from_pretrained(model), pad_id=0)
+        encoder = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="truncate")
+        order = found.order(config, 100 * WINDOW_SECONDS)
+        loaders = Loaders(config, world, found, encoder, order, CrashJournal(8), frozenset())
+        records = SampleRecords(config.data, RunDir(config.run.dir), 0, world, torch.zeros(1))
+        return Evaluator(config, world, captioner, loaders, records, torch.float32)
+
+    return opened
+
+
+@pytest.fixture(autouse=True)
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """What has been evaluated; the loss of a sample is a number that depends on its sound and its labels."""
+    seen: list[Batch] = []
+
+    def losses(module: object, batch: Batch, mels: int, dtype: torch.dtype) -> torch.Tensor:
+        seen.append(batch)
+        return batch.waveforms.double().abs().sum(1) / 1e6 + batch.labels.double().clamp(min=0).sum(1)
+
+    monkeypatch.setattr(evaluate, "token_losses", losses)
+    return seen
+
+
+def evaluated(evaluator: Evaluator) -> list[float]:
+    """The sums of one rank: losses and tokens."""
+    evaluator.loss(torch.nn.Identity(), next)
+    return evaluator.world.summed
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_the_loss_and_the_samples_are_the_same_on_any_number_of_ranks(
+    shards: str, opened: Open, batches: list[Batch], micro: int
+) -> None:
+    """Rank after rank takes the next micro-batch, round by round; overlong clips are cropped alike."""
+    alone = evaluated(opened(shards, micro=micro))
+    expected = [key for batch in batches for key in batch.keys]
+    assert len(expected) == len(set(expected)) > 40
+    for ranks in (2, 3):
+        sums, rounds = np.zeros(2), []
+        for rank in range(ranks):
+            batches.clear()
+            sums += evaluated(opened(shards, rank, ranks, micro=micro))
+            rounds.append([batch.keys for batch in batches])
+        assert [key for keys in zip(*rounds, strict=True) for of_rank in keys for key in of_rank] == expected
+        assert sums.tolist() == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.fixture
+def bucket(shards: str, s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Proxy]]:
+    """The shards on S3, and the proxy before it."""
+    client = s3_server.client()
+    with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+        client.create_bucket(Bucket="validation")
+    for shard in Path(shards).parent.glob("*.tar"):
+        client.upload_file(str(shard), "validation", shard.name)
+    monkeypatch.setattr(location, "_open", {})
+    with faults.serve(s3_server.endpoint) as proxy:
+        for name, value in {**s3_server.environment, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        yield "s3://validation/*.tar", proxy
+
+
+def test_neighbours_come_in_one_request_and_from_the_cache_the_next_time(
+    bucket: tuple[str, Proxy], opened: Open, batches: list[Batch], tmp_path: Path
+) -> None:
+    url, proxy = bucket
+    evaluator = opened(url, cache_dir=str(tmp_path / "cache"))
+    asked = []
+    for _ in range(2):
+        proxy.set()
+        batches.clear()
+        evaluated(evaluator)
+        assert sum(len(batch.keys) for batch in batches) > 40
+        asked.append(len(proxy.requests))
+    assert 0 < asked[0] <= 40 / 4, "far fewer than two for each sample"
+    assert asked[1] == 0
+    plain = opened(url)
+    proxy.set()
+    evaluated(plain)
+    assert 0 < len(proxy.requests) <= 40 / 4, "without a cache, too"
+
+
+def test_an_error_ends_it_where_all_ranks_learn_of_it(shards: str, opened: Open) -> None:
+    """A shard that is gone: the error comes out of the call that agrees with the other ranks."""
+    evaluator = opened(shards)
+    errors: list[Exception] = []
+
+    def read(*place: object) -> bytes:
+        raise OSError("gone")
+
+    def take(loader: Loader) -> Step | None:
+        try:
+            return next(loader)
+        except OSError as error:
+            errors.append(error)
+            return None
+
+    evaluator.loaders.__dict__["_read"] = read
+    assert evaluator.loss(torch.nn.Identity(), take) is None
+    assert [str(error) for error in errors] == ["gone"]
