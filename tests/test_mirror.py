@@ -291,8 +291,7 @@ def test_copies_that_cannot_be_made_are_told_and_training_goes_on(
     assert "step-00000006" in {line.folder for line in told}
     assert all(line.mirror == f"{url}/{name}" and line.message for line in told)
     assert all(
-        f"{url}/{name}: {line['folder']} could not be copied: {line['message']}. Training goes on"
-        in done.stdout
+        f"{url}/{name}: {line.folder} could not be copied: {line.message}. Training goes on" in done.stdout
         for line in told
     )
 
