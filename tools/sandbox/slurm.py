@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
@@ -20,12 +19,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import EarwitnessError
+from configs.ports import free_ports
 from slurm.cluster import run
 
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sinfo": "slurm-client"}
@@ -130,7 +130,7 @@ def start(
             f" tools.sandbox stop {folder}"
         )
     cluster = Cluster(folder, tuple(f"n{number}" for number in range(1, nodes + 1)))
-    ports = _free_ports(nodes + 2)
+    ports = free_ports(nodes + 2)
     settings = _settings(folder, ports) | {"KillWait": kill_wait} | ({"GresTypes": "gpu"} if gpus else {})
     if accounting:
         settings |= {
@@ -395,16 +395,6 @@ def _await(condition: Callable[[], bool], trouble: str, log: Path) -> None:
 def _listens(family: socket.AddressFamily, address: str | tuple[str, int]) -> bool:
     with socket.socket(family) as probe:
         return probe.connect_ex(address) == 0
-
-
-def _free_ports(count: int) -> list[int]:
-    """So many free ports in a row, below 32768: from there on the kernel gives them to anybody."""
-    while True:
-        ports = range(first := random.SystemRandom().randrange(12_000, 32_768 - count), first + count)
-        with ExitStack() as stack, suppress(OSError):
-            for port in ports:
-                stack.enter_context(socket.socket()).bind(("", port))
-            return list(ports)
 
 
 def _outside_of_jobs() -> dict[str, str]:
