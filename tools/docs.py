@@ -23,15 +23,15 @@ ROOT = Path(__file__).parents[1]
 GUIDE, SCHEMA = ROOT / "docs/configuration.md", ROOT / "configs/schema.json"
 OPENING = """# Configuration
 
-Made from `configs/schema.py` by `python -m tools.docs`; change it there. `python -m launch config CONFIG
-[key=value ...]` prints all settings of a run, resolved.
+This page is made from `configs/schema.py` by `python -m tools.docs`; change it there. `python -m launch config
+CONFIG [key=value ...]` prints all settings of a run, resolved.
 
-A config is a YAML file with the sections below. `extends: other.yaml` takes over another file, relative to
-this one: sections are merged, key by key; lists and values are replaced. On the command line `optim.lr=1e-5`
-overrides a key; an item of a list is named by its `name` or number: `data.sources.speech.weight=2`. Unknown
-keys are refused with the nearest one that there is. Editors that know YAML schemas (VS Code with the YAML
-extension, JetBrains) complete and check keys by the line `# yaml-language-server: $schema=schema.json` that
-each file in `configs/` has.
+A config is a YAML file with the sections below. With `extends: other.yaml` it begins with the settings of
+another file, whose path is relative to this one: sections are merged, key by key; lists and values are
+replaced. On the command line `optim.lr=1e-5` overrides a key; an item of a list is named by its `name` or
+number: `data.sources.speech.weight=2`. An unknown key is refused, and the nearest known one is named. Editors
+that know YAML schemas (VS Code with the YAML extension, JetBrains) complete and check keys; the line
+`# yaml-language-server: $schema=schema.json` in each file of `configs/` tells them the schema.
 """
 
 
