@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 GUIDE, SCHEMA = ROOT / "docs/configuration.md", ROOT / "configs/schema.json"
 OPENING = """# Configuration
 
-This page is made from `configs/schema.py` by `python -m tools.docs`; change it there. `python -m launch config
-CONFIG [key=value ...]` prints all settings of a run, resolved.
+This page is made from `configs/schema.py` by `python -m tools.docs`; change it there. `python -m launch
+config CONFIG [key=value ...]` prints all settings of a run, resolved.
 
 A config is a YAML file with the sections below. With `extends: other.yaml` it begins with the settings of
 another file, whose path is relative to this one: sections are merged, key by key; lists and values are
