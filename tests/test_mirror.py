@@ -8,12 +8,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import pytest
 
 from tests.forks import Course, Done, Kill, Launcher
 from tests.making import config_values
+from tools.sandbox import faults
 from trainer import checkpoint
 
 NOWHERE = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
@@ -325,3 +327,18 @@ def test_a_lost_run_is_not_begun_anew_while_its_mirror_cannot_be_read(
     )
     assert "checkpoint.mirror=null" in done.stderr and "Traceback" not in done.stderr
     assert not list(course.run(name).checkpoints.iterdir())
+
+
+def test_a_copy_is_never_seen_with_a_manifest_and_without_its_files(course: Mirrored) -> None:
+    """By what the server is asked to do, in its order."""
+    if not course.place.env:
+        pytest.skip("a folder is asked for nothing")
+    with faults.serve(course.place.env["AWS_ENDPOINT_URL"]) as proxy:
+        done = course.train("in-order", 2, env={"AWS_ENDPOINT_URL": proxy.endpoint})
+    assert done.returncode == 0, done.stderr
+    written = [urlsplit(path).path.split("/") for method, path, _ in proxy.requests if method == "PUT"]
+    copies = {name: [file for *_, folder, file in written if folder == name] for *_, name, _ in written}
+    assert "step-00000002" in copies
+    for name, files in copies.items():
+        if name.startswith("step-"):
+            assert len(files) == 3 and files[-1] == "manifest.json", (name, files)
