@@ -223,6 +223,7 @@ def test_a_stop_that_reaches_one_rank_alone_is_heeded_by_all(
     assert done.returncode == 85, done.stderr
     found = checkpoint.find(course.run(f"asked-in-{name}").checkpoints)
     assert [folder.name for folder in found] == saves
+    assert ("validation/loss" in done.stdout) == (name == "step"), "an evaluation is left off"
 
 
 def cut_off(folder: Path) -> None:

@@ -13,10 +13,12 @@ from urllib.parse import urlsplit
 import fsspec
 import pytest
 
+from configs.lease import Superseded
 from tests.forks import Course, Done, Kill, Launcher
 from tests.making import config_values
 from tools.sandbox import faults
 from trainer import checkpoint
+from trainer.mirror import Mirror
 
 NOWHERE = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
 """An S3 server that is gone: nobody listens on the port."""
@@ -342,3 +344,24 @@ def test_a_copy_is_never_seen_with_a_manifest_and_without_its_files(course: Mirr
     for name, files in copies.items():
         if name.startswith("step-"):
             assert len(files) == 3 and files[-1] == "manifest.json", (name, files)
+
+
+def test_an_attempt_that_was_superseded_leaves_the_copies_alone(
+    course: Mirrored, mirrored: str, tmp_path: Path
+) -> None:
+    """Those of a later attempt, which goes on from an earlier step."""
+    run = course.run(mirrored)
+
+    def fence() -> None:
+        raise Superseded("attempt 7 has taken over this run")
+
+    config = run.read_config()
+    checkpoints = config.checkpoint.model_copy(update={"mirror": str(tmp_path)})
+    theirs = tmp_path / mirrored / "checkpoints/step-00000003/manifest.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("of attempt 7", encoding="utf-8")
+    ours = Mirror(run, config.model_copy(update={"checkpoint": checkpoints}), fence)
+    ours.begin(1)
+    ours.upload(run.checkpoints / "step-00000005")
+    ours.finish()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
