@@ -3,6 +3,7 @@ delete a file by hand."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,7 +24,7 @@ from configs.errors import ConfigError, ExitCode
 from configs.lease import EXPIRES, Lease, Superseded, claim, holder
 from configs.rundir import RunDir
 from tests.forks import Launcher
-from tests.making import ROOT, config_values, run_program
+from tests.making import ROOT, audit, config_values, run_program
 
 CLAIM = (
     "import sys; from configs.lease import claim; from configs.rundir import RunDir;"
@@ -298,3 +300,39 @@ def test_a_running_training_that_is_taken_over_leaves_without_saving_and_the_lat
     (start,) = [line for line in run.ledger("start") if line["attempt"] == 1]
     assert start["step"] == step
     assert checkpoints(run)[-1] == f"step-{step + 3:08d}" and not list(run.checkpoints.glob("*.tmp"))
+    assert holder(run) is None  # so that another machine, which cannot see that it is dead, need not wait
+
+
+def taken_over_in_step_2() -> None:
+    """In a rank: another attempt takes the run while rank 0 is about to take step 2, which notices it."""
+    from trainer import loop
+
+    record = loop.record_samples
+
+    def recorded(session: Any, step: Any) -> None:
+        record(session, step)
+        if step.number == 2 and session.world.rank == 0:
+            claim(session.run, job="4712", supersede=True)
+            with contextlib.suppress(Superseded):
+                session.lease.check()
+
+    loop.record_samples = recorded
+
+
+def test_an_attempt_that_was_taken_over_takes_no_further_step(
+    tmp_path: Path, model: Path, shards: str, run: RunDir, launch: Launcher
+) -> None:
+    """Whether or not it has anything to save soon."""
+    values = config_values(
+        "run",
+        tmp_path,
+        model,
+        shards,
+        engine={"backend": "fsdp2"},
+        optim={"max_steps": 9},
+        checkpoint={"every_steps": 1000},
+        evaluate={"captions": 0, "max_samples": 1},
+    )
+    done = launch(values, procs=2, before="tests.test_lease:taken_over_in_step_2")
+    assert done.returncode == 1 and "has taken over this run" in done.stderr
+    assert sorted(audit(run.path)) == [0, 1, 2] and not checkpoints(run)

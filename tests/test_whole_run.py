@@ -1,5 +1,5 @@
 """What concerns a run as a whole is counted over all of its ranks and attempts: bad samples, tokens of
-captions, the best validation loss."""
+captions, the best validation loss; and every source has its own style."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import WhisperProcessor
 
 from tests.forks import Course, Launcher
 from tests.making import config_values
@@ -98,3 +99,29 @@ def test_a_loss_that_is_the_lowest_of_all_attempts_is_saved(course: Course) -> N
         (6, "finished"),
     ]
     assert checkpoint.best_of(course.run("best").checkpoints, "validation/loss")[0] == LOSSES[5]
+
+
+def prompts_are_told() -> None:
+    """In a rank: what captions of the panel are prompted with is printed."""
+    from transformers import WhisperForConditionalGeneration as Whisper
+
+    generate = Whisper.generate
+
+    def told(network: Any, *inputs: Any, prompt_ids: Any = None, **options: Any) -> Any:
+        print("prompt:", [] if prompt_ids is None else prompt_ids.tolist(), flush=True)
+        return generate(network, *inputs, prompt_ids=prompt_ids, **options)
+
+    Whisper.generate = told
+
+
+def test_the_panel_is_prompted_with_the_style_of_each_clips_source(course: Course) -> None:
+    config = values(course, "panel", optim={"max_steps": 1}, evaluate={"captions": 3, "max_samples": 1})
+    (plain,) = config["data"]["sources"]
+    styles = {"short": "In a few words.", "long": "At length.", "plain": None}
+    config["data"]["sources"] = [{**plain, "name": name, "style": style} for name, style in styles.items()]
+    done = course.launch(config, before="tests.test_whole_run:prompts_are_told")
+    assert done.returncode == 0, done.stderr
+    tokenizer = WhisperProcessor.from_pretrained(course.model).tokenizer
+    prompts = [tokenizer.get_prompt_ids(style).tolist() if style else [] for style in styles.values()]
+    told = [line for line in done.stdout.splitlines() if line.startswith("prompt: ")]
+    assert told[:3] == [f"prompt: {prompt}" for prompt in prompts]
