@@ -115,7 +115,13 @@ def prompts_are_told() -> None:
 
 
 def test_the_panel_is_prompted_with_the_style_of_each_clips_source(course: Course) -> None:
-    config = values(course, "panel", optim={"max_steps": 1}, evaluate={"captions": 3, "max_samples": 1})
+    config = values(
+        course,
+        "panel",
+        batch={"global_size": 1, "micro_size": 1},
+        optim={"max_steps": 1},
+        evaluate={"every_steps": 1000, "captions": 3, "max_samples": 1},
+    )
     (plain,) = config["data"]["sources"]
     styles = {"short": "In a few words.", "long": "At length.", "plain": None}
     config["data"]["sources"] = [{**plain, "name": name, "style": style} for name, style in styles.items()]
