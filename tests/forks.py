@@ -94,16 +94,16 @@ class Rank(FORK.Process):
     would not be sound.
     """
 
-    def __init__(self, rank: int, procs: int, kill: Kill | None) -> None:
+    def __init__(self, rank: int, procs: int, kill: Kill | None, before: str) -> None:
         self._told, self._tell = FORK.Pipe(duplex=False)
-        super().__init__(target=self._work, args=(rank, procs, kill), daemon=True)
+        super().__init__(target=self._work, args=(rank, procs, kill, before), daemon=True)
         self.start()
 
     def begin(self, run: RunDir, attempt: int, port: int) -> Rank:
         self._tell.send((run.path, attempt, port))
         return self
 
-    def _work(self, rank: int, procs: int, kill: Kill | None) -> None:
+    def _work(self, rank: int, procs: int, kill: Kill | None, before: str) -> None:
         path, attempt, port = self._told.recv()
         os.environ |= {
             "RANK": str(rank),
@@ -115,6 +115,9 @@ class Rank(FORK.Process):
         with RunDir(path).rank_file(attempt, rank, "log").open("wb") as log:
             for descriptor in (2,) if rank == 0 else (1, 2):
                 os.dup2(log.fileno(), descriptor)
+        if before:
+            module, _, name = before.partition(":")
+            getattr(importlib.import_module(module), name)()
         if kill:
             kill.arm(rank)
         code = worker.main(str(path), attempt)
@@ -143,7 +146,7 @@ def command(request: dict[str, Any]) -> None:
     for descriptor, path in enumerate(request["outputs"], 1):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     kill, procs = Kill(**request["kill"]) if request["kill"] else None, request["procs"]
-    ranks = [Rank(rank, procs, kill) for rank in range(procs)]
+    ranks = [Rank(rank, procs, kill, request["before"]) for rank in range(procs)]
     local._start = lambda run, attempt, rank, procs, port: ranks[rank].begin(run, attempt, port)
     sys.argv = ["launch", "train", *request["arguments"], "--procs", str(procs)]
     run_command(app)
@@ -191,9 +194,11 @@ class Launcher:
         *overrides: str,
         procs: int = 1,
         kill: Kill | None = None,
+        before: str = "",
         env: dict[str, str] | None = None,
     ) -> Done:
-        """Train; `config`: a file, or the values for one, which is left beside the run's folder."""
+        """Train; `config`: a file, or the values for one, which is left beside the run's folder. before: a
+        function (`module:name`) that each rank calls before it works."""
         assert self._process.stdin and self._process.stdout
         if isinstance(config, dict):
             path = Path(f"{config['run']['dir']}.yaml")
@@ -209,6 +214,7 @@ class Launcher:
                 "procs": procs,
                 "outputs": outputs,
                 "kill": trap,
+                "before": before,
                 "env": env or {},
             }
             self._process.stdin.write(json.dumps(request) + "\n")

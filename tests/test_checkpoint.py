@@ -343,3 +343,14 @@ def test_a_loss_that_is_no_number_is_not_the_best_and_damage_does_not_end_the_ru
         save(tmp_path, step, metrics={"validation/loss": loss})
     os.truncate(tmp_path / "step-00000003/rank-00000-of-00001.safetensors", 1000)
     assert checkpoint.best_of(tmp_path, "validation/loss") == (0.5, tmp_path / "step-00000001")
+
+
+def test_half_a_deletion_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the process ends in the middle of it."""
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *place, **options: None)
+    checkpoint.remove(tmp_path / "step-00000001")
+    assert names(tmp_path) == ["step-00000001"] and checkpoint.find(tmp_path) == []
+    monkeypatch.undo()
+    checkpoint.clean(tmp_path, attempt=0)
+    assert names(tmp_path) == []

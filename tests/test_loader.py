@@ -16,6 +16,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import numpy as np
 import pytest
@@ -453,3 +454,31 @@ def test_bits_that_flip_always_end_it_with_the_shard_and_the_sample(
         ),
     ):
         list(loader(found))
+
+
+def test_after_a_start_in_the_middle_of_a_window_nothing_is_read_of_what_was_used(
+    opened: Open, tmp_path: Path
+) -> None:
+    """Neighbours in a shard come in one read, and a run that starts there needs some of them only."""
+    noise = np.random.default_rng(0).integers(-9999, 9999, 50_000).astype(np.int16)
+    audio = BytesIO()
+    soundfile.write(audio, noise, 44_100, format="WAV")  # 100 kB: too much to read along as a gap
+    members = [
+        (f"{number:02d}.{ending}", data)
+        for number in range(64)
+        for ending, data in [("wav", audio.getvalue()), ("json", b'{"caption": "Noise."}')]
+    ]
+    write_tar(tmp_path / "one" / "noise.tar", members)
+    samples, order = found = opened(f"{tmp_path}/one/*.tar", weight=1.0, batch=1, shuffle_window=16)
+    rows = order.lanes(0, range(1))[0]
+    for start in (5, 13):
+        asked: list[tuple[int, int]] = []
+
+        def read(place: location.Location, first: int, end: int, asked: Any = asked) -> bytes:
+            asked.append((first, end))
+            return storage.read(place, first, end)
+
+        list(loader(found, steps=range(start, 16), read=read))
+        for step, row in enumerate(rows[:16]):
+            first, end = samples.place(int(row)).audio
+            assert any(low <= first and end <= high for low, high in asked) == (step >= start), step

@@ -7,15 +7,20 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import pytest
 
 from configs.run.events import Damaged, Event, MirrorFailed, Restored, Started
+from configs.run.lease import Superseded
 from tests.forks import Course, Done, Kill, Launcher
 from tests.making import config_values
+from tools.sandbox import faults
 from trainer import checkpoint
+from trainer.mirror import Mirror
 
 NOWHERE = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
 """An S3 server that is gone: nobody listens on the port."""
@@ -325,3 +330,40 @@ def test_a_lost_run_is_not_begun_anew_while_its_mirror_cannot_be_read(
     )
     assert "checkpoint.mirror=null" in done.stderr and "Traceback" not in done.stderr
     assert not list(course.run(name).checkpoints.iterdir())
+
+
+def test_a_copy_is_never_seen_with_a_manifest_and_without_its_files(course: Mirrored) -> None:
+    """By what the server is asked to do, in its order."""
+    if not course.place.env:
+        pytest.skip("a folder is asked for nothing")
+    with faults.serve(course.place.env["AWS_ENDPOINT_URL"]) as proxy:
+        done = course.train("in-order", 2, env={"AWS_ENDPOINT_URL": proxy.endpoint})
+    assert done.returncode == 0, done.stderr
+    written = [urlsplit(path).path.split("/") for method, path, _ in proxy.requests if method == "PUT"]
+    copies = {name: [file for *_, folder, file in written if folder == name] for *_, name, _ in written}
+    assert "step-00000002" in copies
+    for name, files in copies.items():
+        if name.startswith("step-"):
+            assert len(files) == 3 and files[-1] == "manifest.json", (name, files)
+
+
+def test_an_attempt_that_was_superseded_leaves_the_copies_alone(
+    course: Mirrored, mirrored: str, tmp_path: Path
+) -> None:
+    """Those of a later attempt, which goes on from an earlier step."""
+    run = course.run(mirrored)
+
+    def fence() -> None:
+        raise Superseded("attempt 7 has taken over this run")
+
+    lease: Any = SimpleNamespace(check=fence, attempt=6)
+    config = run.read_config()
+    checkpoints = config.checkpoint.model_copy(update={"mirror": str(tmp_path)})
+    theirs = tmp_path / mirrored / "checkpoints/step-00000003/manifest.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("of attempt 7", encoding="utf-8")
+    ours = Mirror(run, config.model_copy(update={"checkpoint": checkpoints}), lease)
+    ours.begin(1)
+    ours.upload(run.checkpoints / "step-00000005")
+    ours.finish()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]

@@ -8,7 +8,7 @@
     quarantine/*.jsonl    every rank, its own         when a sample cannot be used (quarantine.py)
     audit/*.jsonl         every rank, its own         before a step is taken, with `data.audit`
     base/                 rank 0                      at the first start, before training changes anything
-    checkpoints/step-N    every rank, a file each     in the background (trainer/writer.py); rank 0 names the folder
+    checkpoints/step-N    every rank, a file each     in the background; rank 0 names the folder
     tensorboard/          rank 0                      with the points of the curves
     logs/attempt-N/       every rank, its own         what it prints, and what a crash or a hang leaves
     code/, slurm/         launch submit, job.sh       the snapshot of the code; scripts, Slurm's words
