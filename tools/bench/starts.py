@@ -231,7 +231,7 @@ class _Start:
         """Merge the indexes, or find that they are current."""
         dataset.build(self.config, self.folder, SECONDS)
 
-    def open(self) -> None:
+    def open_indexes(self) -> None:
         """Map the merged indexes, and cut the samples into runs."""
         self.dataset = dataset.open_dataset(self.config, self.folder)
         self.order = self.dataset.order(self.config, FRAMES)
@@ -269,7 +269,7 @@ def main(work: Path, rank: int, world_size: int) -> None:
             case "build":
                 start.build()
             case "open":
-                start.open()
+                start.open_indexes()
             case "plan":
                 start.plan(float(arguments[0]))
         print(time.perf_counter() - began, flush=True)
