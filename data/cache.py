@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data import storage
 from data.location import Location
-from data.patience import STATS
+from data.retry import STATS
 
 BLOCK = 1 << 20
 SHARE = 0.02

@@ -15,7 +15,7 @@ from data.in_hand import POISONED, InHand
 from data.index import Index
 from data.location import Location
 from data.order import CROP, random_keys
-from data.patience import STATS
+from data.retry import STATS
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fsspec.core import split_protocol
 from configs.errors import DataError
 from configs.schema import Source
 from data.location import Location
-from data.patience import advice
+from data.retry import advice
 from data.storage import glob
 
 

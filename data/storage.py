@@ -17,10 +17,10 @@ from fsspec.asyn import get_loop
 from fsspec.utils import glob_translate
 
 from configs.errors import DataError
-from data import patience
+from data import retry
 from data.location import Location
-from data.patience import STATS, Trouble, advice
 from data.ranges import Range, within
+from data.retry import STATS, Trouble, advice
 
 TAGS = (
     "ETag",
@@ -62,7 +62,7 @@ def find(location: Location) -> Stat | None:
         filesystem.invalidate_cache(filesystem._parent(path))
         try:
             if filesystem.async_impl:
-                limit = patience.LIMITS.answer
+                limit = retry.LIMITS.answer
                 asking = within(limit, f"no answer within {limit:.0f} s", filesystem._info(path))
                 found = asyncio.run_coroutine_threadsafe(asking, get_loop()).result()
             else:

@@ -13,7 +13,7 @@ from fsspec.core import split_protocol
 
 from configs.rundir import write_atomic
 from data.location import Location
-from data.patience import Trouble
+from data.retry import Trouble
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 """They have no folders: to make one would at most make a bucket that nobody asked for."""

@@ -28,7 +28,7 @@ import yaml
 
 from configs.errors import run_command
 from configs.rundir import RunDir
-from data import patience
+from data import retry
 from launch import local, worker
 from launch.__main__ import app
 from tests.making import ROOT
@@ -143,7 +143,7 @@ def command(request: dict[str, Any]) -> None:
     os.environ |= request["env"]
     for descriptor, path in enumerate(request["outputs"], 1):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
-    patience.LIMITS = replace(patience.LIMITS, **request["limits"])
+    retry.LIMITS = replace(retry.LIMITS, **request["limits"])
     kill, procs = Kill(**request["kill"]) if request["kill"] else None, request["procs"]
     ranks = [Rank(rank, procs, kill) for rank in range(procs)]
     local._start = lambda run, attempt, rank, procs, port: ranks[rank].begin(run, attempt, port)

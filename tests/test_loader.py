@@ -24,7 +24,7 @@ from transformers import GenerationConfig, WhisperProcessor
 
 from configs.errors import DataError, EarwitnessError, ShardError
 from configs.load import validate
-from data import dataset, location, patience, storage
+from data import dataset, location, retry, storage
 from data.cache import Cache
 from data.captions import CaptionEncoder, prefix_tokens
 from data.in_hand import InHand
@@ -32,7 +32,7 @@ from data.index import index_shard
 from data.loader import Loader, Read, Step
 from data.location import Location
 from data.order import Order, rank_lanes
-from data.patience import STATS
+from data.retry import STATS
 from data.samples import Samples
 from tests.making import WINDOW_SECONDS, config_values
 from tools.sandbox import faults, s3
@@ -391,7 +391,7 @@ def test_a_bit_that_flips_on_its_way_is_seen_and_the_sample_is_read_again(
     """Once in each shard, so that no flip can hit what is read again, and twice over; in the sixth byte of an
     answer, which belongs to the first sample of a read. No second request replaces a flipped one."""
     url, proxy = behind_a_proxy
-    monkeypatch.setattr(patience, "LIMITS", replace(patience.LIMITS, answer=600, stall=600, hedge=600))
+    monkeypatch.setattr(retry, "LIMITS", replace(retry.LIMITS, answer=600, stall=600, hedge=600))
     expected = content(list(loader(opened(shards, full=True))))
     found = opened(url, full=True)
     for flips in (2, 4):

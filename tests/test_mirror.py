@@ -15,7 +15,7 @@ import pytest
 
 from configs.load import validate
 from configs.rundir import RunDir
-from data import location, patience
+from data import location, retry
 from tests.forks import Course, Done, Kill, Launcher
 from tests.making import config_values
 from tools.sandbox import faults
@@ -28,7 +28,7 @@ NOWHERE = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
 """An S3 server that is gone: nobody listens on the port."""
 NO_BUCKET = "s3://no-such-bucket/runs"
 NEVER = {"every_steps": 1000}
-SOON = {"patience": 1.0}
+SOON = {"give_up": 1.0}
 """Who does not answer is given up after a second."""
 
 
@@ -349,7 +349,7 @@ def behind_a_proxy(course: Mirrored, monkeypatch: pytest.MonkeyPatch) -> Iterato
     if not course.place.env:
         pytest.skip("a folder has no keys")
     monkeypatch.setattr(location, "_open", {})
-    monkeypatch.setattr(patience, "LIMITS", replace(patience.LIMITS, pause=(0.02, 0.1)))
+    monkeypatch.setattr(retry, "LIMITS", replace(retry.LIMITS, first_pause=0.02, longest_pause=0.1))
     with faults.serve(course.place.env["AWS_ENDPOINT_URL"]) as proxy:
         for variable, value in {**course.place.env, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
             monkeypatch.setenv(variable, value)

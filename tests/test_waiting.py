@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.loader import Step
-from data.patience import STATS
+from data.retry import STATS
 from slurm.signals import StopFlag
 from tests.forks import Course, Kill, Launcher
 from tests.making import config_values

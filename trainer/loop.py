@@ -16,7 +16,7 @@ from configs.rundir import append_line
 from data.batch import micro_batches
 from data.captions import IGNORED
 from data.loader import Loader, Step
-from data.patience import received
+from data.retry import received
 from trainer.distributed import PeerFailed
 from trainer.engines import Update
 from trainer.evaluate import caption_panel, validation_loss

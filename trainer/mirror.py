@@ -23,7 +23,7 @@ from configs.lease import Superseded
 from configs.rundir import RunDir
 from configs.schema import RunConfig
 from data.location import Location
-from data.patience import Trouble
+from data.retry import Trouble
 from data.upload import download, upload
 from trainer import checkpoint
 from trainer.checkpoint import MANIFEST, NAME, Manifest, Reader

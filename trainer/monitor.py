@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from data.batch import Batch
 from data.decode import SAMPLE_RATE
 from data.loader import Step
-from data.patience import STATS
+from data.retry import STATS
 from trainer.engines import Update
 from trainer.evaluate import PanelClip
 from trainer.flops import peak_flops, step_flops
