@@ -153,7 +153,7 @@ def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
     from data.captions import CaptionEncoder
     from data.in_hand import InHand
     from data.order import rank_lanes
-    from data.samples import Samples
+    from data.samples import SampleReader
 
     config = run.read_config()
     captioner = model.load(config.model, config.run.seed)
@@ -162,7 +162,7 @@ def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
     encoder = CaptionEncoder(
         captioner.processor.tokenizer, captioner.prefix, positions=64, long_caption="truncate"
     )
-    samples = Samples(
+    samples = SampleReader(
         found.training,
         encoder,
         max_seconds=captioner.frames / 100,

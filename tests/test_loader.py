@@ -33,7 +33,7 @@ from data.loader import Loader, Read, Step
 from data.location import Location
 from data.order import Order, rank_lanes
 from data.retry import STATS
-from data.samples import Samples
+from data.samples import SampleReader
 from tests.making import WINDOW_SECONDS, config_values
 from tools.sandbox import faults, s3
 from tools.sandbox.faults import Fault, Proxy
@@ -42,7 +42,7 @@ BATCH, STEPS = (
     7,
     range(24),
 )  # two epochs and a half: 60 clips, some held out, each 1.5 times per epoch; 7 do not divide by 2 or 3
-Opened = tuple[Samples, Order]
+Opened = tuple[SampleReader, Order]
 Open = Callable[..., Opened]
 Members = list[tuple[str, bytes]]
 
@@ -73,7 +73,7 @@ def opened(model: Path, tmp_path: Path) -> Open:
             long_caption="truncate",
         )
         longest = config.data.max_seconds or WINDOW_SECONDS
-        samples = Samples(
+        samples = SampleReader(
             found.training,
             encoder,
             max_seconds=longest,

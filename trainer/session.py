@@ -20,7 +20,7 @@ from data.dataset import Dataset
 from data.in_hand import InHand
 from data.loader import Loader, Read
 from data.order import Listed, Order, Plan, rank_lanes
-from data.samples import Rejected, Samples
+from data.samples import Rejected, SampleReader
 from trainer import checkpoint
 from trainer.checkpoint import Manifest
 from trainer.distributed import PeerFailed, World
@@ -116,12 +116,12 @@ class Session:
         """Token that fills up decoder inputs."""
         return int(self.captioner.config.pad_token_id or 0)
 
-    def samples(self, *, validation: bool) -> Samples:
+    def samples(self, *, validation: bool) -> SampleReader:
         """Reads samples, for training or for validation."""
         data = self.config.data
         longest = min(self.order.frames / 100, data.max_seconds or float("inf"))
         index = self.dataset.validation if validation else self.dataset.training
-        return Samples(
+        return SampleReader(
             index,
             self.encoder,
             max_seconds=longest,
@@ -143,11 +143,11 @@ class Session:
         lanes = range(self.world.rank * per_rank, (self.world.rank + 1) * per_rank)
         return self._loader(self.samples(validation=True), listed, lanes, range(listed.steps))
 
-    def _loader(self, samples: Samples, plan: Plan, lanes: range, steps: range) -> Loader:
+    def _loader(self, reader: SampleReader, plan: Plan, lanes: range, steps: range) -> Loader:
         data = self.config.data
         # What training has read ahead stays in memory while validation reads.
         ahead = data.read_ahead_mb if plan is self.order else min(data.read_ahead_mb, VALIDATION_AHEAD_MB)
-        return Loader(samples, plan, lanes, steps, threads=data.threads, read_ahead_mb=ahead, read=self._read)
+        return Loader(reader, plan, lanes, steps, threads=data.threads, read_ahead_mb=ahead, read=self._read)
 
     @cached_property
     def _read(self) -> Read:

@@ -22,7 +22,7 @@ from data.index import SCHEMA, save_sidecar
 from data.loader import Loader
 from data.location import Location
 from data.order import rank_lanes
-from data.samples import Samples
+from data.samples import SampleReader
 from data.sources import Shard
 from data.upload import write
 from tools.bench.report import ROOT, Figures
@@ -230,7 +230,7 @@ def main(work: Path, rank: int, world_size: int) -> None:
             order = found.order(config, FRAMES)
             total = order.steps_of(config.optim.epochs or 1)
         else:
-            samples = Samples(
+            samples = SampleReader(
                 found.training, NOTHING, max_seconds=SECONDS, overlong="skip", seed=0, in_hand=NOTHING
             )
             loader = Loader(

@@ -15,7 +15,7 @@ from data.captions import CaptionEncoder, prefix_tokens
 from data.features import log_mel
 from data.in_hand import InHand
 from data.loader import Loader
-from data.samples import Samples
+from data.samples import SampleReader
 from tools.bench.readers import BATCH, MELS, SECONDS, SEED, Ready, Task
 
 
@@ -45,7 +45,7 @@ def batches(task: Task) -> Iterator[Batch]:
         positions=64,
         long_caption="truncate",
     )
-    samples = Samples(
+    samples = SampleReader(
         found.training,
         encoder,
         max_seconds=SECONDS,
