@@ -8,6 +8,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
+from configs.run.causes import Cause
+
 
 class ExitCode(IntEnum):
     """Exit codes of `launch train` and of a single rank; anything else is a crash."""
@@ -22,21 +24,47 @@ class ExitCode(IntEnum):
 
 
 class EarwitnessError(Exception):
-    """A failure with a message for the user; `exit_code` is what the process ends with."""
+    """A failure with a message for the user; `exit_code` is what the process ends with, `cause` what the
+    ledger is told if it ends a rank."""
 
     exit_code: int = 1
+    cause: Cause = Cause.ERROR
 
 
 class ConfigError(EarwitnessError):
     """The configuration or the command line is wrong."""
 
     exit_code = ExitCode.USAGE
+    cause = Cause.BAD_INPUT
 
 
 class DataError(EarwitnessError):
     """The data, or the access to them, is wrong; trying again would not help."""
 
     exit_code = ExitCode.DATA
+    cause = Cause.BAD_INPUT
+
+
+class PeerFailed(EarwitnessError):
+    """Another rank failed, and says why; this one only leaves."""
+
+    cause = Cause.LOST_PEER
+
+
+class CannotMeet(EarwitnessError):
+    """This rank does not find the others at the start."""
+
+    cause = Cause.LOST_PEER
+
+
+class UnfitNode(EarwitnessError):
+    """A node cannot take part; `node` is its name."""
+
+    cause = Cause.UNFIT_NODE
+
+    def __init__(self, node: str, message: str) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 class ShardError(EarwitnessError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -38,6 +39,23 @@ def public(value: T) -> T:
     return value
 
 
+class Change(Enum):
+    """Whether a run that has begun may go on with another value of a setting. Every field has one."""
+
+    FREE = "at any time"
+    """The run stays the same run."""
+    ON_PURPOSE = "if `run.allow_change` names it"
+    NEW_EPOCH = "if `run.allow_change` names it; a new epoch begins"
+    """The order of the samples depends on it."""
+    SEEN_IN_INDEX = "if `run.allow_change` names `index`; a new epoch begins"
+    """What samples there are depends on it: the digest of the index tells, not the setting."""
+    NEVER = "never; a new run may begin with the weights (`model.init_from`)"
+    """The weights come from the run's base and checkpoint, whatever it says."""
+
+
+FREE, ON_PURPOSE, NEW_EPOCH = Change.FREE, Change.ON_PURPOSE, Change.NEW_EPOCH
+SEEN_IN_INDEX, NEVER = Change.SEEN_IN_INDEX, Change.NEVER
+
 Urls = Annotated[list[str], AfterValidator(public)]
 
 
@@ -52,13 +70,13 @@ class Section(BaseModel):
 class Run(Section):
     """What the run is called and where its folder is."""
 
-    name: str = Field(min_length=1)
+    name: Annotated[str, FREE] = Field(min_length=1)
     """Name of the run."""
-    dir: Path = Path("runs/NAME")
+    dir: Annotated[Path, FREE] = Path("runs/NAME")
     """Folder of the run; NAME is `run.name`. Starting again with the same folder resumes."""
-    seed: int = Field(0, ge=0)
+    seed: Annotated[int, NEW_EPOCH] = Field(0, ge=0)
     """Seed of the sample order and of weights that start at random."""
-    allow_change: list[str] = []
+    allow_change: Annotated[list[str], FREE] = []
     """Settings in which this run may differ from its checkpoint, e.g. `[optim.lr]`; the refusal names them.
     New data or a new order begin with a new epoch."""
 
@@ -73,18 +91,18 @@ class Run(Section):
 class Model(Section):
     """The Whisper to start from."""
 
-    name_or_path: str
+    name_or_path: Annotated[str, NEVER]
     """A name on the model hub, a folder that `from_pretrained` loads, or a folder with a config.json but no
     weights (random start)."""
-    init_from: str | None = None
+    init_from: Annotated[str | None, NEVER] = None
     """A run, a checkpoint or an export whose weights a new phase starts from, with a fresh optimizer and
     schedule; of the model of `name_or_path`."""
-    freeze: list[str] = []
+    freeze: Annotated[list[str], NEVER] = []
     """Prefixes of parameter names that are not trained, e.g. `model.encoder.conv`. The encoder's fixed
     positions never are."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, FREE] = False
     """Recompute activations in the backward pass: less memory, about a third more computation."""
-    compile: bool = False
+    compile: Annotated[bool, FREE] = False
     """torch.compile the encoder (needs a C++ compiler where the job runs; the first step takes about a minute
     longer)."""
 
@@ -92,12 +110,12 @@ class Model(Section):
 class Validation(Section):
     """Where a source's validation samples come from: a share of its keys, or shards of their own."""
 
-    fraction: float = Field(0.0, ge=0, lt=1)
+    fraction: Annotated[float, SEEN_IN_INDEX] = Field(0.0, ge=0, lt=1)
     """Share of the samples, chosen by SHA-256 of the key alone, so that overlapping data sets split alike."""
-    group: str | None = None
+    group: Annotated[str | None, SEEN_IN_INDEX] = None
     """Regular expression; its first group (or whole match) in the key is hashed instead, to keep segments of
     one recording together."""
-    shards: Urls = []
+    shards: Annotated[Urls, SEEN_IN_INDEX] = []
     """Shards that hold validation samples only."""
 
     @field_validator("group")
@@ -113,23 +131,23 @@ class Validation(Section):
 class Source(Section):
     """One data set: tar shards with an audio member and a caption per sample."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: Annotated[str, NEW_EPOCH] = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Name in logs, curves and audit."""
-    shards: Urls = Field(min_length=1)
+    shards: Annotated[Urls, SEEN_IN_INDEX] = Field(min_length=1)
     """Paths or URLs, with {000..123} braces or globs: local, `s3://`, `https://`, `hf://`, whatever fsspec
     opens."""
-    caption_key: str = "caption"
+    caption_key: Annotated[str, ON_PURPOSE] = "caption"
     """Dotted path into the sample's JSON, or the ending of a text member, as `.txt`."""
-    audio: str | None = None
+    audio: Annotated[str | None, SEEN_IN_INDEX] = None
     """Ending of the audio member to use (`flac`, `16k.flac`) where samples have several."""
-    weight: float = Field(1.0, gt=0)
+    weight: Annotated[float, NEW_EPOCH] = Field(1.0, gt=0)
     """Passes over this source per epoch: 0.5 is each sample every second epoch, 2 is twice."""
-    style: str | None = None
+    style: Annotated[str | None, ON_PURPOSE] = None
     """Prompt text that says which style of caption is wanted; it stands before the start token and is not
     learnt."""
-    validation: Validation = Validation()
+    validation: Annotated[Validation, SEEN_IN_INDEX] = Validation()
     """Share held out for validation (`0.01`), or `{fraction, group}`, or `{shards: [...]}`."""
-    storage_options: dict[str, Any] = {}
+    storage_options: Annotated[dict[str, Any], FREE] = {}
     """Options for fsspec: endpoint, profile, region. Never keys or secrets: those come from the environment
     or a profile."""
 
@@ -159,31 +177,31 @@ class Source(Section):
 class Data(Section):
     """From shards to batches."""
 
-    sources: list[Source] = Field(min_length=1)
+    sources: Annotated[list[Source], NEW_EPOCH] = Field(min_length=1)
     """The data sets; each epoch passes over all of them."""
-    index_dir: Annotated[str, AfterValidator(public)] = "index"
+    index_dir: Annotated[str, AfterValidator(public), FREE] = "index"
     """Where the shards' indexes are kept, which runs may share: a folder, `s3://BUCKET/PREFIX`, or `beside`:
     the shards, in a folder `index`."""
-    cache_dir: Path | None = None
+    cache_dir: Annotated[Path | None, FREE] = None
     """A folder on each node's own disk that keeps what was read from a bucket; the ranks of the node share
     it, and so may runs."""
-    cache_gb: float = Field(100, gt=0)
+    cache_gb: Annotated[float, FREE] = Field(100, gt=0)
     """What it may hold, in gigabytes; what was not used for longest is removed."""
-    max_seconds: float | None = Field(None, gt=0)
+    max_seconds: Annotated[float | None, ON_PURPOSE] = Field(None, gt=0)
     """Longest clip, in seconds; default the model's window (30 for Whisper)."""
-    overlong: Literal["skip", "crop"] = "skip"
+    overlong: Annotated[Literal["skip", "crop"], ON_PURPOSE] = "skip"
     """What to do with longer clips: leave them out, or take a random stretch of `max_seconds`."""
-    long_caption: Literal["truncate", "skip"] = "truncate"
+    long_caption: Annotated[Literal["truncate", "skip"], ON_PURPOSE] = "truncate"
     """What to do with captions that exceed the decoder's positions (448 for Whisper, prompt included)."""
-    shuffle_window: int = Field(256, ge=1)
+    shuffle_window: Annotated[int, NEW_EPOCH] = Field(256, ge=1)
     """Samples of one lane that are shuffled together; larger mixes better and buffers more."""
-    read_ahead_mb: int = Field(512, ge=1)
+    read_ahead_mb: Annotated[int, FREE] = Field(512, ge=1)
     """Megabytes of undecoded samples that each rank may hold."""
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    max_bad_fraction: Annotated[float, FREE] = Field(0.01, ge=0, le=1)
     """Share of samples with unreadable content above which the run stops (of the first 1,000 at least)."""
-    threads: int = Field(2, ge=1)
+    threads: Annotated[int, FREE] = Field(2, ge=1)
     """Decoding threads per rank."""
-    audit: bool = False
+    audit: Annotated[bool, FREE] = False
     """Write the keys of every step and rank to audit/*.jsonl in the run's folder."""
 
     @model_validator(mode="after")
@@ -198,9 +216,9 @@ class Data(Section):
 class Batch(Section):
     """How many samples a step takes."""
 
-    global_size: int = Field(64, ge=1)
+    global_size: Annotated[int, NEW_EPOCH] = Field(64, ge=1)
     """Samples per optimizer step, over all ranks. It stays the same on any number of ranks."""
-    micro_size: int = Field(8, ge=1)
+    micro_size: Annotated[int, FREE] = Field(8, ge=1)
     """Samples per forward pass of one rank; lower it when memory runs out. It changes nothing but
     rounding."""
 
@@ -208,25 +226,25 @@ class Batch(Section):
 class Optim(Section):
     """AdamW and its schedule."""
 
-    lr: float = Field(5e-5, gt=0)
+    lr: Annotated[float, ON_PURPOSE] = Field(5e-5, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], ON_PURPOSE] = (0.9, 0.999)
     """AdamW's decay rates."""
-    eps: float = Field(1e-8, gt=0)
+    eps: Annotated[float, ON_PURPOSE] = Field(1e-8, gt=0)
     """AdamW's epsilon."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: Annotated[float, ON_PURPOSE] = Field(0.0, ge=0)
     """Decoupled weight decay; biases and norms have none."""
-    clip_grad_norm: float = Field(1.0, gt=0)
+    clip_grad_norm: Annotated[float, ON_PURPOSE] = Field(1.0, gt=0)
     """Largest norm of the whole gradient."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Annotated[Literal["linear", "cosine", "constant"], ON_PURPOSE] = "linear"
     """Course of the learning rate after the warm-up; linear and cosine end at 0."""
-    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    warmup_fraction: Annotated[float, ON_PURPOSE] = Field(0.05, ge=0, le=1)
     """Share of all steps over which the learning rate rises from 0."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: Annotated[float | None, FREE] = Field(None, gt=0)
     """Passes over the data (give this or max_steps)."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: Annotated[int | None, FREE] = Field(None, ge=1)
     """Optimizer steps (give this or epochs)."""
-    max_skips: int = Field(10, ge=0)
+    max_skips: Annotated[int, FREE] = Field(10, ge=0)
     """Updates in a row that may be skipped for a gradient that is not finite, before the run stops."""
 
     @model_validator(mode="after")
@@ -239,27 +257,27 @@ class Optim(Section):
 class EngineSettings(Section):
     """How training is spread over the ranks."""
 
-    backend: Literal["zero2", "fsdp2"] = "zero2"
+    backend: Annotated[Literal["zero2", "fsdp2"], FREE] = "zero2"
     """DeepSpeed ZeRO-2 or PyTorch's FSDP2: both divide optimizer state and gradients among the ranks; a run
     may go on with the other one."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Annotated[Literal["bf16", "fp32"], ON_PURPOSE] = "bf16"
     """Of the weights that compute. Master weights, gradients and optimizer state are fp32 in any case."""
-    zero2: dict[str, Any] = {}
+    zero2: Annotated[dict[str, Any], FREE] = {}
     """Entries that override those of DeepSpeed's config, e.g. `{zero_optimization: {overlap_comm: true}}`."""
 
 
 class Checkpoint(Section):
     """When the state is saved, and what is kept."""
 
-    every_steps: int = Field(500, ge=1)
+    every_steps: Annotated[int, FREE] = Field(500, ge=1)
     """Optimizer steps between saves."""
-    every_minutes: float | None = Field(None, gt=0)
+    every_minutes: Annotated[float | None, FREE] = Field(None, gt=0)
     """Minutes after which a save is due in any case."""
-    keep_last: int = Field(2, ge=1)
+    keep_last: Annotated[int, FREE] = Field(2, ge=1)
     """Checkpoints kept, newest first; the best by `evaluate.best_metric` is kept besides."""
-    keep_every: int | None = Field(None, ge=1)
+    keep_every: Annotated[int | None, FREE] = Field(None, ge=1)
     """Keep each checkpoint whose step is a multiple of this."""
-    mirror: Annotated[str | None, AfterValidator(public)] = None
+    mirror: Annotated[str | None, AfterValidator(public), FREE] = None
     """URL, e.g. `s3://bucket/mirror`, below which complete checkpoints are copied to MIRROR/NAME; a run whose
     own folder is gone goes on from there."""
 
@@ -267,25 +285,25 @@ class Checkpoint(Section):
 class Evaluate(Section):
     """Validation loss per source, and captions of a fixed panel of clips."""
 
-    every_steps: int = Field(500, ge=1)
+    every_steps: Annotated[int, FREE] = Field(500, ge=1)
     """Optimizer steps between evaluations; there is one at the start and one at the end, too."""
-    max_samples: int = Field(1000, ge=1)
+    max_samples: Annotated[int, FREE] = Field(1000, ge=1)
     """Validation samples per source."""
-    captions: int = Field(8, ge=0)
+    captions: Annotated[int, FREE] = Field(8, ge=0)
     """Clips in the panel of captions, over all sources."""
-    best_metric: str = "validation/loss"
+    best_metric: Annotated[str, FREE] = "validation/loss"
     """Metric whose lowest value marks the best checkpoint: `validation/loss`, or `validation/loss/SOURCE`."""
 
 
 class Monitor(Section):
     """What is reported."""
 
-    every_steps: int = Field(10, ge=1)
+    every_steps: Annotated[int, FREE] = Field(10, ge=1)
     """Optimizer steps between points of the curves."""
-    peak_tflops: float | None = Field(None, gt=0)
+    peak_tflops: Annotated[float | None, FREE] = Field(None, gt=0)
     """Peak BF16 TFLOP/s of one device, for MFU; default from a table of known cards, without one MFU stays
     blank."""
-    spike_sigma: float = Field(6.0, gt=0)
+    spike_sigma: Annotated[float, FREE] = Field(6.0, gt=0)
     """A step's loss this many standard deviations above the mean of the last 100 is told, and its samples are
     named in the ledger."""
 
@@ -293,54 +311,54 @@ class Monitor(Section):
 class Slurm(Section):
     """What `launch submit` asks Slurm for, and how the chain of attempts goes on."""
 
-    partition: str | None = None
+    partition: Annotated[str | None, FREE] = None
     """Partition; default the cluster's."""
-    account: str | None = None
+    account: Annotated[str | None, FREE] = None
     """Account that is charged."""
-    qos: str | None = None
+    qos: Annotated[str | None, FREE] = None
     """Quality of service."""
-    constraint: str | None = None
+    constraint: Annotated[str | None, FREE] = None
     """Features that nodes must have."""
-    reservation: str | None = None
+    reservation: Annotated[str | None, FREE] = None
     """Reservation to run in."""
-    nodes: int | str = 1
+    nodes: Annotated[int | str, FREE] = 1
     """Nodes, or a range as `2-8`: each attempt then takes what it gets, and the run is the same."""
-    gpus_per_node: int = Field(8, ge=0)
+    gpus_per_node: Annotated[int, FREE] = Field(8, ge=0)
     """GPUs per node, and one process for each; 0 trains on the CPU."""
-    gpu_request: Literal["gres", "gpus_per_node"] = "gres"
+    gpu_request: Annotated[Literal["gres", "gpus_per_node"], FREE] = "gres"
     """How GPUs are asked for: `--gres=gpu:N`, or `--gpus-per-node=N`."""
-    tasks_per_node: int | None = Field(None, ge=1)
+    tasks_per_node: Annotated[int | None, FREE] = Field(None, ge=1)
     """Processes per node; default one per GPU, or 1."""
-    cpus_per_task: int | None = Field(None, ge=1)
+    cpus_per_task: Annotated[int | None, FREE] = Field(None, ge=1)
     """CPU cores per process; default the cluster's."""
-    memory_gb: int | None = Field(None, ge=1)
+    memory_gb: Annotated[int | None, FREE] = Field(None, ge=1)
     """Memory per node, in GB; default the cluster's."""
-    time_minutes: int = Field(24 * 60, ge=1)
+    time_minutes: Annotated[int, FREE] = Field(24 * 60, ge=1)
     """Time limit of one attempt; the chain goes on over as many as it takes."""
-    signal_seconds: int = Field(120, ge=1)
+    signal_seconds: Annotated[int, FREE] = Field(120, ge=1)
     """Seconds before the time limit at which Slurm asks to save; a save that takes more than half of it is
     told in the ledger."""
-    resubmit: Literal["chain", "requeue", "none"] = "chain"
+    resubmit: Annotated[Literal["chain", "requeue", "none"], FREE] = "chain"
     """`chain`: every attempt queues the next one first, which starts if this one ends in any way but success.
     `requeue`: the job requeues itself, where compute nodes may not submit; Slurm lets it wait for two
     minutes. `none`: one attempt."""
-    max_attempts_without_progress: int = Field(5, ge=1)
+    max_attempts_without_progress: Annotated[int, FREE] = Field(5, ge=1)
     """Attempts that may fail in a row without a new checkpoint, before the chain ends."""
-    exclude_minutes: int = Field(240, ge=0)
+    exclude_minutes: Annotated[int, FREE] = Field(240, ge=0)
     """Minutes for which a node is left out whose ranks have crashed or hung twice, which was lost twice, or
     that was unfit before the start."""
-    hang_seconds: float | None = Field(None, gt=0)
+    hang_seconds: Annotated[float | None, FREE] = Field(None, gt=0)
     """Seconds without a sign of progress after which an attempt counts as hung; default 20 times the longest
     seen so far, at least two minutes, and half an hour before there is one."""
-    python: str | None = None
+    python: Annotated[str | None, FREE] = None
     """Python on the compute nodes, as in a container; default the one that submits."""
-    setup: list[str] = []
+    setup: Annotated[list[str], FREE] = []
     """Lines of shell before the start: modules, conda, `source` of a file with credentials."""
-    sbatch: list[str] = []
+    sbatch: Annotated[list[str], FREE] = []
     """Further options of sbatch, e.g. `[--exclusive, --comment=captions]`."""
-    srun_args: list[str] = []
+    srun_args: Annotated[list[str], FREE] = []
     """Further options of srun, e.g. `[--container-image=...]`."""
-    notify: str | None = None
+    notify: Annotated[str | None, FREE] = None
     """A mail address, or the URL of a webhook (it gets JSON): told once, when the chain ends."""
 
     @field_validator("nodes")

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from fsspec.core import split_protocol
 
 from configs.errors import DataError, EarwitnessError
-from configs.rundir import replacing
+from configs.run.files import replacing
 from configs.schema import Source
 from data import storage
 from data.captions import find_caption

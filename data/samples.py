@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from configs.errors import DataError
+from configs.run.crash_journal import POISONED, CrashJournal
 from data import storage
 from data.batch import Sample
 from data.captions import CaptionEncoder, find_caption
 from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
-from data.in_hand import POISONED, InHand
 from data.index import Index
 from data.location import Location
 from data.order import CROP, random_keys
@@ -66,7 +66,7 @@ class SampleReader:
         max_seconds: float,
         overlong: Literal["skip", "crop"],
         seed: int,
-        in_hand: InHand,
+        in_hand: CrashJournal,
         poisoned: frozenset[str] = frozenset(),
         same_crops: bool = False,
     ) -> None:

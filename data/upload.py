@@ -11,7 +11,7 @@ from fsspec.asyn import get_loop
 from fsspec.callbacks import Callback
 from fsspec.core import split_protocol
 
-from configs.rundir import write_atomic
+from configs.run.files import write_atomic
 from data.location import Location
 from data.retry import Trouble
 

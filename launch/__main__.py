@@ -12,7 +12,7 @@ import typer
 from configs.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
-    from configs.rundir import RunDir
+    from configs.run.folder import RunDir
 
 app = typer.Typer(
     add_completion=False,
@@ -37,7 +37,7 @@ def train(
 ) -> None:
     """Train on this machine. The same command again resumes. Ctrl-C saves and leaves (exit code 85)."""
     from configs.load import load
-    from configs.rundir import RunDir
+    from configs.run.folder import RunDir
     from data.dataset import index_missing, list_shards
     from launch.local import run_ranks
 
@@ -77,11 +77,19 @@ def status(
         Path | None, typer.Argument(help="Folder of a run; default all below runs/.", metavar="[RUN]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    events: Annotated[
+        bool, typer.Option(help="Print the ledger of a run, a JSON line for each event.")
+    ] = False,
 ) -> None:
     """Attempts, why each ended, and where the time went."""
-    from launch.status import status
+    from launch.status import print_events, status
 
-    status(_rundir(run) if run else None, as_json=as_json)
+    if events and run is None:
+        raise ConfigError("--events: of which run? python -m launch status RUN --events")
+    if events and run is not None:
+        print_events(_rundir(run))
+    else:
+        status(_rundir(run) if run else None, as_json=as_json)
 
 
 @app.command()
@@ -137,10 +145,10 @@ def doctor(
 
 def _rundir(path: Path) -> RunDir:
     """The folder of a run that exists."""
-    from configs.rundir import RunDir
+    from configs.run.folder import RunDir
 
     run = RunDir(path)
-    if not (run.slurm.is_dir() or run.events.is_file()):
+    if not run.exists:
         raise ConfigError(f"{path}: not the folder of a run (as runs/NAME)")
     return run
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from configs.errors import ConfigError, EarwitnessError
-from configs.rundir import RunDir
+from configs.run.events import AttemptBegan, Ended, Event, Progress, Started, Stopped
+from configs.run.folder import RunDir
 from slurm import cluster
 from slurm.chain import chain_jobs
 
+E = TypeVar("E", bound=Event)
 POLL = 0.5
 """Seconds between two looks."""
 ASK_AGAIN = 10.0
@@ -37,13 +38,11 @@ def stop(run: RunDir) -> None:
             print(f"job {', '.join(running)}: asked to save and to end", flush=True)
             asked = time.monotonic()
         time.sleep(POLL)
-    ended = [line["words"] for line in run.ledger("ended")]
-    words = f" ({ended[-1]})" if ended else ""
-    saved = (
-        f"the newest checkpoint is of step {step}"
-        if (step := run.saved_step())
-        else "there is no checkpoint yet"
-    )
+    history = run.ledger.read()
+    ended = history.last(Ended)
+    words = f" ({ended.words})" if ended else ""
+    step = history.saved_step
+    saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
     print(
         f"{run.path}: the chain has ended{words}; {saved}. `python -m launch submit` with its config goes on"
     )
@@ -55,51 +54,46 @@ def drill(run: RunDir) -> None:
     Raises ConfigError if no attempt is training, EarwitnessError if the chain does not go on.
     """
     running = [job.job for job in _jobs(run) if job.state == "RUNNING"]
-    attempts = [line for line in run.ledger("attempt") if line.get("job") in running]
-    if not attempts or not any(line["attempt"] == attempts[-1]["attempt"] for line in run.ledger("start")):
+    history = run.ledger.read()
+    attempts = [began for began in history.of(AttemptBegan) if began.job in running]
+    if not attempts or history.last(Started, attempts[-1].attempt) is None:
         raise ConfigError(
             f"{run.path}: no attempt is training now; `python -m launch status {run.path}` says what it"
             " waits for"
         )
-    attempt, job = attempts[-1]["attempt"], attempts[-1]["job"]
+    attempt, job = attempts[-1].attempt, attempts[-1].job
     began = time.time()
     for signal in ("CONT", "TERM"):  # what Slurm sends
         cluster.send_signal(job, signal)
     print(f"job {job}: sent SIGCONT and SIGTERM, as a preemption does", flush=True)
-    steps = [
-        ("attempt", "next attempt starts"),
-        ("start", "it has loaded the checkpoint"),
-        ("progress", "its first step is taken"),
-    ]
     until = began + 60 * DRILL_MINUTES
-    saved = wait_for(run, "stop", "durable save", until, lambda line: bool(line["attempt"] == attempt))
-    print(f"  {saved['time'] - began:7.1f} s  durable save", flush=True)
-    for event, what in steps:
-        found = wait_for(run, event, what, until, lambda line: bool(line["attempt"] > attempt))
-        print(f"  {found['time'] - began:7.1f} s  {what}", flush=True)
+
+    def report(kind: type[Event], what: str, from_attempt: int) -> None:
+        event = wait_for(run, kind, what, until, from_attempt)
+        print(f"  {event.time - began:7.1f} s  {what}", flush=True)
+
+    report(Stopped, "durable save", attempt)
+    report(AttemptBegan, "next attempt starts", attempt + 1)
+    report(Started, "it has loaded the checkpoint", attempt + 1)
+    report(Progress, "its first step is taken", attempt + 1)
 
 
-def wait_for(
-    run: RunDir,
-    event: str,
-    what: str,
-    until: float,
-    matches: Callable[[dict[str, Any]], bool] = lambda line: True,
-) -> dict[str, Any]:
-    """Wait for a line of the ledger, until a time (s since the epoch). Raises EarwitnessError if it does not
-    come, or the chain ends first."""
+def wait_for(run: RunDir, kind: type[E], what: str, until: float, from_attempt: int = 0) -> E:
+    """Wait for the first event of a kind of an attempt or a later one, until a time (s since the epoch).
+
+    what: the same in words. Raises EarwitnessError if it does not come, or the chain ends first.
+    """
     while True:
         jobs = cluster.queued(chain_jobs(run))  # before the ledger, so that the last words of a job are seen
-        if found := next(filter(matches, run.ledger(event)), None):
-            return found
+        events = [event for event in run.ledger.read().of(kind) if event.attempt >= from_attempt]
+        if events:
+            return events[0]
         if not jobs or time.time() > until:
-            queue = (
-                "; ".join(f"job {job.job} is {job.state.lower()} ({job.reason})" for job in jobs)
-                or "no job of this run is in the queue any more"
-            )
+            queue = "; ".join(f"job {job.job} is {job.state.lower()} ({job.reason})" for job in jobs)
             raise EarwitnessError(
-                f"{run.path}: waited for this in vain: {what}; {queue}. `python -m launch status {run.path}`"
-                " says more"
+                f"{run.path}: waited for this in vain: {what};"
+                f" {queue or 'no job of this run is in the queue any more'}."
+                f" `python -m launch status {run.path}` says more"
             )
         time.sleep(POLL)
 

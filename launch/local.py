@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 from configs.errors import ExitCode
-from configs.lease import claim
-from configs.rundir import RunDir
+from configs.run.causes import Cause
+from configs.run.crash_journal import DEATHS, deaths
+from configs.run.ends import Failure, rank_errors
+from configs.run.events import AttemptBegan, Hung
+from configs.run.folder import RunDir
+from configs.run.lease import claim
 from configs.schema import RunConfig
-from data.in_hand import DEATHS, deaths
-from launch.worker import error_file
-from slurm.chain import Cause, Failure, record_end, settle
+from slurm.chain import record_end, settle
 
 GRACE = 20.0
 """Seconds that the other ranks get to leave by themselves after one has failed."""
@@ -39,17 +41,18 @@ def run_ranks(run: RunDir, config: RunConfig, procs: int) -> int:
     lease = claim(run)
     try:
         settle(run)
-        run.ask(config)
+        run.proposal.propose(config)
         code, failure = _attempt(run, lease.attempt, procs)
         record_end(run, lease.attempt, code, failure)
         return code
     finally:
-        run.next_config.unlink(missing_ok=True)  # if it was refused: the next attempt must not read it
+        run.proposal.withdraw()
         lease.release()
 
 
 def _attempt(run: RunDir, attempt: int, procs: int) -> tuple[int, Failure | None]:
-    run.record("attempt", attempt=attempt, host=socket.gethostname(), ranks=procs)
+    run.ledger.record(AttemptBegan(attempt=attempt, ranks=procs, nodes=[socket.gethostname()]))
+    run.attempt_logs(attempt).mkdir(parents=True, exist_ok=True)
     port = _free_port()
     ranks = [_start(run, attempt, rank, procs, port) for rank in range(procs)]
     _pass_signals_to(ranks)
@@ -79,15 +82,10 @@ def _start(run: RunDir, attempt: int, rank: int, procs: int, port: int) -> subpr
     }
     command = [sys.executable, "-m", "launch.worker", str(run.path), str(attempt)]
     # In a session of its own, so that Ctrl-C reaches the launcher alone, which asks all ranks to save.
-    with log_file(run, attempt, rank).open("wb") as log:
+    with run.rank_file(attempt, rank, "log").open("wb") as log:
         return subprocess.Popen(
             command, env=environment, start_new_session=True, stdout=None if rank == 0 else log, stderr=log
         )
-
-
-def log_file(run: RunDir, attempt: int, rank: int) -> Path:
-    """What a rank wrote, but for what rank 0 shows on the terminal."""
-    return error_file(run, attempt, rank).with_suffix(".log")
 
 
 def _pass_signals_to(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -127,47 +125,58 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
 
 
 def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> tuple[int, Failure | None]:
-    """Print the error that ended the run; returns its exit code, and a failure that the ledger does not tell
+    """Print the error that ended the run. Returns its exit code, and a failure that the ledger does not tell
     of.
 
     A rank that was killed is the cause, the others only lost it. One that has aborted is not, unless it was
     decoding: NCCL does so to those that wait for another one.
     """
-    reports = {rank: path for rank in range(len(codes)) if (path := error_file(run, attempt, rank)).exists()}
-    silent = [rank for rank, code in enumerate(codes) if code not in (None, *GOOD) and rank not in reports]
-    failure = None
+    history = run.ledger.read()
     samples = {death.rank: death for death in deaths(run, attempt)}
-    killed = [*samples] or [
-        rank for rank in silent if (codes[rank] or 0) < 0 and codes[rank] != -signal.SIGABRT
-    ]
-    if reports and not killed:
-        rank = min(reports, key=lambda rank: reports[rank].stat().st_mtime_ns)
-        aborted = [other for other in silent if codes[other] == -signal.SIGABRT]
-        message = reports[rank].read_text(encoding="utf-8") + "".join(
-            f"\nrank {other} was aborted (its log: {log_file(run, attempt, other)})" for other in aborted
-        )
+    failed = [rank for rank, code in enumerate(codes) if code not in (None, *GOOD)]
+    killed = [rank for rank in failed if _is_killed(codes[rank])]
+    culprits = list(samples) or killed
+    hang = history.last(Hung, attempt)
+    errors = rank_errors(history, attempt)
+    failure = None
+    if not culprits and hang:
+        rank = failed[0]
+        message = f"hang: {hang.words}\nAll stacks are in {run.attempt_logs(attempt)}/rank-*.stacks"
+    elif not culprits and errors:
+        rank, message = errors[0].rank, errors[0].message
+        for other in failed:
+            if codes[other] == -signal.SIGABRT:
+                message += f"\nrank {other} was aborted (its log: {run.rank_file(attempt, other, 'log')})"
     else:
-        rank = (killed or silent)[0]
+        rank = (culprits or failed)[0]
         code = codes[rank] or 0
-        ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        failure = Failure(Cause.CRASH, f"rank {rank} {ended}", "", by_signal=code < 0)
-        hint = f": {KILLED}" if code == -signal.SIGKILL else ""
+        ended = f"ended with exit code {code}"
+        if code < 0:
+            ended = f"was killed by {signal.Signals(-code).name}"
+        failure = Failure(Cause.CRASH, f"rank {rank} {ended}", by_signal=code < 0, rank=rank)
+        hint = ""
         if rank in samples:
             hint = f": {samples[rank]}. Start again; when it has ended {DEATHS} attempts, it is left out"
-        trace = log_file(run, attempt, rank).with_suffix(".fatal")
-        said = log_file(run, attempt, rank).read_text(errors="replace", encoding="utf-8").splitlines()[-TAIL:]
-        if trace.exists():
-            said += "".join(
-                trace.read_text(errors="replace", encoding="utf-8").partition("Current thread")[1:]
-            ).splitlines()[:TAIL]
-        message = "\n".join([*said, f"rank {rank} {ended}{hint}"])
-    print(
-        f"\nerror on rank {rank} (its log: {log_file(run, attempt, rank)}):\n{message.strip()}",
-        file=sys.stderr,
-        flush=True,
-    )
-    code = codes[rank] or 0
-    return (code if code > 0 else 1), failure
+        elif code == -signal.SIGKILL:
+            hint = f": {KILLED}"
+        message = "\n".join([*_last_output(run, attempt, rank), f"rank {rank} {ended}{hint}"])
+    log = run.rank_file(attempt, rank, "log")
+    print(f"\nerror on rank {rank} (its log: {log}):\n{message.strip()}", file=sys.stderr, flush=True)
+    return max(codes[rank] or 0, 1), failure
+
+
+def _is_killed(code: int | None) -> bool:
+    return code is not None and code < 0 and code != -signal.SIGABRT
+
+
+def _last_output(run: RunDir, attempt: int, rank: int) -> list[str]:
+    """The last lines of a rank's log, and the first ones of the trace of its crash, if there is one."""
+    log, trace = (run.rank_file(attempt, rank, ending) for ending in ("log", "fatal"))
+    lines = log.read_text(errors="replace", encoding="utf-8").splitlines()[-TAIL:]
+    if trace.exists():
+        _, mark, after = trace.read_text(errors="replace", encoding="utf-8").partition("Current thread")
+        lines += (mark + after).splitlines()[:TAIL]
+    return lines
 
 
 def _free_port() -> int:

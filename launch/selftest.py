@@ -7,21 +7,23 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from configs.errors import ConfigError, EarwitnessError
-from configs.rundir import RunDir
+from configs.run.causes import Cause
+from configs.run.events import AttemptBegan, ChainEnded, CheckpointSaved, Event, Preflight, Started
+from configs.run.folder import RunDir
 from configs.schema import RunConfig, node_range
 from launch.control import wait_for
 from launch.submit import submit_run
 from slurm import cluster
 from slurm.chain import chain_jobs
 
+E = TypeVar("E", bound=Event)
 STEPS, SAVE_EVERY = 20, 5
 
 
@@ -86,58 +88,51 @@ class _Test:
         """All of it, a row each."""
         began = time.time()
         submit_run(config, dry_run=False)
-        first = self.wait("attempt", "the first job to start")
-        self.row("queue", f"job {first['job']} on {', '.join(first['nodes'])}", first["time"] - began)
-        look = self.wait("preflight", "the look at all nodes")
-        speeds = (
-            f", {min(look['tflops']):.0f} to {max(look['tflops']):.0f} TFLOP/s per GPU"
-            if "tflops" in look
-            else ""
-        )
+        first = self.wait(AttemptBegan, "the first job to start")
+        self.row("queue", f"job {first.job} on {', '.join(first.nodes)}", first.time - began)
+        preflight = self.wait(Preflight, "the look at all nodes")
+        speeds = ""
+        if preflight.tflops:
+            slowest, fastest = min(preflight.tflops), max(preflight.tflops)
+            speeds = f", {slowest:.0f} to {fastest:.0f} TFLOP/s per GPU"
         self.row(
             "nodes",
-            f"{first['ranks']} processes, all-reduce {look['all_reduce_gb_per_second']:.2f} GB/s{speeds}",
-            look["seconds"],
+            f"{first.ranks} processes, all-reduce {preflight.all_reduce_gb_per_second:.2f} GB/s{speeds}",
+            preflight.seconds,
         )
-        start = self.wait("start", "the model to be loaded")
-        self.row("start-up", f"on {start['device']}", start["time"] - first["time"])
-        saved = self.wait("checkpoint", "the first checkpoint")
-        self.row("training", f"{saved['step']} steps", saved["time"] - start["time"])
+        start = self.wait(Started, "the model to be loaded")
+        self.row("start-up", f"on {start.device}", start.time - first.time)
+        saved = self.wait(CheckpointSaved, "the first checkpoint")
+        self.row("training", f"{saved.step} steps", saved.time - start.time)
         self.row(
             "checkpoint",
-            f"{saved['bytes'] / 1e9:.2f} GB, training stopped for {saved['blocking_seconds']:.2f} s",
-            saved["total_seconds"],
+            f"{saved.bytes / 1e9:.2f} GB, training stopped for {saved.blocking_seconds:.2f} s",
+            saved.total_seconds,
         )
 
-        following = (self.run.slurm / "jobs" / f"{first['job']}.next").read_text(encoding="utf-8").strip()
+        next_job = self.run.slurm / "jobs" / f"{first.job}.next"
         fewer = max(1, nodes // 2)
         if nodes > 1:
+            following = next_job.read_text(encoding="utf-8").strip()
             cluster.set_nodes(following, fewer, fewer * config.slurm.tasks)
         killed = time.time()
-        cluster.send_signal(
-            f"{first['job']}.1", "KILL"
-        )  # the ranks' step; to the whole job it would mean that it is cancelled
-        second = self.wait("attempt", "the next attempt", lambda line: line["attempt"] > first["attempt"])
+        # The ranks' step: to the whole job it would mean that it is cancelled.
+        cluster.send_signal(f"{first.job}.1", "KILL")
+        second = self.wait(AttemptBegan, "the next attempt", first.attempt + 1)
         self.row(
             "all processes killed",
-            f"job {second['job']} goes on by itself on {', '.join(second['nodes'])}",
-            second["time"] - killed,
+            f"job {second.job} goes on by itself on {', '.join(second.nodes)}",
+            second.time - killed,
         )
-        again = self.wait(
-            "start", "the checkpoint to be loaded", lambda line: line["attempt"] > first["attempt"]
-        )
+        again = self.wait(Started, "the checkpoint to be loaded", first.attempt + 1)
         self.row(
             "resumed",
-            f"at step {again['step']} on {again['ranks']} processes instead of {first['ranks']}",
-            again["time"] - second["time"],
+            f"at step {again.step} on {again.ranks} processes instead of {first.ranks}",
+            again.time - second.time,
         )
-        end = self.wait("chain_ended", "the end")
-        self.row(
-            "finished",
-            f"{end['why']}, {STEPS} steps",
-            end["time"] - again["time"],
-            good=end["why"] == "finished",
-        )
+        end = self.wait(ChainEnded, "the end")
+        is_finished = end.why == Cause.FINISHED.words
+        self.row("finished", f"{end.why}, {STEPS} steps", end.time - again.time, good=is_finished)
         began = time.time()
         out = self.run.path / "export"
         done = subprocess.run(
@@ -154,8 +149,6 @@ class _Test:
             good=done.returncode == 0,
         )
 
-    def wait(
-        self, event: str, what: str, matches: Callable[[dict[str, Any]], bool] = lambda line: True
-    ) -> dict[str, Any]:
-        """Wait for a line of the ledger."""
-        return wait_for(self.run, event, what, self.deadline, matches)
+    def wait(self, kind: type[E], what: str, from_attempt: int = 0) -> E:
+        """Wait for an event of the ledger."""
+        return wait_for(self.run, kind, what, self.deadline, from_attempt)

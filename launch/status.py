@@ -15,12 +15,30 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import ConfigError, EarwitnessError
-from configs.lease import holder
-from configs.rundir import RunDir
+from configs.run.causes import FINAL, Cause
+from configs.run.ends import find_end
+from configs.run.events import (
+    AttemptBegan,
+    ChainEnded,
+    CheckpointSaved,
+    Damaged,
+    Evaluated,
+    Event,
+    MirrorFailed,
+    Progress,
+    Skipped,
+    SlowSave,
+    Spike,
+    Started,
+    Submitted,
+)
+from configs.run.folder import RunDir
+from configs.run.goodput import AttemptSummary, begin, goodput, summarize
+from configs.run.lease import holder
+from configs.run.ledger import History, warning
 from slurm import cluster
-from slurm.chain import FINAL, Cause, chain_jobs, find_end, unsettled
+from slurm.chain import chain_jobs, look_outside
 from slurm.cluster import QueuedJob
-from trainer.goodput import Attempt, attempts, begin, goodput
 
 WIDE = 180
 """Columns, where no terminal says how many it has."""
@@ -54,15 +72,15 @@ class Report:
     since: float | None
     """When it was first submitted or started; `goodput` is of the time from there until now or its end."""
     goodput: dict[str, dict[str, float]]
-    """Seconds and share by what they went into (see trainer/goodput.py)."""
+    """Seconds and share by what they went into (see configs/run/goodput.py)."""
     notices: list[str]
     """What went on all the same, but should be looked at: the last of each kind, and how many there were."""
-    attempts: list[Attempt]
+    attempts: list[AttemptSummary]
 
 
 def status(run: RunDir | None, *, as_json: bool) -> None:
     """Print one run, or all below `runs/`. Raises ConfigError if there is none."""
-    runs = [run] if run else [RunDir(file.parent) for file in sorted(Path("runs").glob("*/events.jsonl"))]
+    runs = [run] if run else [RunDir(folder.parent) for folder in sorted(Path("runs").glob("*/events"))]
     if not runs:
         raise ConfigError(
             "there are no runs below runs/ here; name the folder of one: python -m launch status RUN"
@@ -93,91 +111,93 @@ def queued_jobs(runs: Iterable[RunDir]) -> list[QueuedJob] | None:
         return None
 
 
+def print_events(run: RunDir) -> None:
+    """Print the whole ledger as JSON lines, by attempt and time; what cannot be read is told on stderr."""
+    history = run.ledger.read()
+    for event in history.events:
+        print(json.dumps(event.as_json(), ensure_ascii=False))
+    if said := warning(history):
+        print(said, file=sys.stderr)
+
+
 def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
     """What is known of a run; nothing is written."""
-    lines, mine = run.ledger(), chain_jobs(run)
-    jobs = None if queued is None and mine else [job for job in queued or [] if job.job in mine]
-    for line in unsettled(lines):
-        if not _at_work(run, line, jobs):
-            lines.append({"event": "ended", "time": now, **find_end(run, line["attempt"]).line})
-    rows, since = attempts(lines, now), begin(lines)
-    state, words = _state(lines, rows, jobs)
-    going_on = state in ("running", "starting", "waiting")
-    ends = [now] if going_on else [row.end for row in rows if row.end]
+    history, known_jobs = run.ledger.read(), chain_jobs(run)
+    jobs: list[QueuedJob] | None = None
+    if queued is not None or not known_jobs:
+        jobs = [job for job in queued or [] if job.job in known_jobs]
+    for began in history.unsettled:
+        if not _at_work(run, began, jobs):
+            outside = look_outside(run, history, began.attempt)
+            history.events.append(find_end(run, history, began.attempt, outside))
+    rows, since = summarize(history, now), begin(history)
+    state, words = _state(history, rows, jobs)
+    is_going_on = state in ("running", "starting", "waiting")
+    ends = [now] if is_going_on else [row.end for row in rows if row.end]
     spent = {} if since is None else goodput(rows, since, max(ends, default=since))
-    start: dict[str, Any] = next((line for line in reversed(lines) if line["event"] == "start"), {})
+    total = sum(spent.values()) or 1.0
+    started = history.last(Started)
     step = next((row.last for row in reversed(rows) if row.last is not None), 0)
     speed = next((row.samples_per_second for row in reversed(rows) if row.samples_per_second), None)
-    told = next(
-        (line["time"] for line in reversed(lines) if line["event"] in ("progress", "checkpoint", "start")),
-        None,
-    )
-    left = (
-        (start["of"] - step) * start["global_size"] if state == "running" and "global_size" in start else None
-    )
-    losses = [
-        line["validation/loss"]
-        for line in lines
-        if line["event"] == "evaluation" and "validation/loss" in line
-    ]
+    steps_told = [e for e in history.events if isinstance(e, Started | Progress | CheckpointSaved)]
+    eta = None
+    if started and speed and state == "running":
+        eta = (started.total_steps - step) * started.global_size / speed
+    losses = [event.metrics.get("validation/loss") for event in history.of(Evaluated)]
     return Report(
-        str(run.path),
-        state,
-        words,
-        _next(run, state, on_slurm=bool(mine)),
-        step,
-        start.get("of"),
-        told,
-        left / speed if left is not None and speed else None,
-        losses[-1] if losses else None,
-        since,
-        {
-            name: {"seconds": round(seconds, 3), "share": round(seconds / (sum(spent.values()) or 1), 5)}
+        run=str(run.path),
+        state=state,
+        words=words,
+        next=_next(run, state, on_slurm=bool(known_jobs)),
+        step=step,
+        steps=started.total_steps if started else None,
+        step_at=steps_told[-1].time if steps_told else None,
+        eta_seconds=eta,
+        validation_loss=losses[-1] if losses else None,
+        since=since,
+        goodput={
+            name: {"seconds": round(seconds, 3), "share": round(seconds / total, 5)}
             for name, seconds in spent.items()
         },
-        _notices(lines),
-        rows,
+        notices=_notices(run, history),
+        attempts=rows,
     )
 
 
-def _at_work(run: RunDir, attempt: dict[str, Any], jobs: list[QueuedJob] | None) -> bool:
+def _at_work(run: RunDir, attempt: AttemptBegan, jobs: list[QueuedJob] | None) -> bool:
     """By what Slurm says of its job; by its signs of life where there is none, or Slurm is not there."""
-    if attempt.get("job") and jobs is not None:
-        return any(job.job == attempt["job"] and job.state != "PENDING" for job in jobs)
+    if attempt.job and jobs is not None:
+        return any(job.job == attempt.job and job.state != "PENDING" for job in jobs)
     now = holder(run)
-    return now is not None and now.alive and now.attempt == attempt["attempt"]
+    return now is not None and now.alive and now.attempt == attempt.attempt
 
 
-def _state(lines: list[dict[str, Any]], rows: list[Attempt], jobs: list[QueuedJob] | None) -> tuple[str, str]:
+def _state(history: History, rows: list[AttemptSummary], jobs: list[QueuedJob] | None) -> tuple[str, str]:
+    """The state of a run in one word, and what there is to say of it."""
     last = rows[-1] if rows else None
     if last and last.end is None:
-        return "running", last.place + (f", on {', '.join(last.nodes)}" if len(last.nodes) < 4 else "") + (
-            "" if last.first is not None else ", starting up"
-        )
+        nodes = f", on {', '.join(last.nodes)}" if len(last.nodes) < 4 else ""
+        return "running", last.place + nodes + (", starting up" if last.first is None else "")
     for job in jobs or []:
         if job.state != "PENDING":
             return "starting", f"job {job.job} on {job.nodes} ({job.state.lower()})"
     if jobs:
         return "waiting", ", ".join(f"job {job.job}: {_reason(job)}" for job in jobs)
-    if last and last.cause == Cause.FINISHED.name.lower():
+    if last and last.cause == Cause.FINISHED:
         return "finished", last.words
-    told = [
-        line["why"]
-        for line in lines
-        if line["event"] == "chain_ended" and line["time"] >= (last.begin if last else 0)
-    ]
-    if told:
-        return "ended", told[-1]
-    if jobs is None and not (last and Cause.told(last.cause) in FINAL):
-        return "unknown", "Slurm does not answer here; " + (
-            f"the last attempt ended: {last.words}" if last else "it has been submitted"
-        )
+    chain_end = history.last(ChainEnded)
+    if chain_end and chain_end.attempt >= (last.attempt if last else -1):
+        return "ended", chain_end.why
+    if jobs is None and not (last and last.cause in FINAL):
+        known = f"the last attempt ended: {last.words}" if last else "it has been submitted"
+        return "unknown", f"Slurm does not answer here; {known}"
     if last:
         return "ended", last.words
-    index = [line["index_log"] for line in lines if line.get("index_log")]
-    return "ended", "no job of it is in the queue, and none has begun" + (
-        f"; was it the indexing? Its log: {index[-1]}" if index else ""
-    )
+    words = "no job of it is in the queue, and none has begun"
+    submitted = history.last(Submitted)
+    if submitted and submitted.index_log:
+        words += f"; was it the indexing? Its log: {submitted.index_log}"
+    return "ended", words
 
 
 def _reason(job: QueuedJob) -> str:
@@ -200,26 +220,48 @@ def _next(run: RunDir, state: str, *, on_slurm: bool) -> str:
     )
 
 
-NOTICES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "slow_save": lambda line: (
-        f"step {line['step']}: the save took {line['seconds']:.0f} s, and slurm.signal_seconds is"
-        f" {line['grace']:.0f}: {line['advice']}"
-    ),
-    "skip": lambda line: f"step {line['step']}: its gradient was not finite, and is left out",
-    "spike": lambda line: (
-        f"step {line['step']}: its loss, {line['loss']:.4g}, stands out; the ledger names the samples"
-    ),
-    "damaged": lambda line: line["message"],
-    "mirror_failed": lambda line: line["message"],
+def _slow_save(event: SlowSave) -> str:
+    return (
+        f"step {event.step}: the save took {event.seconds:.0f} s, and slurm.signal_seconds is"
+        f" {event.grace_seconds:.0f}: {event.advice}"
+    )
+
+
+def _spike(event: Spike) -> str:
+    return f"step {event.step}: its loss, {event.loss:.4g}, stands out; the ledger names the samples"
+
+
+def _skip(event: Skipped) -> str:
+    return f"step {event.step}: its gradient was not finite, and is left out"
+
+
+def _message(event: Damaged | MirrorFailed) -> str:
+    return event.message
+
+
+NOTICES: dict[type[Event], Callable[[Any], str]] = {
+    SlowSave: _slow_save,
+    Skipped: _skip,
+    Spike: _spike,
+    Damaged: _message,
+    MirrorFailed: _message,
 }
 
 
-def _notices(lines: list[dict[str, Any]]) -> list[str]:
-    found = []
-    for event, words in NOTICES.items():
-        if of_kind := [line for line in lines if line["event"] == event]:
-            found.append(words(of_kind[-1]) + (f" (the last of {len(of_kind)})" if len(of_kind) > 1 else ""))
-    return found
+def _notices(run: RunDir, history: History) -> list[str]:
+    """What should be looked at: the last event of each kind, and lines that cannot be read."""
+    notices = []
+    for kind, in_words in NOTICES.items():
+        events = history.of(kind)
+        if events:
+            count = f" (the last of {len(events)})" if len(events) > 1 else ""
+            notices.append(in_words(events[-1]) + count)
+    torn = run.quarantine.read().unreadable
+    if torn:
+        notices.append(f"{len(torn)} lines of the quarantine cannot be read, e.g. {torn[0]}")
+    if said := warning(history):
+        notices.append(said)
+    return notices
 
 
 def _print_runs(console: Console, reports: list[Report]) -> None:

@@ -13,14 +13,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from configs.errors import ConfigError
-from configs.lease import Lease, holder
-from configs.rundir import PACKAGES, RunDir
+from configs.run.causes import Cause
+from configs.run.events import CheckpointSaved, Ended, Submitted
+from configs.run.folder import PACKAGES, RunDir
+from configs.run.lease import Lease, holder
 from configs.schema import RunConfig, node_range
 from data import storage
 from data.dataset import list_shards, load_sidecars
 from data.sources import Shard
 from slurm import cluster
-from slurm.chain import Cause, chain_jobs
+from slurm.chain import chain_jobs
 from slurm.submit import FROZEN, index_script, look_ahead, submit, write_script
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +70,7 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
     run = RunDir.create(config)
     run.slurm.mkdir(exist_ok=True)
     fetch_model(config, run)
-    run.ask(config)
+    run.proposal.propose(config)
     (run.slurm / "stop").unlink(missing_ok=True)
     script = write_script(config, run, snapshot(run))
     for line in [_per_rank(size, low, high), *_about_checkpoints(config, run), *_about_folder(run)]:
@@ -87,26 +89,30 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
         print(script.read_text(encoding="utf-8"))
         print(f"not submitted: `sbatch {script}` would", file=sys.stderr)
         return
-    options, about = [], {}
+    options: list[str] = []
+    index_log = ""
     if missing:
         index = _submit_index(config, run)
         options = [f"--dependency=afterok:{index}", "--kill-on-invalid-dep=yes"]
-        about = {"index_log": str(run.slurm / f"index-{index}.log")}
-        print(f"job {index} indexes the shards; its log: {about['index_log']}")
+        index_log = str(run.slurm / f"index-{index}.log")
+        print(f"job {index} indexes the shards; its log: {index_log}")
+    attempt = run.ledger.read().next_attempt
     job = submit(script, *options)
-    run.record("submitted", job=job, nodes=settings.nodes, tasks_per_node=settings.tasks, **about)
-    print(
-        f"submitted job {job}: {config.run.name}, nodes: {settings.nodes}, processes on each:"
-        f" {settings.tasks}"
+    run.ledger.record(
+        Submitted(
+            attempt=attempt,
+            job=job,
+            nodes=str(settings.nodes),
+            tasks_per_node=settings.tasks,
+            index_log=index_log,
+        )
     )
-    print(
-        f"  python -m launch status {run.path}    attempts, causes, goodput\n  python -m launch stop"
-        f" {run.path}      save, and end the chain"
-    )
-    print(
-        f"  tail -F {run.slurm / f'{job}.log'}    what the job says; the ranks' own logs are in {run.logs}\n "
-        f" tensorboard --logdir {run.path.parent}"
-    )
+    print(f"""\
+submitted job {job}: {config.run.name}, nodes: {settings.nodes}, processes on each: {settings.tasks}
+  python -m launch status {run.path}    attempts, causes, goodput
+  python -m launch stop {run.path}      save, and end the chain
+  tail -F {run.slurm / f"{job}.log"}    what the job says; the ranks' own logs are in {run.logs}
+  tensorboard --logdir {run.path.parent}""")
 
 
 def snapshot(run: RunDir) -> Path:
@@ -143,10 +149,12 @@ def fetch_model(config: RunConfig, run: RunDir) -> None:
 
 def _check_finished(config: RunConfig, run: RunDir) -> None:
     """Refuse a run that is finished and is asked for no more steps."""
-    ended = run.ledger("ended")
-    if ended and Cause.told(ended[-1]["cause"]) is Cause.FINISHED and run.read_config().optim == config.optim:
+    history = run.ledger.read()
+    ended = history.last(Ended)
+    is_finished = ended is not None and ended.cause is Cause.FINISHED
+    if is_finished and run.read_config().optim == config.optim:
         raise ConfigError(
-            f"{run.path}: finished at step {run.saved_step()}. More steps: optim.max_steps=N or"
+            f"{run.path}: finished at step {history.saved_step}. More steps: optim.max_steps=N or"
             f" optim.epochs=N; another run: run.name=NAME; what came of it: python -m tools.export {run.path}"
             " captioner"
         )
@@ -193,27 +201,23 @@ def _per_rank(size: int, low: int, high: int) -> str:
 
 def _about_checkpoints(config: RunConfig, run: RunDir) -> Iterator[str]:
     """How large a checkpoint will be, and whether one can be written in the time that a signal leaves."""
-    saved = run.ledger("checkpoint")
-    size = saved[-1]["bytes"] if saved else BYTES_PER_PARAMETER * parameters(config, run)
+    saved = run.ledger.read().last(CheckpointSaved)
+    size = saved.bytes if saved else BYTES_PER_PARAMETER * parameters(config, run)
     if not size:
         return
-    low = node_range(config.slurm.nodes)[0] * config.slurm.tasks
+    ranks = node_range(config.slurm.nodes)[0] * config.slurm.tasks
     yield (
-        f"a checkpoint has {size / 1e9:.2f} GB in {low} or more files; kept: the last"
+        f"a checkpoint has {size / 1e9:.2f} GB in {ranks} or more files; kept: the last"
         f" {config.checkpoint.keep_last} and the best"
     )
-    seconds, how = (
-        (saved[-1]["total_seconds"], "the last one took")
-        if saved
-        else (size / _write_speed(run), "one process would take")
-    )
-    if seconds < 1:
-        seconds, how = 1.0, f"{how} less than"
-    yield f"saving: {how} {seconds:.0f} s" + (
-        f". That is more than half of slurm.signal_seconds={config.slurm.signal_seconds}: raise it"
-        if seconds > config.slurm.signal_seconds / 2
-        else ""
-    )
+    if saved:
+        seconds, whose = saved.total_seconds, "the last one took"
+    else:
+        seconds, whose = size / _write_speed(run), "one process would take"
+    took = f"{whose} {seconds:.0f} s" if seconds >= 1 else f"{whose} less than 1 s"
+    grace = config.slurm.signal_seconds
+    advice = f". That is more than half of slurm.signal_seconds={grace}: raise it"
+    yield f"saving: {took}{advice if seconds > grace / 2 else ''}"
     free = shutil.disk_usage(run.path).free
     if free < size * (config.checkpoint.keep_last + 2):
         yield f"only {free / 1e9:.1f} GB are free on the file system of {run.path}"

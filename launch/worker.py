@@ -14,10 +14,8 @@ import faulthandler
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slurm.signals import StopFlag
@@ -26,16 +24,19 @@ STOP = StopFlag()
 if __name__ == "__main__":
     STOP.install()  # before the imports, which may take long on a network file system
 
-from configs.errors import EarwitnessError, ExitCode
-from configs.lease import Lease
-from configs.rundir import RunDir, write_atomic
-from data.in_hand import InHand
+from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode
+from configs.run.crash_journal import CrashJournal
+from configs.run.events import AttemptBegan, DeathInHand, Hung, RankFailed, Started, Stopped
+from configs.run.folder import RunDir
+from configs.run.lease import Lease
+from launch.failures import diagnose
 from slurm.job import in_job, join_job, node_name
 from slurm.watchdog import Hang, Watchdog
 
 if TYPE_CHECKING:
     from trainer.distributed import World
     from trainer.loop import Outcome
+    from trainer.session import Session
 
 PR_SET_PDEATHSIG = 1
 
@@ -51,29 +52,25 @@ def main(run_path: str, attempt: int) -> int:
             lease.check()
             lease.keep()
         with _crash_report(run, attempt, rank):
-            return _train(run, lease, stop)
-    except EarwitnessError as error:
-        _report(run, lease, rank, error, str(error), error.exit_code)
-        return error.exit_code
+            return _train(run, lease, rank, stop)
     except Exception as error:
-        message = out_of_memory(error, run) or traceback.format_exc()
-        _report(run, lease, rank, error, message, 1)
-        return 1
+        return _report(run, attempt, rank, error)
 
 
-def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
-    config, rank = run.read_next_config(), int(os.environ["RANK"])
-    threads = 2 * config.data.threads + 1  # training's, validation's, and the main one for the panel
-    in_hand = InHand(threads, error_file(run, lease.attempt, rank).with_suffix(".inhand"))
-    nodes = _nodes(run, lease.attempt)
-    watch = _watchdog(run, lease, rank, nodes, in_hand, config.slurm.hang_seconds)
+def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
+    config = run.proposal.read()
+    # Training's decoders, validation's, and the main thread for the panel.
+    slots = 2 * config.data.threads + 1
+    journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
+    nodes = _node_of_each_rank(run, lease.attempt)
+    watch = _watchdog(run, lease, rank, nodes, journal, config.slurm.hang_seconds)
     # Imported here, so that a signal during these seconds is already heeded.
     import torch
 
     from trainer import distributed
     from trainer.loop import Outcome, train
     from trainer.preflight import look_over
-    from trainer.start import Stopped, prepare
+    from trainer.start import Start, StopRequested
 
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
@@ -81,40 +78,47 @@ def _train(run: RunDir, lease: Lease, stop: StopFlag) -> int:
     if (
         in_job() and config.slurm.gpus_per_node > 0 and gpus <= (local_rank if gpus != 1 else 0)
     ):  # one: the site binds each rank to its own
-        raise distributed.UnfitNode(
+        raise UnfitNode(
             node_name(), f"{node_name()}: only {gpus} of {config.slurm.gpus_per_node} GPUs answer"
         )
     world = distributed.start(nodes)
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
+    grace = config.slurm.signal_seconds if in_job() else None
     try:
-        session = prepare(
-            config, run, lease, world, stop, in_hand, grace=config.slurm.signal_seconds if in_job() else None
-        )
-    except Stopped:
-        return _leave(run, lease, world, stop, Outcome.SAVED, run.saved_step())
+        session = Start(config, run, lease, world, stop).session(journal, grace)
+    except StopRequested:
+        return _leave(run, lease, world, stop, Outcome.SAVED, run.ledger.read().saved_step)
     if world.rank == 0:
         lease.check()
-        run.accept_config()
-        about = {
-            "of": session.total_steps,
-            "global_size": config.batch.global_size,
-            "ranks": world.size,
-            "device": str(world.device),
-        }
-        run.record("start", attempt=lease.attempt, step=session.state.step, **about)
-        resumed = f"resumes at step {session.state.step}" if session.state.step else "starts"
-        print(
-            f"{run.path}: {resumed} of {session.total_steps}, {world.size} x {world.device.type}, attempt"
-            f" {lease.attempt}",
-            flush=True,
-        )
+        run.proposal.accept()
+        _tell_start(session)
     outcome = train(session, stop, watch)
     code = _leave(run, lease, world, stop, outcome, session.state.step)
     watch.close()
-    if outcome is Outcome.FINISHED and session.mirror:
-        session.mirror.finish()  # now that nobody waits for this rank
+    if outcome is Outcome.FINISHED:
+        session.checkpoints.finish_mirror()  # now that nobody waits for this rank
     return code
+
+
+def _tell_start(session: Session) -> None:
+    step, world = session.state.step, session.world
+    session.run.ledger.record(
+        Started(
+            attempt=session.attempt,
+            step=step,
+            total_steps=session.total_steps,
+            global_size=session.config.batch.global_size,
+            ranks=world.size,
+            device=str(world.device),
+        )
+    )
+    begins = f"resumes at step {step}" if step else "starts"
+    print(
+        f"{session.run.path}: {begins} of {session.total_steps}, {world.size} x {world.device.type}, attempt"
+        f" {session.attempt}",
+        flush=True,
+    )
 
 
 def _leave(run: RunDir, lease: Lease, world: World, stop: StopFlag, outcome: Outcome, step: int) -> int:
@@ -123,55 +127,57 @@ def _leave(run: RunDir, lease: Lease, world: World, stop: StopFlag, outcome: Out
     from trainer.loop import Outcome
 
     if world.rank == 0:
-        run.record("stop", attempt=lease.attempt, step=step, outcome=outcome.value, signal=stop.name)
+        run.ledger.record(Stopped(attempt=lease.attempt, step=step, outcome=outcome.value, signal=stop.name))
     world.barrier()
     distributed.end()
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED
 
 
 def _watchdog(
-    run: RunDir, lease: Lease, rank: int, nodes: list[str], in_hand: InHand, seconds: float | None
+    run: RunDir, lease: Lease, rank: int, nodes: list[str], journal: CrashJournal, seconds: float | None
 ) -> Watchdog:
-    """This rank's, which writes a hang into the ledger, and the samples that seem to be at fault."""
+    """The watchdog of this rank: it writes a hang into the ledger, and the samples that seem to be at
+    fault."""
 
     def report(hang: Hang) -> None:
-        run.record("hang", attempt=lease.attempt, words=hang.words, node=hang.node, suspects=hang.suspects)
-        write_atomic(
-            error_file(run, lease.attempt, rank),
-            f"hang: {hang.words}\nAll stacks are in {run.attempt_logs(lease.attempt)}/rank-*.stacks",
+        run.ledger.record(
+            Hung(attempt=lease.attempt, words=hang.words, node=hang.node, suspects=hang.suspects)
         )
 
-    def held(patience: float) -> str:
-        return ", ".join(
-            f"{one.key} of {one.shard}" for one in in_hand.record_endless(run, lease.attempt, rank, patience)
-        )
+    def in_hand(patience: float) -> str:
+        endless = journal.endless(patience)
+        for held in endless:
+            run.ledger.record(
+                DeathInHand(
+                    attempt=lease.attempt, rank=rank, key=held.key, shard=held.shard, how="never ended"
+                )
+            )
+        return ", ".join(f"{held.key} of {held.shard}" for held in endless)
 
     return Watchdog(
         run.attempt_logs(lease.attempt),
         rank,
         nodes,
         seconds=seconds,
-        in_hand=held,
+        in_hand=in_hand,
         report=report,
         orphaned=lease.superseded,
     )
 
 
-def _nodes(run: RunDir, attempt: int) -> list[str]:
-    """That of each rank."""
+def _node_of_each_rank(run: RunDir, attempt: int) -> list[str]:
     ranks = int(os.environ["WORLD_SIZE"])
-    nodes = next(
-        (line["nodes"] for line in run.ledger("attempt") if line["attempt"] == attempt and "nodes" in line),
-        [node_name()],
-    )
-    return [nodes[number * len(nodes) // ranks] for number in range(ranks)]
+    began = run.ledger.read().last(AttemptBegan, attempt)
+    nodes = began.nodes if began else [node_name()]
+    return [nodes[rank * len(nodes) // ranks] for rank in range(ranks)]
 
 
 @contextmanager
 def _crash_report(run: RunDir, attempt: int, rank: int) -> Iterator[None]:
     """Let a crash in native code leave its trace in a file, beside what was in hand then. At an end that
     Python sees, both are removed."""
-    trace = error_file(run, attempt, rank).with_suffix(".fatal")
+    run.attempt_logs(attempt).mkdir(parents=True, exist_ok=True)
+    trace = run.rank_file(attempt, rank, "fatal")
     with trace.open("w", encoding="utf-8") as file:
         faulthandler.enable(file)
         try:
@@ -179,49 +185,31 @@ def _crash_report(run: RunDir, attempt: int, rank: int) -> Iterator[None]:
         finally:
             faulthandler.enable()  # into the log
             trace.unlink(missing_ok=True)
-            trace.with_suffix(".inhand").unlink(missing_ok=True)
+            run.rank_file(attempt, rank, "inhand").unlink(missing_ok=True)
 
 
-def out_of_memory(error: Exception, run: RunDir) -> str | None:
-    """What to do about it, if the error is that memory ran out: numpy's, torch's on a GPU, or torch's on a
-    CPU."""
-    if not (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    ):
-        return None
-    size = run.read_next_config().batch.micro_size
-    said = next(iter(str(error).splitlines()), type(error).__name__)
-    return (
-        f"there is too little memory: {said}\nLower batch.micro_size ({size} now; it changes nothing but"
-        " rounding), set model.gradient_checkpointing=true, lower data.read_ahead_mb if it is the host's"
-        " memory, or take more memory, and start again."
-    )
-
-
-def _report(run: RunDir, lease: Lease, rank: int, error: Exception, message: str, exit_code: int) -> None:
-    """Leave the error where the launcher finds it, and in the ledger."""
-    print(message, file=sys.stderr, flush=True)
-    kind, node = type(error).__name__, getattr(error, "node", node_name())
-    if kind != "PeerFailed":
-        run.record(
-            "error",
-            attempt=lease.attempt,
-            rank=rank,
-            node=node,
-            kind=kind,
-            exit_code=exit_code,
-            message=message,
+def _report(run: RunDir, attempt: int, rank: int, error: Exception) -> int:
+    """Say why this rank fails, to the log and to the ledger; returns its exit code. One that only leaves
+    because another one has failed does not tell the ledger."""
+    try:
+        config = run.proposal.read()
+    except ConfigError:
+        config = None
+    diagnosis = diagnose(error, config)
+    print(diagnosis.message, file=sys.stderr, flush=True)
+    if not isinstance(error, PeerFailed):
+        node = error.node if isinstance(error, UnfitNode) else node_name()
+        run.ledger.record(
+            RankFailed(
+                attempt=attempt,
+                rank=rank,
+                node=node,
+                cause=diagnosis.cause,
+                exit_code=diagnosis.exit_code,
+                message=diagnosis.message,
+            )
         )
-        write_atomic(error_file(run, lease.attempt, rank), message)
-
-
-def error_file(run: RunDir, attempt: int, rank: int) -> Path:
-    """Where a rank leaves its error; what it prints is beside it, in `.log`."""
-    folder = run.attempt_logs(attempt)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"rank-{rank:05d}.error"
+    return diagnosis.exit_code
 
 
 if __name__ == "__main__":

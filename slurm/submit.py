@@ -15,7 +15,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import CommandFunction
 
 from configs.errors import ConfigError, EarwitnessError
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from configs.schema import RunConfig, Slurm, node_range
 from slurm import cluster
 
@@ -57,7 +57,7 @@ def index_script(config: RunConfig, run: RunDir, code: Path) -> str:
         config.slurm.python or sys.executable,
         "-m",
         "tools.index",
-        str(run.next_config.absolute()),
+        str(run.proposal.path.absolute()),
         "--quick",
     ]
     lines = [

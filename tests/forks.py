@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from configs.errors import run_command
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from data import retry
 from launch import local, worker
 from launch.__main__ import app
@@ -113,7 +113,7 @@ class Rank(FORK.Process):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        with local.log_file(RunDir(path), attempt, rank).open("wb") as log:
+        with RunDir(path).rank_file(attempt, rank, "log").open("wb") as log:
             for descriptor in (2,) if rank == 0 else (1, 2):
                 os.dup2(log.fileno(), descriptor)
         if kill:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from configs.rundir import read_lines
+from configs.run.folder import RunDir
 from tools.sandbox.whisper import make_whisper
 
 ROOT = Path(__file__).parents[1]
@@ -119,12 +119,11 @@ class Taken:
 def audit_of_attempts(run: Path) -> dict[tuple[int, int], Taken]:
     """What was taken, by attempt and step."""
     found: dict[tuple[int, int], Taken] = defaultdict(Taken)
-    for file in sorted((run / "audit").glob("rank-*.jsonl")):
-        for line in read_lines(file):
-            taken = found[line["attempt"], line["step"]]
-            taken.keys += line["keys"]
-            taken.rejected += line.get("rejected", [])
-            taken.ranks += 1
+    for line in sorted(RunDir(run).audit.read().values, key=lambda line: line["rank"]):
+        taken = found[line["attempt"], line["step"]]
+        taken.keys += line["keys"]
+        taken.rejected += line.get("rejected", [])
+        taken.ranks += 1
     return found
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from configs.errors import DataError, EarwitnessError, UnfitNode
+from configs.run.causes import Cause
+from configs.run.events import CouldNotBegin, Ended
 from configs.schema import Slurm
 from launch.local import _free_port
 from slurm.chain import MISFORTUNES_WITHOUT_PROGRESS, decide
 from slurm.watchdog import Sign, explain
 from trainer import distributed, preflight
-from trainer.distributed import UnfitNode
 from trainer.preflight import Finding
 
 NOW = 1e6
@@ -22,14 +24,20 @@ SETTINGS = Slurm(nodes=2, exclude_minutes=60, max_attempts_without_progress=3)
 NODES = ["n1", "n1", "n2", "n2"]
 
 
-def ended(cause: str, node: str = "", saved: int = 0, minutes_ago: float = 1) -> dict[str, Any]:
-    return {
-        "cause": cause,
-        "words": f"{cause}: what it said",
-        "node": node,
-        "saved": saved,
-        "time": NOW - 60 * minutes_ago,
-    }
+def ended(cause: str, node: str = "", saved: int = 0, minutes_ago: float = 1) -> Ended:
+    return Ended(
+        time=NOW - 60 * minutes_ago,
+        attempt=0,
+        cause=Cause(cause),
+        words=f"{cause}: what it said",
+        at=0.0,
+        node=node,
+        saved=saved,
+    )
+
+
+def could_not_begin(node: str, minutes_ago: float = 1) -> CouldNotBegin:
+    return CouldNotBegin(time=NOW - 60 * minutes_ago, attempt=0, job="7", node=node)
 
 
 @pytest.mark.parametrize("cause", ["finished", "stopped", "cancelled", "bad_input", "superseded"])
@@ -92,9 +100,25 @@ def test_misfortunes_are_borne_longer() -> None:
     ],
 )
 def test_guilty_nodes_are_left_out_for_a_time_as_long_as_enough_remain(
-    ends: list[dict[str, Any]], left_out: tuple[str, ...]
+    ends: list[Ended], left_out: tuple[str, ...]
 ) -> None:
     assert decide(SETTINGS, ends, 4, NOW).exclude == left_out
+
+
+def test_a_node_that_cannot_even_ask_is_left_out_for_a_time() -> None:
+    for minutes_ago, left_out in ((1, ("n3",)), (61, ())):
+        events = [could_not_begin("n3", minutes_ago)]
+        verdict = decide(SETTINGS, [ended("preempted")], 4, NOW, could_not_begin=events)
+        assert verdict.go and verdict.exclude == left_out
+
+
+def test_being_asked_to_save_again_and_again_without_progress_is_a_failure() -> None:
+    """As by a site that sends TERM to every job at once: it would go on for ever."""
+    delays = [decide(SETTINGS, [ended("saved")] * count, 4, NOW).delay for count in (1, 2)]
+    assert delays == [0, 60]
+    verdict = decide(SETTINGS, [ended("saved")] * 3, 4, NOW)
+    assert not verdict.go and "3 attempts failed in a row without a checkpoint after step 0" in verdict.why
+    assert decide(SETTINGS, [ended("saved", saved=step) for step in range(9)], 4, NOW).go
 
 
 def test_no_node_is_left_out_where_none_can_be_spared() -> None:
@@ -141,10 +165,11 @@ def test_a_hang_is_the_fault_of_who_is_silent_then_of_who_has_not_arrived(
     assert (hang.node, hang.suspects) == (node, suspects) and words in hang.words
 
 
-def finding(node: str, problem: str = "", fatal: int = 0, **values: Any) -> Finding:
-    return Finding(
-        node, {"clock": problem} if problem else {}, {"code": "c0de", "versions": "torch 2", **values}, fatal
-    )
+def finding(
+    node: str, problem: str = "", error_type: type[EarwitnessError] = EarwitnessError, **values: Any
+) -> Finding:
+    problems = {"clock": problem} if problem else {}
+    return Finding(node, problems, {"code": "c0de", "versions": "torch 2", **values}, error_type)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +187,7 @@ def finding(node: str, problem: str = "", fatal: int = 0, **values: Any) -> Find
             "n2: a GPU does 300 TFLOP/s",
         ),
         ([finding("n1", "off"), finding("n2", "off")], None, "before the start, on all nodes: clock: off"),
-        ([finding("n1", "no such key", fatal=3)], None, "on all nodes: clock: no such key"),
+        ([finding("n1", "no such key", error_type=DataError)], None, "on all nodes: clock: no such key"),
         (
             [finding("n1", "off")],
             "n1",
@@ -175,7 +200,7 @@ def test_what_differs_from_the_others_is_unfit_and_what_all_have_is_not_a_nodes_
 ) -> None:
     error = preflight._compare(findings)
     assert words in str(error) and getattr(error, "node", None) == node
-    assert getattr(error, "exit_code", 1) == (findings[0].fatal or 1)
+    assert isinstance(error, DataError) == (findings[0].error_type is DataError)
 
 
 def test_a_node_whose_ranks_do_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

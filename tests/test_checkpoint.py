@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import CheckpointError, EarwitnessError
-from configs.lease import Superseded
+from configs.errors import CheckpointError, EarwitnessError, PeerFailed
+from configs.run.lease import Superseded
 from configs.schema import Checkpoint
 from trainer import checkpoint, writer
 from trainer.checkpoint import Manifest, Reader
-from trainer.distributed import PeerFailed, World
+from trainer.distributed import World
 from trainer.engines import KINDS, Fragment
 from trainer.writer import Commit, Writer
 

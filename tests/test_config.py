@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from configs.errors import ConfigError
-from configs.load import dump, load, merge
-from configs.schema import RunConfig
-from tests.making import ROOT
+from configs.load import dump, load, merge, section_in, validate
+from configs.schema import RunConfig, Section
+from tests.making import ROOT, config_values
+from trainer.changes import marks, pinned
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 CONFIG = """
@@ -292,3 +293,54 @@ def test_every_setting_is_described() -> None:
                 yield from undescribed(kind, f"{at}{name}.")
 
     assert not list(undescribed(RunConfig, ""))
+
+
+def sections(section: type[Section]) -> Iterator[type[Section]]:
+    """A section and all those below it."""
+    yield section
+    for field in section.model_fields.values():
+        if inner := section_in(field.annotation):
+            yield from sections(inner)
+
+
+@pytest.mark.parametrize("section", [*sections(RunConfig)][1:], ids=lambda section: section.__name__)
+def test_every_setting_says_whether_a_run_may_go_on_with_another_value(section: type[Section]) -> None:
+    assert marks(section).keys() == section.model_fields.keys()
+
+
+def test_what_is_compared_with_a_checkpoint_is_what_is_marked(tmp_path: Path) -> None:
+    config = validate(config_values("run", tmp_path, tmp_path, "*.tar"), "test")
+    assert sorted(pinned(config, "digest")) == [
+        "batch.global_size",
+        "data.long_caption",
+        "data.max_seconds",
+        "data.overlong",
+        "data.shuffle_window",
+        "data.sources",
+        "data.sources.captions",
+        "engine.dtype",
+        "index",
+        "model.freeze",
+        "model.init_from",
+        "model.name_or_path",
+        "optim.betas",
+        "optim.clip_grad_norm",
+        "optim.eps",
+        "optim.lr",
+        "optim.schedule",
+        "optim.warmup_fraction",
+        "optim.weight_decay",
+        "order",
+        "run.seed",
+    ]
+    assert pinned(config, "digest")["data.sources"] == [["sounds", 1.0]]
+
+
+def test_a_setting_without_a_mark_is_refused() -> None:
+    class Unmarked(Section):
+        """As somebody adds a key who forgets."""
+
+        value: int = 1
+
+    with pytest.raises(TypeError, match=r"Unmarked\.value says nothing"):
+        marks(Unmarked)

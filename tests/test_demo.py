@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from configs.rundir import PACKAGES
+from configs.run.folder import PACKAGES
 from tests.making import ROOT
 from tools.sandbox.sounds import LONGEST, PAUSE_OF_GROUPS, SAMPLE_RATE, write_clips
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs.rundir import RunDir
+from configs.run.events import Changed, Damaged, Spike, Started
+from configs.run.folder import RunDir
 from tests.forks import Course, Launcher
 from tests.making import audit, config_values, make_clips, run_program
 from tests.test_equivalence import TOLERANCE, losses
@@ -53,7 +54,7 @@ class Elastic(Course):
             if folder.name > checkpoint.name_of(STOPPED):
                 shutil.rmtree(folder)
         shutil.rmtree(run.tensorboard)
-        shutil.rmtree(run.audit)
+        shutil.rmtree(run.audit.folder)
         return run
 
 
@@ -167,9 +168,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(course,
         damage(run.checkpoints / checkpoint.name_of(STOPPED))
         done = launch(course.config(run.path.name), procs=3)
         assert done.returncode == 0 and "set aside" in done.stdout
-        (found,) = run.ledger("damaged")
+        (found,) = run.ledger.read().of(Damaged)
         assert said in found["message"] and checkpoint.name_of(STOPPED) in found["message"]
-        assert [line["step"] for line in run.ledger("start")][-1] == STOPPED - 1
+        assert [line.step for line in run.ledger.read().of(Started)][-1] == STOPPED - 1
         assert (run.checkpoints / f"{checkpoint.name_of(STOPPED)}.damaged").is_dir()
 
 
@@ -177,7 +178,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(course, whole, launch) -> 
     run = course.stopped(whole["fp32"], "no-manifest")
     (run.checkpoints / checkpoint.name_of(STOPPED) / "manifest.json").unlink()
     assert launch(course.config(run.path.name), procs=1).returncode == 0
-    assert [line["step"] for line in run.ledger("start")][-1] == STOPPED - 1
+    assert [line.step for line in run.ledger.read().of(Started)][-1] == STOPPED - 1
 
 
 def test_a_run_of_which_all_checkpoints_are_damaged_does_not_begin_anew(course, whole, launch) -> None:
@@ -230,7 +231,7 @@ def test_a_change_that_breaks_exactness_is_refused_with_the_difference(course, w
             and " -> " in done.stderr
             and f"run.allow_change=[{name}]" in done.stderr
         )
-    assert run.config.read_text(encoding="utf-8") == before and not run.next_config.exists()
+    assert run.config.read_text(encoding="utf-8") == before and not run.proposal.path.exists()
 
 
 def test_a_change_that_leaves_no_step_to_take_is_refused(course, whole, launch) -> None:
@@ -259,7 +260,7 @@ def test_a_change_on_purpose_begins_a_new_epoch_and_stays(course, whole, launch)
     )
     manifest = Reader(checkpoint.find(run.checkpoints)[0]).manifest
     assert manifest.epoch_base == (STOPPED, 1)
-    (told,) = run.ledger("changed")
+    (told,) = run.ledger.read().of(Changed)
     assert told["what"] == ["run.seed: 7 -> 8"] and told["epoch_base"] == [STOPPED, 1]
     assert launch(course.config(run.path.name, run={"seed": 8}, **longer), procs=3).returncode == 0
     assert Reader(checkpoint.find(run.checkpoints)[0]).manifest.epoch_base == (STOPPED, 1)
@@ -297,16 +298,16 @@ def test_a_loss_that_stands_out_is_marked_with_its_samples(course, launch) -> No
     )
     assert launch(config, procs=2).returncode == 0
     run = course.folder / "spikes"
-    spikes = RunDir(run).ledger("spike")
+    spikes = RunDir(run).ledger.read().of(Spike)
     values, keys = losses(run), audit(run)
     over = [
         step
         for step in range(20, 39)
         if values[step] > np.mean(kept := ordinary(values, step)) + 0.5 * np.std(kept)
     ]
-    assert over and [line["step"] for line in spikes] == over
-    assert [line["keys"] for line in spikes] == [keys[step] for step in over]
-    assert [line["loss"] for line in spikes] == pytest.approx([values[step] for step in over], rel=1e-6)
+    assert over and [line.step for line in spikes] == over
+    assert [line.keys for line in spikes] == [keys[step] for step in over]
+    assert [line.loss for line in spikes] == pytest.approx([values[step] for step in over], rel=1e-6)
 
 
 def ordinary(values: list[float], step: int) -> list[float]:

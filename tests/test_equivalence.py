@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from data.batch import collate
 from tests.forks import Launcher
 from tests.making import audit, config_values, make_clips, run_program
@@ -149,9 +149,9 @@ def test_short_last_batch_counts_its_own_tokens(trained) -> None:
 
 def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
     """The same steps without DeepSpeed: (loss, clipped gradient, weights) after each."""
+    from configs.run.crash_journal import CrashJournal
     from data import dataset
     from data.captions import CaptionEncoder
-    from data.in_hand import InHand
     from data.order import rank_lanes
     from data.samples import SampleReader
 
@@ -168,7 +168,7 @@ def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
         max_seconds=captioner.frames / 100,
         overlong="skip",
         seed=config.run.seed,
-        in_hand=InHand(1),
+        in_hand=CrashJournal(1),
     )
     lanes = order.lanes(0, rank_lanes(0, 1, GLOBAL))
     masters = {name: p.detach().clone().requires_grad_() for name, p in captioner.trained.items()}

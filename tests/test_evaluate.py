@@ -15,17 +15,19 @@ import torch
 from transformers import AutoConfig, GenerationConfig, WhisperProcessor
 
 from configs.load import validate
-from configs.rundir import RunDir
+from configs.run.crash_journal import CrashJournal
+from configs.run.folder import RunDir
 from data import dataset, location
 from data.batch import Batch
 from data.captions import CaptionEncoder, prefix_tokens
-from data.in_hand import InHand
 from data.loader import Loader, Step
 from tests.making import WINDOW_SECONDS, config_values
 from tools.sandbox import faults, s3
 from tools.sandbox.faults import Proxy
 from trainer import evaluate
-from trainer.session import Session
+from trainer.evaluate import Evaluator
+from trainer.loaders import Loaders
+from trainer.records import SampleRecords
 
 HELD_OUT = 0.9
 """Share of the clips that is for validation."""
@@ -45,15 +47,14 @@ class Rank:
         return values
 
 
-Open = Callable[..., Session]
+Open = Callable[..., Evaluator]
 
 
 @pytest.fixture
 def opened(model: Path, tmp_path: Path) -> Open:
-    """Sessions over some shards that have what an evaluation needs; keyword arguments are settings of
-    `data`."""
+    """Evaluators of some shards; keyword arguments are settings of `data`."""
 
-    def opened(shards: str, rank: int = 0, ranks: int = 1, micro: int = 4, **data: object) -> Session:
+    def opened(shards: str, rank: int = 0, ranks: int = 1, micro: int = 4, **data: object) -> Evaluator:
         source = {"name": "sounds", "shards": shards, "validation": HELD_OUT}
         values = config_values(
             "run",
@@ -71,25 +72,13 @@ def opened(model: Path, tmp_path: Path) -> Open:
         found = dataset.open_dataset(config, config.run.dir)
         tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
         prefix = prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model))
-        unused: Any = None
-        return Session(
-            config=config,
-            run=RunDir(config.run.dir),
-            lease=types.SimpleNamespace(attempt=0),
-            world=Rank(rank, ranks),
-            captioner=types.SimpleNamespace(config=AutoConfig.from_pretrained(model)),
-            engine=types.SimpleNamespace(dtype=torch.float32),
-            dataset=found,
-            encoder=CaptionEncoder(tokenizer, prefix, positions=64, long_caption="truncate"),
-            order=found.order(config, 100 * WINDOW_SECONDS),
-            total_steps=1,
-            state=unused,
-            writer=unused,
-            mirror=None,
-            in_hand=InHand(8),
-            poisoned=frozenset(),
-            caption_tokens=torch.zeros(1),
-        )
+        world: Any = Rank(rank, ranks)
+        captioner: Any = types.SimpleNamespace(config=AutoConfig.from_pretrained(model), pad_id=0)
+        encoder = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="truncate")
+        order = found.order(config, 100 * WINDOW_SECONDS)
+        loaders = Loaders(config, world, found, encoder, order, CrashJournal(8), frozenset())
+        records = SampleRecords(config.data, RunDir(config.run.dir), 0, world, torch.zeros(1))
+        return Evaluator(config, world, captioner, loaders, records, torch.float32)
 
     return opened
 
@@ -107,10 +96,10 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     return seen
 
 
-def evaluated(session: Session) -> list[float]:
+def evaluated(evaluator: Evaluator) -> list[float]:
     """The sums of one rank: losses and tokens."""
-    evaluate.validation_loss(session, torch.nn.Identity(), next)
-    return session.world.summed
+    evaluator.loss(torch.nn.Identity(), next)
+    return evaluator.world.summed
 
 
 @pytest.mark.parametrize("micro", [1, 4])
@@ -150,12 +139,12 @@ def test_neighbours_come_in_one_request_and_from_the_cache_the_next_time(
     bucket: tuple[str, Proxy], opened: Open, batches: list[Batch], tmp_path: Path
 ) -> None:
     url, proxy = bucket
-    session = opened(url, cache_dir=str(tmp_path / "cache"))
+    evaluator = opened(url, cache_dir=str(tmp_path / "cache"))
     asked = []
     for _ in range(2):
         proxy.set()
         batches.clear()
-        evaluated(session)
+        evaluated(evaluator)
         assert sum(len(batch.keys) for batch in batches) > 40
         asked.append(len(proxy.requests))
     assert 0 < asked[0] <= 40 / 4, "far fewer than two for each sample"
@@ -168,7 +157,7 @@ def test_neighbours_come_in_one_request_and_from_the_cache_the_next_time(
 
 def test_an_error_ends_it_where_all_ranks_learn_of_it(shards: str, opened: Open) -> None:
     """A shard that is gone: the error comes out of the call that agrees with the other ranks."""
-    session = opened(shards)
+    evaluator = opened(shards)
     errors: list[Exception] = []
 
     def read(*place: object) -> bytes:
@@ -181,6 +170,6 @@ def test_an_error_ends_it_where_all_ranks_learn_of_it(shards: str, opened: Open)
             errors.append(error)
             return None
 
-    session.__dict__["_read"] = read
-    assert evaluate.validation_loss(session, torch.nn.Identity(), take) is None
+    evaluator.loaders.__dict__["_read"] = read
+    assert evaluator.loss(torch.nn.Identity(), take) is None
     assert [str(error) for error in errors] == ["gone"]

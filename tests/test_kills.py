@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from configs.rundir import RunDir
+from configs.run.events import AttemptBegan, CheckpointSaved, Evaluated, Started
+from configs.run.folder import RunDir
 from tests.forks import Course, Kill, Launcher
 from tests.making import audit_of_attempts, config_values, make_clips, run_program
 from trainer import checkpoint
@@ -78,11 +79,11 @@ def at(function: str, *nth: int, after: bool = False) -> Callable[[int], Kill]:
 
 
 POINTS = {
-    "while starting": at("trainer.start:_open_dataset"),
+    "while starting": at("trainer.start:Start._dataset"),
     "while loading": at("trainer.checkpoint:Reader._read", 3, 40),
-    "as the config is accepted": at("configs.rundir:RunDir.accept_config", after=True),
+    "as the config is accepted": at("configs.run.proposal:Proposal.accept", after=True),
     "between gradient and update": at("trainer.loop:learning_rate", 4, 3, 5),
-    "after an update": at("trainer.loop:check_update", 3, 4),
+    "after an update": at("trainer.loop:Training.check_update", 3, 4),
     "after a snapshot": at("trainer.writer:Snapshot.take", 2, 1, after=True),
     "as the writing begins": at("trainer.writer:_Job._write", 2, 1),
     "before a file is synced": at("os:fsync", 1, 4),
@@ -91,7 +92,7 @@ POINTS = {
     "between rename and cleaning": at("pathlib:Path.rename", 2, 1, after=True),
     "while deleting": at("shutil:rmtree"),
     "in the evaluation": at("trainer.evaluate:token_losses", 1, 2),
-    "while captions are made": at("trainer.loop:caption_panel"),
+    "while captions are made": at("trainer.evaluate:Evaluator.captions"),
     "at any moment": anywhere(1),
     "at any other moment": anywhere(2),
 }
@@ -146,7 +147,7 @@ def same_samples(run: RunDir, whole: RunDir) -> None:
         and len({len(taken.keys) for taken in expected.values()}) > 1
     )
     complete = set()
-    ranks = {line["attempt"]: line["ranks"] for line in run.ledger("attempt")}
+    ranks = {line.attempt: line.ranks for line in run.ledger.read().of(AttemptBegan)}
     for (attempt, step), taken in audit_of_attempts(run.path).items():
         if taken.ranks == ranks[attempt]:
             assert (taken.keys, taken.rejected) == (expected[step].keys, expected[step].rejected), (
@@ -162,18 +163,18 @@ def same_samples(run: RunDir, whole: RunDir) -> None:
 def nothing_lost(run: RunDir) -> None:
     """Every attempt begins at the newest checkpoint that was complete before it."""
     saved = 0
-    for line in run.ledger():
-        if line["event"] == "checkpoint":
-            saved = line["step"]
-        elif line["event"] == "start":
-            assert line["step"] in (saved, saved + EVERY), line  # one more: killed between rename and ledger
-            saved = line["step"]
+    for event in run.ledger.read().events:
+        if isinstance(event, CheckpointSaved):
+            saved = event.step
+        elif isinstance(event, Started):
+            assert event.step in (saved, saved + EVERY), event  # one more: killed between rename and ledger
+            saved = event.step
 
 
 def last_loss(run: RunDir) -> float:
-    last = run.ledger("evaluation")[-1]
-    assert last["step"] == STEPS
-    return float(last["validation/loss"])
+    last = run.ledger.read().of(Evaluated)[-1]
+    assert last.step == STEPS
+    return float(last.metrics["validation/loss"])
 
 
 def tidy(run: RunDir) -> None:

@@ -17,15 +17,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs import lease
 from configs.errors import ConfigError, ExitCode
-from configs.lease import EXPIRES, Lease, Superseded, claim, holder
-from configs.rundir import RunDir
+from configs.run import lease
+from configs.run.events import AttemptBegan, CheckpointSaved, Started
+from configs.run.folder import RunDir
+from configs.run.lease import EXPIRES, Lease, Superseded, claim, holder
 from tests.forks import Launcher
 from tests.making import ROOT, config_values, run_program
 
 CLAIM = (
-    "import sys; from configs.lease import claim; from configs.rundir import RunDir;"
+    "import sys; from configs.run.lease import claim; from configs.run.folder import RunDir;"
     " claim(RunDir(sys.argv[1])); print('claimed', flush=True); sys.stdin.read()"
 )
 """A program that takes a run, and then dies without a word when its input ends."""
@@ -88,7 +89,7 @@ def test_a_second_start_is_refused_with_who_is_at_work_and_touches_nothing(
     tmp_path: Path, model: Path, shards: str, run: RunDir, other
 ) -> None:
     run.config.write_text("as it was", encoding="utf-8")
-    run.record("attempt", attempt=0)
+    run.ledger.record(AttemptBegan(attempt=0, ranks=1, nodes=["n1"]))
     before = {
         file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.path.rglob("*") if file.is_file()
     }
@@ -223,7 +224,7 @@ def test_a_number_is_not_given_twice(run: RunDir, monkeypatch: pytest.MonkeyPatc
     def late(file: Path, text: str) -> bool:
         monkeypatch.setattr(lease, "_create", create)
         first = claim(run)
-        run.record("attempt", attempt=first.attempt)
+        run.ledger.record(AttemptBegan(attempt=first.attempt, ranks=1, nodes=["n1"]))
         first.release()
         return create(file, text)
 
@@ -234,7 +235,7 @@ def test_a_number_is_not_given_twice(run: RunDir, monkeypatch: pytest.MonkeyPatc
 
 def test_a_run_that_was_left_can_be_started_at_once(run: RunDir) -> None:
     first = claim(run)
-    run.record("attempt", attempt=first.attempt)
+    run.ledger.record(AttemptBegan(attempt=first.attempt, ranks=1, nodes=["n1"]))
     first.release()
     assert holder(run) is None
     assert claim(run).attempt == 1
@@ -276,7 +277,7 @@ def test_a_running_training_that_is_taken_over_leaves_without_saving_and_the_lat
     )
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(launch, values, procs=2)
-        until(lambda: run.ledger("checkpoint"))
+        until(lambda: run.ledger.read().of(CheckpointSaved))
         later = claim(run, job="4712", supersede=True)
         saved = checkpoints(run)
         done = first.result()
@@ -295,6 +296,6 @@ def test_a_running_training_that_is_taken_over_leaves_without_saving_and_the_lat
         ).returncode
         == 0
     )
-    (start,) = [line for line in run.ledger("start") if line["attempt"] == 1]
-    assert start["step"] == step
+    (start,) = [line for line in run.ledger.read().of(Started) if line.attempt == 1]
+    assert start.step == step
     assert checkpoints(run)[-1] == f"step-{step + 3:08d}" and not list(run.checkpoints.glob("*.tmp"))

@@ -24,10 +24,10 @@ from transformers import GenerationConfig, WhisperProcessor
 
 from configs.errors import DataError, EarwitnessError, ShardError
 from configs.load import validate
+from configs.run.crash_journal import CrashJournal
 from data import dataset, location, retry, storage
 from data.cache import Cache
 from data.captions import CaptionEncoder, prefix_tokens
-from data.in_hand import InHand
 from data.index import index_shard
 from data.loader import Loader, Read, Step
 from data.location import Location
@@ -79,7 +79,7 @@ def opened(model: Path, tmp_path: Path) -> Open:
             max_seconds=longest,
             overlong=config.data.overlong,
             seed=config.run.seed,
-            in_hand=InHand(8),
+            in_hand=CrashJournal(8),
         )
         return samples, found.order(config, 100 * WINDOW_SECONDS)
 

@@ -21,9 +21,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.errors import ExitCode
-from configs.lease import claim
 from configs.load import validate
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
+from configs.run.lease import claim
 from data import dataset
 from data.decode import BadSample, Skipped, decode
 from tests.making import ROOT, config_values, make_clips, make_model, run_program
@@ -169,10 +169,8 @@ def test_bad_audio_and_captions_are_named_and_the_others_are_trained_on(
     done = launch(path)
     assert done.returncode == 0, done.stderr
     quarantined = {
-        line["key"].rsplit("/", 1)[1]: line["reason"]
-        for line in map(
-            json.loads, (tmp_path / "run/quarantine.jsonl").read_text(encoding="utf-8").splitlines()
-        )
+        sample.key.rsplit("/", 1)[1]: sample.reason
+        for sample in RunDir(tmp_path / "run").quarantine.read().samples
     }
     assert quarantined.keys() == {"nothing", "cut", "page", "hours", "mute"}
     assert (

@@ -8,13 +8,16 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
 
 from configs.load import validate
-from configs.rundir import RunDir
+from configs.run import events
+from configs.run.events import Damaged, Event, MirrorFailed, Restored, Started
+from configs.run.folder import RunDir
 from data import location, retry
 from tests.forks import Course, Done, Kill, Launcher
 from tests.making import config_values
@@ -100,10 +103,10 @@ class Mirrored(Course):
         )
 
     def started_at(self, name: str) -> int:
-        return self.run(name).ledger("start")[-1]["step"]
+        return self.run(name).ledger.read().of(Started)[-1].step
 
-    def told(self, name: str, event: str) -> list[dict[str, Any]]:
-        return self.run(name).ledger(event)
+    def told(self, name: str, kind: type[Event]) -> list[Any]:
+        return self.run(name).ledger.read().of(kind)
 
     def same(self, name: str) -> None:
         """The copies are those of the local checkpoints, no more and no less, and complete."""
@@ -158,7 +161,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(
         shutil.rmtree(course.run(name).checkpoints)
     assert course.train(name, 6, procs=3).returncode == 0
     assert course.started_at(name) == 5
-    assert [line["folder"] for line in course.told(name, "restored")] == ["step-00000005"]
+    assert [line.folder for line in course.told(name, Restored)] == ["step-00000005"]
     restored = course.run(name).checkpoints / "step-00000005"
     assert all(
         file.read_bytes() == (course.run(mirrored).checkpoints / restored.name / file.name).read_bytes()
@@ -245,12 +248,12 @@ def test_damaged_copies_are_named_and_the_newest_sound_one_is_used(course: Mirro
         damage(course.place, f"{name}/checkpoints/step-{step:08d}")
     done = course.train(name, 5, checkpoint={"keep_last": 9})
     assert done.returncode == 0 and course.started_at(name) == 1
-    told = course.told(name, "damaged")
-    assert [line["folder"] for line in told] == [
+    told = course.told(name, Damaged)
+    assert [line.folder for line in told] == [
         f"{course.place.url}/{name}/checkpoints/step-{step:08d}" for step in (5, 4, 3, 2)
     ]
     for line, said in zip(told, DAMAGE.values(), strict=True):
-        assert said in line["message"] and line["folder"] in done.stdout
+        assert said in line.message and line.folder in done.stdout
     assert not [
         folder
         for folder in course.run(name).checkpoints.iterdir()
@@ -302,12 +305,11 @@ def test_copies_that_cannot_be_made_are_told_and_training_goes_on(
     env = NOWHERE if trouble == "server gone" else {}
     done = course.train(name, 6, checkpoint={"mirror": url}, env=env, limits=SOON)
     assert done.returncode == 0 and course.started_at(name) == 5
-    told = course.told(name, "mirror_failed")
-    assert "step-00000006" in {line["folder"] for line in told}
-    assert all(line["mirror"] == f"{url}/{name}" and line["message"] for line in told)
+    told = course.told(name, MirrorFailed)
+    assert "step-00000006" in {line.folder for line in told}
+    assert all(line.mirror == f"{url}/{name}" and line.message for line in told)
     assert all(
-        f"{url}/{name}: {line['folder']} could not be copied: {line['message']}. Training goes on"
-        in done.stdout
+        f"{url}/{name}: {line.folder} could not be copied: {line.message}. Training goes on" in done.stdout
         for line in told
     )
 
@@ -359,7 +361,7 @@ def behind_a_proxy(course: Mirrored, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def mirror_of(course: Mirrored, name: str) -> Mirror:
     config = validate(course.config(name, 5), "test")
     course.run(name).checkpoints.mkdir(parents=True, exist_ok=True)
-    return Mirror(course.run(name), config, fence=lambda: None)
+    return Mirror(course.run(name), config, SimpleNamespace(attempt=7, check=lambda: None))
 
 
 def test_keys_that_have_expired_are_waited_for(
@@ -380,8 +382,9 @@ def test_keys_that_have_expired_are_waited_for(
     for folder in checkpoint.find(run.checkpoints)[:2]:
         mirror.upload(folder)
         mirror.finish()
-    assert behind_a_proxy.hits == {expired: 5} and not run.ledger("mirror_failed")
-    assert {line["folder"] for line in run.ledger("mirrored")} >= {"step-00000004", "step-00000005"}
+    assert behind_a_proxy.hits == {expired: 5} and not run.ledger.read().of(MirrorFailed)
+    copies = {line.folder for line in run.ledger.read().of(events.Mirrored)}
+    assert copies >= {"step-00000004", "step-00000005"}
 
 
 def test_keys_that_were_changed_are_taken_up(
@@ -404,6 +407,7 @@ def test_keys_that_were_changed_are_taken_up(
         )
         mirror.upload(newest)
         mirror.finish()
-    (failed,) = run.ledger("mirror_failed")
-    assert "access denied" in failed["message"]
-    assert run.ledger("mirrored")[-1]["folder"] == newest.name
+    (failed,) = run.ledger.read().of(MirrorFailed)
+    assert "access denied" in failed.message
+    made = run.ledger.read().of(events.Mirrored)
+    assert made[-1].folder == newest.name and made[-1].time > failed.time

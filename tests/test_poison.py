@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import soundfile
 
-from configs.rundir import RunDir, read_lines
-from data import in_hand
-from data.in_hand import Death, InHand
+from configs.run import crash_journal
+from configs.run.crash_journal import CrashJournal
+from configs.run.events import DeathInHand
+from configs.run.folder import RunDir
 from data.index import Index
 from tests.forks import Course, Kill, Launcher
 from tests.making import ROOT, audit_of_attempts, config_values, make_clips, run_program
@@ -74,14 +75,14 @@ def test_a_sample_that_crashes_its_decoder_twice_is_left_out_then(
             f" {course.folder}/shards/shard-000000.tar was decoded" in done.stderr
         )
         assert "in string_at" in done.stderr, "the trace is shown"
-    assert not run.quarantine.exists()
+    assert not run.quarantine.read().samples
     assert launch(config, procs=2, kill=crash).returncode == 0
 
-    assert [(line["attempt"], line["key"], line["how"]) for line in run.ledger("death_in_hand")] == [
+    assert [(line.attempt, line.key, line.how) for line in run.ledger.read().of(DeathInHand)] == [
         (n, key, "Segmentation fault") for n in (0, 1)
     ]
-    (quarantined,) = read_lines(run.quarantine)
-    assert (quarantined["attempt"], quarantined["key"], quarantined["reason"]) == (
+    (quarantined,) = run.quarantine.read().samples
+    assert (quarantined.attempt, quarantined.key, quarantined.reason) == (
         2,
         key,
         "its decoder crashed or never ended in 2 attempts",
@@ -100,24 +101,24 @@ def test_a_rank_that_is_killed_with_a_sample_in_hand_does_not_count(
     run = course.run("killed")
     done = launch(course.config("killed"), procs=2, kill=Kill(DECODER, 9, rank=1))
     assert "rank 1 was killed by SIGKILL: by hand" in done.stderr
-    (held,) = in_hand.read(run.attempt_logs(0) / "rank-00001.inhand")
+    (held,) = crash_journal.read(run.attempt_logs(0) / "rank-00001.inhand")
     assert (
         held.key.startswith("sounds/shard-000000.tar/clip")
         and held.shard == f"{course.folder}/shards/shard-000000.tar"
     )
     assert launch(course.config("killed"), procs=2).returncode == 0
-    assert not run.ledger("death_in_hand") and not run.quarantine.exists()
+    assert not run.ledger.read().of(DeathInHand) and not run.quarantine.read().samples
 
 
 CRASH = """
 import ctypes, faulthandler, os, sys, threading, time
 from pathlib import Path
-from data.in_hand import InHand
+from configs.run.crash_journal import CrashJournal
 folder, culprit = Path(sys.argv[1]), sys.argv[2]
 faulthandler.enable((folder / "rank-00003.fatal").open("w"))
-in_hand = InHand(3, folder / "rank-00003.inhand")
+journal = CrashJournal(3, folder / "rank-00003.inhand")
 def hold(key):
-    with in_hand.holding(key, "s3://bucket/a.tar"):
+    with journal.holding(key, "s3://bucket/a.tar"):
         held.wait()
         if key == culprit:
             ctypes.string_at(0) if len(sys.argv) == 3 else os.kill(os.getpid(), int(sys.argv[3]))
@@ -138,25 +139,27 @@ def test_only_what_the_crashing_thread_had_in_hand_is_blamed(
     run.attempt_logs(0).mkdir(parents=True)
     done = subprocess.run([sys.executable, "-c", CRASH, run.attempt_logs(0), *culprit], cwd=ROOT, check=False)
     assert done.returncode < 0
-    assert sorted(held.key for held in in_hand.read(run.attempt_logs(0) / "rank-00003.inhand")) == [
+    assert sorted(held.key for held in crash_journal.read(run.attempt_logs(0) / "rank-00003.inhand")) == [
         "one",
         "three",
         "two",
     ]
-    deaths = [Death(0, 3, key, "s3://bucket/a.tar", "Segmentation fault") for key in blamed]
-    assert in_hand.deaths(run, 0) == deaths
+    deaths = crash_journal.deaths(run, 0)
+    assert [(death.rank, death.key, death.how) for death in deaths] == [
+        (3, key, "Segmentation fault") for key in blamed
+    ]
     for _ in range(2):  # looked at twice, told once
-        assert not in_hand.find_poisoned(run, 1)
-        assert [line["key"] for line in run.ledger("death_in_hand")] == blamed
+        assert not crash_journal.find_poisoned(run, 1)
+        assert [line.key for line in run.ledger.read().of(DeathInHand)] == blamed
 
 
 def test_a_decoder_that_never_ends_counts_as_a_death(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for attempt, keys in enumerate((["endless", "slow"], ["endless"], [])):
-        assert in_hand.find_poisoned(run, attempt) == ({"endless"} if attempt == 2 else set())
-        record, done = InHand(3), threading.Event()
+        assert crash_journal.find_poisoned(run, attempt) == ({"endless"} if attempt == 2 else set())
+        record, done = CrashJournal(3), threading.Event()
 
-        def hold(key: str, record: InHand = record, done: threading.Event = done) -> None:
+        def hold(key: str, record: CrashJournal = record, done: threading.Event = done) -> None:
             with record.holding(key, "a.tar"):
                 done.wait()
 
@@ -166,8 +169,10 @@ def test_a_decoder_that_never_ends_counts_as_a_death(tmp_path: Path) -> None:
             while len(record.now()) < number:
                 pass
         assert [held.key for held in record.now()] == keys, "the longest comes first"
-        assert not record.record_endless(run, attempt, 0, patience=60)
-        assert [held.key for held in record.record_endless(run, attempt, 0, patience=0)] == keys
+        assert not record.endless(60)
+        assert [held.key for held in record.endless(0)] == keys
+        for key in keys:  # as the watchdog of a hung rank does
+            run.ledger.record(DeathInHand(attempt=attempt, rank=0, key=key, shard="a.tar", how="never ended"))
         done.set()
         for thread in threads:
             thread.join()
@@ -175,9 +180,11 @@ def test_a_decoder_that_never_ends_counts_as_a_death(tmp_path: Path) -> None:
 
 
 def test_names_too_long_for_the_record_are_cut_off_at_the_shard(tmp_path: Path) -> None:
-    record = InHand(1, tmp_path / "record")
+    record = CrashJournal(1, tmp_path / "record")
     with record.holding("é" * 300, "s3://" + "ü" * 600):
-        (held,) = in_hand.read(tmp_path / "record")
+        (held,) = crash_journal.read(tmp_path / "record")
     assert (
-        held.key == "é" * 300 and held.shard.startswith("s3://üü") and in_hand.read(tmp_path / "record") == []
+        held.key == "é" * 300
+        and held.shard.startswith("s3://üü")
+        and crash_journal.read(tmp_path / "record") == []
     )

@@ -6,50 +6,46 @@ from __future__ import annotations
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from configs.lease import claim
-from configs.rundir import RunDir
+from configs.run.causes import Cause
+from configs.run.events import (
+    AttemptBegan,
+    ChainEnded,
+    CheckpointSaved,
+    Ended,
+    Event,
+    Progress,
+    SlowSave,
+    Spike,
+    Started,
+    Submitted,
+)
+from configs.run.folder import RunDir
+from configs.run.goodput import AttemptSummary, Clock, Phase, begin, goodput, summarize
+from configs.run.lease import claim
+from configs.run.ledger import History
 from launch.status import look
 from slurm.cluster import QueuedJob
 from tests.forks import Kill, Launcher
 from tests.making import config_values, run_program
-from trainer.goodput import Attempt, Clock, attempts, begin, goodput
 
 STEPS = 9
 
 
-def attempt(at: float, number: int, job: str = "", **more: Any) -> dict[str, Any]:
-    return {
-        "time": at,
-        "event": "attempt",
-        "attempt": number,
-        "job": job,
-        "chain": "71",
-        "host": "n1",
-        "nodes": ["n1", "n2"],
-        "ranks": 4,
-        **more,
-    }
+def attempt(at: float, number: int, job: str = "") -> AttemptBegan:
+    return AttemptBegan(time=at, attempt=number, job=job, chain="71", nodes=["n1", "n2"], ranks=4)
 
 
-def start(at: float, number: int, step: int) -> dict[str, Any]:
-    return {
-        "time": at,
-        "event": "start",
-        "attempt": number,
-        "step": step,
-        "of": 100,
-        "global_size": 8,
-        "ranks": 4,
-    }
+def start(at: float, number: int, step: int) -> Started:
+    return Started(time=at, attempt=number, step=step, total_steps=100, global_size=8, ranks=4, device="cpu")
 
 
-def progress(at: float, number: int, step: int, **seconds: float) -> dict[str, Any]:
+def progress(at: float, number: int, step: int, **seconds: float) -> Progress:
     timed = {
         "start_up": 10.0,
         "first_step": 5.0,
@@ -59,57 +55,56 @@ def progress(at: float, number: int, step: int, **seconds: float) -> dict[str, A
         "saving": 1.0,
         **seconds,
     }
-    return {
-        "time": at,
-        "event": "progress",
-        "attempt": number,
-        "step": step,
-        "samples_per_second": 4.0,
-        "seconds": timed,
-    }
+    return Progress(time=at, attempt=number, step=step, samples_per_second=4.0, seconds=timed)
 
 
-def checkpoint(at: float, step: int) -> dict[str, Any]:
-    return {"time": at, "event": "checkpoint", "step": step}
+def checkpoint(at: float, number: int, step: int) -> CheckpointSaved:
+    return CheckpointSaved(
+        time=at,
+        attempt=number,
+        step=step,
+        reason="interval",
+        folder=f"step-{step:08d}",
+        blocking_seconds=0.0,
+        total_seconds=1.0,
+        bytes=1,
+    )
 
 
-def ended(at: float, number: int, cause: str, words: str) -> dict[str, Any]:
-    return {
-        "time": at + 50,
-        "event": "ended",
-        "attempt": number,
-        "cause": cause,
-        "words": words,
-        "at": at,
-        "node": "",
-        "saved": 0,
-    }
+def ended(at: float, number: int, cause: Cause, words: str) -> Ended:
+    return Ended(time=at + 50, attempt=number, cause=cause, words=words, at=at)
 
 
 # Submitted at 0, in the queue until 100; at work until 170, with 21 steps, of which 16 are saved; again from
 # 200 on.
 PREEMPTED = [
-    {"time": 0.0, "event": "submitted", "job": "71"},
+    Submitted(time=0.0, attempt=0, job="71", nodes="2", tasks_per_node=2),
     attempt(100.0, 0, "71"),
     start(110.0, 0, 0),
-    checkpoint(150.0, 16),
+    checkpoint(150.0, 0, 16),
     progress(161.0, 0, 21),
-    ended(170.0, 0, "preempted", "preempted: before it could save"),
+    ended(170.0, 0, Cause.PREEMPTED, "preempted: before it could save"),
     attempt(200.0, 1, "72"),
     start(210.0, 1, 16),
     progress(261.0, 1, 26),
 ]
 
 
-def write(folder: Path, lines: list[dict[str, Any]], torn: str = "") -> RunDir:
+def write(folder: Path, events: list[Event], torn: str = "") -> RunDir:
     run = RunDir(folder / "run")
-    run.path.mkdir()
-    run.events.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn, encoding="utf-8")
+    for event in events:
+        run.ledger.record(event)
+    if torn:
+        (run.ledger.folder / "another.jsonl").write_text(torn, encoding="utf-8")
     return run
 
 
-def spent(lines: list[dict[str, Any]], until: float) -> dict[str, float]:
-    return goodput(attempts(lines, until), begin(lines) or 0.0, until)
+def attempts(events: list[Event], until: float) -> list[AttemptSummary]:
+    return summarize(History(events), until)
+
+
+def spent(events: list[Event], until: float) -> dict[str, float]:
+    return goodput(attempts(events, until), begin(History(events)) or 0.0, until)
 
 
 def test_the_shares_add_up_and_lost_steps_count_as_lost() -> None:
@@ -138,27 +133,27 @@ def test_what_a_later_attempt_went_on_from_is_what_was_kept() -> None:
     say."""
     lines = [*PREEMPTED[:6], attempt(200.0, 1), start(210.0, 1, 8), progress(261.0, 1, 26)]
     assert [row.repeated for row in attempts(lines, 270.0)] == [13, 0]
-    lines += [ended(262.0, 1, "crash", "crash"), attempt(270.0, 2)]
+    lines += [ended(262.0, 1, Cause.CRASH, "crash"), attempt(270.0, 2)]
     assert [row.repeated for row in attempts(lines, 280.0)] == [13, 26 - 16, 0]
     assert sum(spent(lines, 280.0).values()) == pytest.approx(280)
 
 
 def test_a_failure_before_the_first_step_is_start_up() -> None:
-    lines = [attempt(0.0, 0), ended(30.0, 0, "error", "error: rank 0: no such file"), attempt(40.0, 1)]
+    lines = [attempt(0.0, 0), ended(30.0, 0, Cause.ERROR, "error: rank 0: no such file"), attempt(40.0, 1)]
     assert {name: value for name, value in spent(lines, 45.0).items() if value} == {
         "queue": 10,
         "start_up": 35,
     }
 
 
-def test_an_old_ledger_without_progress_and_unknown_and_torn_lines(tmp_path: Path) -> None:
-    unknown = [
-        {"time": 1.0, "event": "weather", "what": 3},
-        {"time": 250.0, "event": "weather", "attempt": 9},
-    ]
-    lines = [line for line in PREEMPTED if line["event"] != "progress"]
-    run = write(tmp_path, [*unknown, *lines], torn='{"time": 260.0, "event": "prog')
-    told = attempts(run.ledger(), 270.0)
+def test_a_ledger_without_progress_and_with_unknown_and_torn_lines(tmp_path: Path) -> None:
+    """What can be read counts; what cannot is told."""
+    events = [event for event in PREEMPTED if not isinstance(event, Progress)]
+    torn = '{"time": 1.0, "event": "weather", "attempt": 0}\n{"time": 260.0, "event": "prog'
+    run = write(tmp_path, events, torn)
+    report = look(run, [QueuedJob("72", "RUNNING", "n[1-2]", "None")], 270.0)
+    assert report.notices == [report.notices[0]] and report.notices[0].startswith("2 lines of the ledger")
+    told = summarize(run.ledger.read(), 270.0)
     assert [(row.first, row.last, row.samples_per_second) for row in told] == [(0, 16, None), (16, 16, None)]
     parts = goodput(told, 0.0, 270.0)
     assert sum(parts.values()) == pytest.approx(270) and parts["start_up"] == 20 and parts["other"] == 60 + 60
@@ -171,19 +166,22 @@ def test_the_clock_counts_the_first_step_apart_and_the_speed_without_it(
     monkeypatch.setattr(time, "time", lambda: now)
     clock = Clock(began=90.0)
     for phase, seconds in [
-        ("evaluation", 4),
-        ("data_wait", 1),
-        ("training", 20),
-        ("step", 0),
-        ("data_wait", 1),
-        ("training", 3),
-        ("step", 0),
-        ("saving", 2),
+        (Phase.EVALUATION, 4),
+        (Phase.DATA_WAIT, 1),
+        (Phase.TRAINING, 20),
+        (None, 0),
+        (Phase.DATA_WAIT, 1),
+        (Phase.TRAINING, 3),
+        (None, 0),
+        (Phase.SAVING, 2),
     ]:
-        clock.step() if phase == "step" else clock(phase)
+        if phase is None:
+            clock.step()
+        else:
+            clock.enter(phase)
         now += seconds
-    told = clock.progress(step_samples=12)
-    assert told["seconds"] == {
+    told = clock.progress(attempt=0, step=2, global_size=12)
+    assert told.seconds == {
         "start_up": 10,
         "first_step": 20,
         "data_wait": 2,
@@ -191,7 +189,7 @@ def test_the_clock_counts_the_first_step_apart_and_the_speed_without_it(
         "evaluation": 4,
         "saving": 2,
     }
-    assert told["samples_per_second"] == 12 / 6
+    assert told.samples_per_second == 12 / 6
 
 
 def pending(job: str, reason: str) -> QueuedJob:
@@ -226,7 +224,7 @@ def test_the_state_is_what_slurm_says(
 def test_without_slurm_signs_of_life_tell(tmp_path: Path) -> None:
     run = write(tmp_path, [])
     claim(run, job="71")
-    run.record("attempt", attempt=0, job="71", host="n1", nodes=["n1"], ranks=2)
+    run.ledger.record(AttemptBegan(attempt=0, job="71", nodes=["n1"], ranks=2))
     report = look(run, None, time.time())
     assert (report.state, report.words) == ("running", "job 71, 1 node x 2, on n1, starting up")
 
@@ -237,8 +235,8 @@ def test_why_a_chain_has_ended(tmp_path: Path) -> None:
         tmp_path,
         [
             *PREEMPTED,
-            ended(262.0, 1, "crash", "crash: rank 3"),
-            {"time": 263.0, "event": "chain_ended", "chain": "71", "why": why},
+            ended(262.0, 1, Cause.CRASH, "crash: rank 3"),
+            ChainEnded(time=263.0, attempt=1, chain="71", why=why),
         ],
     )
     report = look(run, [], 1e6)
@@ -249,19 +247,15 @@ def test_why_a_chain_has_ended(tmp_path: Path) -> None:
 
 
 def test_what_should_be_looked_at_is_told(tmp_path: Path) -> None:
-    spikes = [
-        {"time": 255.0 + step, "event": "spike", "step": step, "loss": 9.5, "keys": ["a"]}
-        for step in (18, 19)
-    ]
-    slow = {
-        "time": 255.0,
-        "event": "slow_save",
-        "attempt": 1,
-        "step": 20,
-        "seconds": 95.2,
-        "grace": 180,
-        "advice": "raise slurm.signal_seconds",
-    }
+    spikes = [Spike(time=255.0 + step, attempt=1, step=step, loss=9.5, keys=["a"]) for step in (18, 19)]
+    slow = SlowSave(
+        time=255.0,
+        attempt=1,
+        step=20,
+        seconds=95.2,
+        grace_seconds=180,
+        advice="raise slurm.signal_seconds",
+    )
     report = look(write(tmp_path, [*PREEMPTED, *spikes, slow]), [], 280.0)
     assert report.notices == [
         "step 20: the save took 95 s, and slurm.signal_seconds is 180: raise slurm.signal_seconds",
@@ -270,7 +264,7 @@ def test_what_should_be_looked_at_is_told(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_indexing_failed_says_where_to_look(tmp_path: Path) -> None:
-    report = look(write(tmp_path, [{**PREEMPTED[0], "index_log": "run/slurm/index-70.log"}]), [], 50.0)
+    report = look(write(tmp_path, [replace(PREEMPTED[0], index_log="run/slurm/index-70.log")]), [], 50.0)
     assert (report.state, report.words) == (
         "ended",
         (
@@ -300,7 +294,7 @@ def restarted(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str
     kills = [
         (Kill("trainer.loop:learning_rate", 3, rank=0), 1),
         (Kill("trainer.loop:learning_rate", 8), -9),
-        (Kill("trainer.loop:evaluate", 1, after=True, rank=0, signum=signal.SIGTERM), 85),
+        (Kill("trainer.loop:Training.evaluate", 1, after=True, rank=0, signum=signal.SIGTERM), 85),
         (None, 0),
     ]
     for kill, code in kills:
@@ -337,7 +331,7 @@ def test_status_shows_every_attempt_and_writes_nothing(restarted: RunDir) -> Non
 
 def test_status_as_json(restarted: RunDir) -> None:
     report = json.loads(status(restarted, "runs/small", "--json"))
-    rows = [Attempt(**row) for row in report["attempts"]]
+    rows = [AttemptSummary(**row) for row in report["attempts"]]
     assert [(row.first, row.last, row.cause) for row in rows][2:] == [(4, 6, "saved"), (6, 9, "finished")]
     assert (
         rows[0].first == rows[1].first == 0
@@ -364,7 +358,7 @@ def test_status_of_all_runs(restarted: RunDir) -> None:
 
 
 def test_the_ledger_is_told_at_the_first_step_and_at_the_end_and_seldom_between(restarted: RunDir) -> None:
-    assert [line["attempt"] for line in restarted.ledger("progress")] == [0, 1, 2, 2, 3, 3]
+    assert [line.attempt for line in restarted.ledger.read().of(Progress)] == [0, 1, 2, 2, 3, 3]
 
 
 def test_curves_have_every_step_once_and_restarts_are_marked(restarted: RunDir) -> None:

@@ -19,7 +19,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
-from configs.rundir import RunDir
+from configs.run.events import Evaluated, Skipped
+from configs.run.folder import RunDir
 from tests.making import ROOT, audit, caption_of, config_values, make_clips, make_model, run_program, sound_of
 from tools.sandbox import faults
 from tools.sandbox.faults import Fault
@@ -99,7 +100,7 @@ def exported(finished) -> Path:
 
 def test_training_learns_and_says_so(finished) -> None:
     run, done = finished
-    evaluations = [line["validation/loss"] for line in RunDir(run).ledger("evaluation")]
+    evaluations = [event.metrics["validation/loss"] for event in RunDir(run).ledger.read().of(Evaluated)]
     assert len(evaluations) == 3 and evaluations[-1] < 0.7 * evaluations[0]
     assert re.search(r"step 40/40  loss \d\.\d+  grad norm .* samples/s  MFU \d+\.\d%", done.stdout)
 
@@ -217,9 +218,9 @@ def test_gradients_that_are_not_finite_are_skipped_and_then_end_the_run(
         and "not finite 3 times in a row" in done.stderr
         and "Traceback" not in done.stderr
     )
-    skips = RunDir(tmp_path / "run").ledger("skip")
-    steps, keys = [line["step"] for line in skips], audit(tmp_path / "run")
-    assert len(steps) == 3 and [line["keys"] for line in skips] == [keys[step] for step in steps]
+    skips = RunDir(tmp_path / "run").ledger.read().of(Skipped)
+    steps, keys = [line.step for line in skips], audit(tmp_path / "run")
+    assert len(steps) == 3 and [line.keys for line in skips] == [keys[step] for step in steps]
     before = Reader(find(RunDir(tmp_path / "run").checkpoints)[0])
     assert before.manifest.step == steps[-1] and before.manifest.updates == steps[0] and before.verify() == []
 
@@ -263,7 +264,7 @@ def test_bf16_export_repeats_the_captions_of_the_last_evaluation(
     finished, tmp_path: Path, clips: Path
 ) -> None:
     run, _ = finished
-    last = RunDir(run).ledger("evaluation")[-1]
+    last = RunDir(run).ledger.read().of(Evaluated)[-1]
     assert run_program("tools.export", run, tmp_path / "bf16", "--dtype", "bf16", "--best").returncode == 0
     for clip in last["captions"]:
         shutil.copy(next(clips.parent.glob(clip["key"].rsplit("/", 1)[1] + ".*")), tmp_path)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.errors import CannotMeet, CheckpointError, ConfigError, DataError, PeerFailed, UnfitNode
 from configs.load import validate
-from configs.rundir import RunDir
-from launch.worker import out_of_memory
+from configs.run.causes import Cause
+from configs.run.lease import Superseded
+from launch.failures import diagnose
 from tests.making import config_values
 
 
@@ -25,20 +27,29 @@ def test_memory_that_ran_out_is_told_whatever_raised_it(
     tmp_path: Path, model: Path, error: Exception
 ) -> None:
     config = validate(config_values("run", tmp_path, model, "x.tar"), "test")
-    run = RunDir.create(config)
-    run.ask(config)
-    said = out_of_memory(error, run)
-    assert (
-        said is not None
-        and said.startswith("there is too little memory: ")
-        and "Lower batch.micro_size (4 now" in said
-    )
-    assert out_of_memory(RuntimeError("another thing"), run) is None
+    diagnosis = diagnose(error, config)
+    assert diagnosis.cause is Cause.OUT_OF_MEMORY
+    assert diagnosis.message.startswith("there is too little memory: ")
+    assert "Lower batch.micro_size (4 now" in diagnosis.message
+    assert diagnose(RuntimeError("another thing"), config).cause is Cause.ERROR
 
 
-def test_a_ledger_whose_last_line_was_cut_off_loses_that_line_alone(tmp_path: Path) -> None:
-    """As by a full disk, in the middle of a letter."""
-    run = RunDir(tmp_path)
-    run.events.write_bytes(b'{"event": "attempt", "attempt": 3}\n{"event": "evaluation", "caption": "caf\xc3')
-    run.record("attempt", attempt=4)
-    assert [line["attempt"] for line in run.ledger()] == [3, 4] and run.next_attempt() == 5
+@pytest.mark.parametrize(
+    ("error", "cause", "exit_code"),
+    [
+        (ConfigError("wrong"), Cause.BAD_INPUT, 2),
+        (DataError("gone"), Cause.BAD_INPUT, 3),
+        (Superseded("a later one"), Cause.SUPERSEDED, 1),
+        (UnfitNode("n1", "bad disk"), Cause.UNFIT_NODE, 1),
+        (PeerFailed("another"), Cause.LOST_PEER, 1),
+        (CannotMeet("nobody there"), Cause.LOST_PEER, 1),
+        (torch.distributed.DistBackendError("NCCL says"), Cause.LOST_PEER, 1),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), Cause.LOST_PEER, 1),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), Cause.OUT_OF_MEMORY, 1),
+        (ZeroDivisionError("a bug"), Cause.ERROR, 1),
+        (CheckpointError("there is too little memory, says somebody"), Cause.ERROR, 1),
+    ],
+)
+def test_a_rank_says_why_it_fails_as_a_value(error: Exception, cause: Cause, exit_code: int) -> None:
+    diagnosis = diagnose(error, None)
+    assert (diagnosis.cause, diagnosis.exit_code) == (cause, exit_code)

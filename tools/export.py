@@ -14,7 +14,7 @@ from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalG
 from transformers.utils import logging
 
 from configs.errors import CheckpointError, run_command
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from tools.output import new_folder
 from trainer import checkpoint
 from trainer.weights import Weights, resolve

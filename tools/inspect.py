@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import typer
 
 from configs.errors import CheckpointError, ConfigError, run_command
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from configs.schema import Source
 from data import storage
 from data.captions import find_caption
@@ -217,7 +217,7 @@ def _show_checkpoints(folder: Path) -> None:
             f"{folder}: neither a checkpoint (no manifest.json) nor a run that has one; for shards, name the"
             " .tar files"
         )
-    for (source, reason), keys in RunDir(folder).unusable().items():
+    for (source, reason), keys in RunDir(folder).quarantine.read().by_reason().items():
         print(f"source {source}: {len(keys):,} x {reason}; e.g. {keys[0]}")
     damaged = [problem for one in found for problem in _show_checkpoint(one)]
     if damaged:

@@ -30,7 +30,7 @@ from rich.progress import (
 )
 
 from configs.errors import ConfigError, DataError, ShardError, run_command
-from configs.rundir import write_atomic
+from configs.run.files import write_atomic
 from configs.schema import RunConfig, Source
 from data import storage
 from data.index import Sidecar, load_sidecar

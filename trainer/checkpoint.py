@@ -42,7 +42,7 @@ UNFINISHED = re.compile(r"step-\d{8}\.a(\d+)\b.*")
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Manifest:
     """What a checkpoint is."""
 
@@ -51,7 +51,7 @@ class Manifest:
     updates: int
     """AdamW's own counter: steps less the skipped ones."""
     identity: dict[str, Any]
-    """What must be the same for the run to go on exactly (trainer/identity.py)."""
+    """What must be the same for the run to go on exactly (trainer/changes.py)."""
     epoch_base: tuple[int, int] = (0, 0)
     """Global step at which the present order of the samples begins, and its first epoch."""
     position: tuple[int, int] = (0, 0)
@@ -180,7 +180,7 @@ def best(manifests: Mapping[str, Manifest], metric: str) -> tuple[float, str | N
 def _manifests(root: Path) -> dict[str, Manifest]:
     found = {}
     for folder in find(root):
-        with contextlib.suppress(CheckpointError, ConfigError):
+        with contextlib.suppress(Damaged, ConfigError):  # but not one that cannot be read at the moment
             found[folder.name] = Reader(folder).manifest
     return found
 

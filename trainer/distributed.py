@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from configs.errors import ConfigError, EarwitnessError
+from configs.errors import CannotMeet, ConfigError, EarwitnessError, UnfitNode
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
+D = TypeVar("D", bound="DataclassInstance")
 PATIENCE = timedelta(minutes=30)
 """How long ranks wait for one another: at a start, rank 0 may merge indexes or bring a checkpoint back from
 its mirror."""
 
 MEETING = timedelta(minutes=10)
 """How long they wait for one another at first: imports from a network file system may take minutes."""
-
-
-class PeerFailed(EarwitnessError):
-    """Another rank failed, and says why; this one only leaves."""
-
-
-class UnfitNode(EarwitnessError):
-    """A node cannot take part; `node` is its name."""
-
-    def __init__(self, node: str, message: str) -> None:
-        super().__init__(message)
-        self.node = node
 
 
 @dataclass(frozen=True)
@@ -49,15 +41,22 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def sums(self, **values: float) -> SimpleNamespace:
-        """Sums over all ranks, by name."""
-        return SimpleNamespace(**dict(zip(values, self.sum(list(values.values())), strict=True)))
+    def sum_fields(self, numbers: D) -> D:
+        """Sums over all ranks of each field of a dataclass of numbers. Every rank must call it at the same
+        point."""
+        names = [field.name for field in dataclasses.fields(numbers)]
+        sums = self.sum([float(getattr(numbers, name)) for name in names])
+        return dataclasses.replace(numbers, **dict(zip(names, sums, strict=True)))
 
-    def any(self, flags: torch.Tensor) -> torch.Tensor:
+    def any(self, flag: bool) -> bool:
+        """Whether something is so on any rank. Every rank must call it at the same point."""
+        return self.sum([flag])[0] > 0
+
+    def any_of_each(self, flags: torch.Tensor) -> torch.Tensor:
         """(n,) bool: true where it is true on any rank."""
-        found = flags.to(self.device, torch.uint8)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return found.cpu().bool()
+        maxima = flags.to(self.device, torch.uint8)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        return maxima.cpu().bool()
 
     def share(self, value: T) -> T:
         """The value of rank 0, on all ranks."""
@@ -65,11 +64,12 @@ class World:
         dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
-    def gather(self, value: object) -> list[object] | None:
+    def gather(self, value: T) -> list[T] | None:
         """Values of all ranks on rank 0, None elsewhere."""
-        values: list[object] | None = [None] * self.size if self.rank == 0 else None
+        values: Any = [None] * self.size if self.rank == 0 else None
         dist.gather_object(value, values)
-        return values
+        gathered: list[T] | None = values
+        return gathered
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -114,7 +114,7 @@ def start(nodes: Sequence[str]) -> World:
         hint = (
             "another program has taken that port; start again" if "EADDRINUSE" in str(error) else str(error)
         )
-        raise EarwitnessError(f"rank {rank} cannot meet the others at {place}: {hint}") from None
+        raise CannotMeet(f"rank {rank} cannot meet the others at {place}: {hint}") from None
     return World(rank, size, device)
 
 

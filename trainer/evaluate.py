@@ -7,17 +7,20 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from configs.errors import DataError
+from configs.schema import RunConfig
 from data.batch import Sample, collate
 from data.captions import LANGUAGE, TASK
 from data.features import log_mel
 from data.loader import Loader, Step
 from data.samples import Rejected
-from trainer.loss import count_tokens, token_losses
-from trainer.session import Session
+from trainer.distributed import World
+from trainer.loaders import Loaders
+from trainer.loss import SourceTotals, token_losses
+from trainer.model import Captioner
+from trainer.records import SampleRecords
 
 Take = Callable[[Loader], Step | None]
 """Gives the next step of a loader once all ranks have theirs, None where they leave off. Raises on all ranks
@@ -32,101 +35,103 @@ class PanelClip:
     caption: str
 
 
-def validation_rows(session: Session, per_source: int) -> list[list[int]]:
-    """Up to `per_source` samples of each source's validation part, spread evenly over it, by source."""
-    source = session.dataset.validation.column("source")
-    by_source = [(source == number).nonzero()[0] for number in range(len(session.config.data.sources))]
-    return [
-        rows[np.linspace(0, len(rows) - 1, min(per_source, len(rows))).astype(int)].tolist()
-        for rows in by_source
-    ]
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a model on a run's validation samples. All ranks call its methods at the same point."""
 
+    config: RunConfig
+    world: World
+    captioner: Captioner
+    loaders: Loaders
+    records: SampleRecords
+    dtype: torch.dtype
+    """Of the weights that compute."""
 
-@torch.no_grad()
-def validation_loss(session: Session, module: torch.nn.Module, take: Take) -> dict[str, float] | None:
-    """Mean loss of a caption token over all validation samples (`validation/loss`) and by source
-    (`validation/loss/SOURCE`).
+    @torch.no_grad()
+    def loss(self, module: torch.nn.Module, take: Take) -> dict[str, float] | None:
+        """Mean loss of a caption token over all validation samples (`validation/loss`) and by source
+        (`validation/loss/SOURCE`).
 
-    Empty without validation samples; None where the ranks leave off. Raises DataError if none of a source's
-    validation samples can be used.
-    """
-    world, names = session.world, [source.name for source in session.config.data.sources]
-    by_source = validation_rows(session, session.config.evaluate.max_samples)
-    rows = [row for of_source in by_source for row in of_source]
-    mels = session.captioner.config.num_mel_bins
-    losses = torch.zeros(len(names), dtype=torch.float64, device=world.device)
-    tokens = torch.zeros_like(losses)
-    rejected: list[Rejected] = []
-    module.eval()
-    with closing(session.validation_loader(rows, session.config.batch.micro_size)) as loader:
-        for _ in loader.steps:
-            step = take(loader)
-            if step is None:
-                module.train()
-                return None
-            session.quarantine(step.rejected, validation=True)
-            rejected += step.rejected
-            batch = collate(step.samples, session.order.frames, session.pad_id).to(world.device)
-            losses.index_add_(
-                0, batch.source, token_losses(module, batch, mels, session.engine.dtype).double()
-            )
-            tokens.index_add_(0, batch.source, count_tokens(batch).double())
-    module.train()
-    summed = world.sum([*losses.tolist(), *tokens.tolist()])
-    sums = list(zip(names, summed[: len(names)], summed[len(names) :], strict=True))
-    for wanted, (name, _, count) in zip(by_source, sums, strict=True):
-        if wanted and not count:
-            reasons = session.explain([one for one in rejected if one.key.startswith(f"{name}/")])
-            raise DataError(
-                f"source {name}: none of its {len(wanted)} validation samples can be used. {reasons}"
-            )
-    metrics = {f"validation/loss/{name}": loss / count for name, loss, count in sums if count}
-    total = sum(count for *_, count in sums)
-    return {"validation/loss": sum(loss for _, loss, _ in sums) / total, **metrics} if total else {}
+        Empty without validation samples; None where the ranks leave off. Raises DataError if none of a
+        source's validation samples can be used.
+        """
+        rows_by_source = self.loaders.validation_rows(self.config.evaluate.max_samples)
+        rows = [row for rows in rows_by_source for row in rows]
+        totals = SourceTotals.zeros(len(self._names), self.world.device)
+        rejected: list[Rejected] = []
+        frames, mels = self.loaders.order.frames, self.captioner.config.num_mel_bins
+        module.eval()
+        with closing(self.loaders.validation(rows, self.config.batch.micro_size)) as loader:
+            for _ in loader.steps:
+                step = take(loader)
+                if step is None:
+                    module.train()
+                    return None
+                self.records.quarantine(step.rejected, None)
+                rejected += step.rejected
+                batch = collate(step.samples, frames, self.captioner.pad_id).to(self.world.device)
+                totals.add(batch, token_losses(module, batch, mels, self.dtype))
+        module.train()
+        totals = totals.over_ranks(self.world)
+        self._check_usable(rows_by_source, totals, rejected)
+        return totals.means(self._names, "validation/loss")
 
+    @torch.no_grad()
+    def captions(self, module: torch.nn.Module, take: Take) -> list[PanelClip] | None:
+        """Captions of the panel: as many validation clips of each source. Rank 0 gets them, the others an
+        empty list; None where the ranks leave off."""
+        wanted = self.config.evaluate.captions
+        rows_by_source = self.loaders.validation_rows(-(-wanted // len(self._names)))
+        in_turn = [rows[turn] for turn in range(wanted) for rows in rows_by_source if turn < len(rows)]
+        self.records.share_tokens()
+        clips = []
+        with closing(self.loaders.validation(in_turn[:wanted], per_rank=1)) as loader:
+            for _ in loader.steps:
+                step = take(loader)
+                if step is None:
+                    return None
+                clips += [PanelClip(clip, self.caption(module, clip)) for clip in step.samples]
+        by_rank = self.world.gather(clips) or []
+        return [panel[turn] for turn in range(wanted) for panel in by_rank if turn < len(panel)]
 
-@torch.no_grad()
-def caption_panel(session: Session, module: torch.nn.Module, take: Take) -> list[PanelClip] | None:
-    """Caption the panel: as many validation clips of each source. All ranks take part, rank 0 gets the clips.
-    None where the ranks leave off."""
-    world, wanted = session.world, session.config.evaluate.captions
-    by_source = validation_rows(session, -(-wanted // len(session.config.data.sources)))
-    turns = [rows[turn] for turn in range(wanted) for rows in by_source if turn < len(rows)][:wanted]
-    session.share_caption_tokens()
-    clips = []
-    with closing(session.validation_loader(turns, per_rank=1)) as loader:
-        for _ in loader.steps:
-            step = take(loader)
-            if step is None:
-                return None
-            clips += [PanelClip(clip, generate(session, module, clip)) for clip in step.samples]
-    gathered = world.gather(clips)
-    panels: list[list[PanelClip]] = gathered or []  # type: ignore[assignment]
-    return [panel[turn] for turn in range(wanted) for panel in panels if turn < len(panel)]
+    def caption(self, module: torch.nn.Module, sample: Sample) -> str:
+        """The caption that a model gives a clip, greedily."""
+        config = self.captioner.model.generation_config
+        learnt = self.records.caption_tokens
+        suppressed = [token for token in config.suppress_tokens or [] if not learnt[token]]
+        waveform = torch.from_numpy(sample.waveform)[None].to(self.world.device)
+        lengths = torch.tensor([len(sample.waveform)], device=waveform.device)
+        mels = self.captioner.config.num_mel_bins
+        features = log_mel(waveform, lengths, self.loaders.order.frames, mels).to(self.dtype)
+        prompt = self.loaders.encoder.prompts[self.config.data.sources[sample.source].style]
+        spoken = {}
+        if getattr(config, "is_multilingual", False):
+            spoken = {"language": LANGUAGE, "task": TASK}
+        chosen = copy.deepcopy(config)
+        chosen.suppress_tokens = suppressed or [-1]  # none; an empty list would be filled up with the model's
+        chosen.max_length = self.captioner.config.max_target_positions
+        module.eval()
+        tokens = module.generate(  # type: ignore[operator]
+            features,
+            generation_config=chosen,
+            prompt_ids=torch.tensor(prompt, device=waveform.device) if prompt else None,
+            **spoken,
+        )
+        module.train()
+        return str(self.captioner.processor.batch_decode(tokens, skip_special_tokens=True)[0]).strip()
 
+    @property
+    def _names(self) -> list[str]:
+        return [source.name for source in self.config.data.sources]
 
-def generate(session: Session, model: torch.nn.Module, sample: Sample) -> str:
-    """The caption that the model gives a clip, greedily."""
-    captioner = session.captioner
-    config = captioner.model.generation_config
-    kept = [token for token in config.suppress_tokens or [] if not session.caption_tokens[token]]
-    waveform = torch.from_numpy(sample.waveform)[None].to(session.world.device)
-    lengths = torch.tensor([len(sample.waveform)], device=waveform.device)
-    features = log_mel(waveform, lengths, session.order.frames, captioner.config.num_mel_bins).to(
-        session.engine.dtype
-    )
-    style = session.config.data.sources[sample.source].style
-    prompt = session.encoder.prompts[style]
-    spoken = {"language": LANGUAGE, "task": TASK} if getattr(config, "is_multilingual", False) else {}
-    chosen = copy.deepcopy(config)
-    chosen.suppress_tokens = kept or [-1]  # none; an empty list would be filled up with the model's
-    chosen.max_length = captioner.config.max_target_positions
-    model.eval()
-    tokens = model.generate(  # type: ignore[operator]
-        features,
-        generation_config=chosen,
-        prompt_ids=torch.tensor(prompt, device=waveform.device) if prompt else None,
-        **spoken,
-    )
-    model.train()
-    return str(captioner.processor.batch_decode(tokens, skip_special_tokens=True)[0]).strip()
+    def _check_usable(
+        self, rows_by_source: list[list[int]], totals: SourceTotals, rejected: list[Rejected]
+    ) -> None:
+        """Raise DataError, PeerFailed on the ranks but 0, if nothing of a source could be used."""
+        for name, rows, tokens in zip(self._names, rows_by_source, totals.tokens.tolist(), strict=True):
+            if rows and not tokens:
+                of_source = [sample for sample in rejected if sample.key.startswith(f"{name}/")]
+                reasons = self.records.explain(of_source)
+                raise DataError(
+                    f"source {name}: none of its {len(rows)} validation samples can be used. {reasons}"
+                )

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
-from configs.errors import DataError, EarwitnessError
-from configs.rundir import append_line
-from data.batch import micro_batches
-from data.captions import IGNORED
+from configs.errors import EarwitnessError, PeerFailed
+from configs.run.events import Evaluated, Skipped, Spike
+from configs.run.goodput import Phase
+from data.batch import Batch, micro_batches
 from data.loader import Loader, Step
 from data.retry import received
-from trainer.distributed import PeerFailed
 from trainer.engines import Update
-from trainer.evaluate import caption_panel, validation_loss
-from trainer.goodput import Clock
+from trainer.evaluate import Evaluator, PanelClip
+from trainer.flops import step_flops
 from trainer.loss import count_tokens, token_losses
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
@@ -39,8 +37,39 @@ class Outcome(Enum):
     SAVED = "saved"
 
 
+@dataclass(frozen=True)
+class StepVotes:
+    """What the ranks tell each other before a step, as sums over all of them."""
+
+    failed: float
+    """Ranks that could not get their samples."""
+    superseded: float
+    """Ranks that know of a later attempt."""
+    unsaved: float
+    """Ranks that know that the checkpoint under way has failed."""
+    stopping: float
+    """Ranks that were asked to stop."""
+    overdue: float
+    """Ranks for which `checkpoint.every_minutes` are over."""
+    tokens: float
+    """Caption tokens of the global batch."""
+    bad: float
+    """Samples of the step whose content could not be used."""
+    losses_before: float
+    """Token losses of the step before."""
+
+
+@dataclass(frozen=True)
+class EvaluationVotes:
+    """The same before a step of an evaluation. leaving: ranks that were asked to, or know of a later
+    attempt."""
+
+    failed: float
+    leaving: float
+
+
 @dataclass
-class Taken:
+class TakenStep:
     """A step that was taken: its samples on this rank, the sum of their token losses, and the tokens of the
     global batch."""
 
@@ -52,132 +81,27 @@ class Taken:
 def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
     """Take the steps that are left. Returns SAVED if `stop` was requested on any rank: the state is then on
     disk."""
-    config, state, world = session.config, session.state, session.world
-    loader, monitor, spikes = (
-        session.loader(),
-        Monitor(session, watch),
-        SpikeWindow(config.monitor.spike_sigma),
-    )
-    bad, skips, first, due, saved_at = 0, 0, state.step, 0.0, time.monotonic()
-    clock = monitor.clock
-    taken: Taken | None = None
+    training = Training(session, stop, watch)
     try:
-        while True:
-            last, is_best = state.step == session.total_steps, False
-            metrics: dict[str, float] = {}
-            if not state.evaluated and (last or state.step % config.evaluate.every_steps == 0):
-                clock("evaluation")
-                if (evaluation := evaluate(session, monitor, stop, watch)) is None:
-                    return save_and_leave(session, clock)
-                metrics, is_best = evaluation
-            if is_best or due or last or state.step % config.checkpoint.every_steps == 0:
-                clock("saving")
-                session.save("best" if is_best else "finished" if last else "interval", metrics)
-                due, saved_at, metrics = 0.0, time.monotonic(), {}
-            if last:
-                session.writer.finish()
-                return Outcome.FINISHED
-
-            step, error = fetch(loader, state.step, stop, clock, "data_wait")
-            batches = micro_batches(
-                step.samples,
-                config.batch.micro_size,
-                session.micro_batches,
-                session.order.window(state.step),
-                session.pad_id,
-            )
-            minutes = (time.monotonic() - saved_at) / 60
-            # The one agreement of a step: all ranks take it, or leave together.
-            watch.arrive()
-            agreed = world.sums(
-                tokens=sum(int(count_tokens(batch).sum()) for batch in batches),
-                stopping=stop.requested,
-                failed=error is not None,
-                superseded=session.lease.lost,
-                unsaved=session.writer.failed,
-                bad=sum(one.bad for one in step.rejected),
-                overdue=config.checkpoint.every_minutes is not None
-                and minutes > config.checkpoint.every_minutes,
-                losses_before=float(taken.losses) if taken else 0.0,
-            )
-            clock("training")
-            if agreed.failed:
-                leave_together(session, error)
-            if agreed.superseded or agreed.unsaved:
-                give_way(session)
-            if taken:
-                check_loss(session, spikes, taken, agreed.losses_before)
-            if agreed.stopping:
-                return save_and_leave(session, clock, metrics)
-            due = agreed.overdue
-            record_samples(session, step)
-            bad += int(agreed.bad)
-            check_bad(session, bad, first)
-
-            taken = Taken(step, torch.zeros((), dtype=torch.float64, device=world.device), agreed.tokens)
-            for number, batch in enumerate(batches):
-                batch = batch.to(world.device)
-                losses = token_losses(
-                    session.engine, batch, session.captioner.config.num_mel_bins, session.engine.dtype
-                )
-                session.engine.backward(
-                    losses.sum() / max(1.0, agreed.tokens), last=number == len(batches) - 1
-                )
-                taken.losses += losses.detach().sum()
-                monitor.add(batch, losses)
-            lr = learning_rate(config.optim, state.step, session.total_steps)
-            clock("saving")
-            session.writer.hold()
-            clock("training")
-            update = session.engine.step(lr)
-            state.step += 1
-            state.evaluated = False
-            skips = 0 if update.applied else skips + 1
-            check_update(session, update, skips, step)
-            monitor.step(step, update, lr)
+        return training.run()
     except Exception:
-        session.writer.drain(LAST_CHANCE)
+        session.checkpoints.drain(LAST_CHANCE)
         raise
     finally:
-        loader.close()
-        monitor.close()
-
-
-def save_and_leave(session: Session, clock: Clock, metrics: dict[str, float] | None = None) -> Outcome:
-    """Save, sooner than anything else, and wait until it is durable. metrics: of this step, if it has been
-    evaluated."""
-    clock("saving")
-    if session.world.sum([session.lease.lost])[0]:
-        give_way(session)
-    session.save("stop", metrics or {}, urgent=True)
-    session.writer.finish()
-    return Outcome.SAVED
-
-
-def leave_together(session: Session, error: Exception | None) -> NoReturn:
-    """Raise this rank's error, or that of a peer, once the checkpoint under way is durable."""
-    session.writer.finish()
-    raise error or PeerFailed("another rank failed")
-
-
-def give_way(session: Session) -> None:
-    """Raise why this attempt must end: a checkpoint that could not be written, or a later attempt."""
-    session.writer.finish()
-    session.lease.check()
-    raise PeerFailed("a later attempt has taken over")
+        training.close()
 
 
 def fetch(
-    loader: Loader, number: int, stop: StopFlag, clock: Callable[[str], None], phase: str
+    loader: Loader, number: int, stop: StopFlag, sign_of_life: Callable[[], None]
 ) -> tuple[Step, Exception | None]:
-    """The next step's samples; none if a stop is requested before they are there: no rank takes the step
+    """The samples of step `number`; none if a stop is requested before they are there: no rank takes the step
     then.
 
-    An error is returned, so that all ranks can learn of it before they leave. Bytes that come are a sign of
-    life in this phase: slow storage is not taken for a hang.
+    An error is returned, so that all ranks can learn of it before they leave. Bytes that come are signs of
+    life: slow storage is not taken for a hang.
     """
     nothing = Step(number, [], [], 0.0)
-    clock(phase)
+    sign_of_life()
     before = received()
     try:
         while not loader.ready(SLICE):
@@ -185,98 +109,248 @@ def fetch(
                 return nothing, None
             if received() != before:
                 before = received()
-                clock(phase)
+                sign_of_life()
         return next(loader), None
     except Exception as error:
         return nothing, error
 
 
-def evaluate(
-    session: Session, monitor: Monitor, stop: StopFlag, watch: Watch
-) -> tuple[dict[str, float], bool] | None:
-    """Validation loss and the panel of captions. Returns the metrics and whether they are the best yet; None
-    if a stop was requested."""
-    state, module = session.state, session.engine.evaluation_module()
+class Training:
+    """The steps of one attempt. All ranks do the same at the same time."""
 
-    def take(loader: Loader) -> Step | None:
-        step, error = fetch(loader, state.step, stop, monitor.clock, "evaluation")
-        watch.arrive()
-        agreed = session.world.sums(failed=error is not None, leaving=stop.requested or session.lease.lost)
-        monitor.clock("evaluation")
-        if agreed.failed:
-            leave_together(session, error)
-        return None if agreed.leaving else step
+    def __init__(self, session: Session, stop: StopFlag, watch: Watch) -> None:
+        self.session, self.stop, self.watch = session, stop, watch
+        self.config, self.world, self.engine = session.config, session.world, session.engine
+        self.state, self.records, self.checkpoints = session.state, session.records, session.checkpoints
+        captioner, frames = session.captioner, session.loaders.order.frames
+        self.evaluator = Evaluator(
+            session.config, session.world, captioner, session.loaders, session.records, session.engine.dtype
+        )
+        self.monitor = Monitor(
+            session.config,
+            session.run,
+            session.attempt,
+            session.world,
+            first_step=session.state.step,
+            total_steps=session.total_steps,
+            sample_flops=lambda tokens: step_flops(captioner.config, frames // 2, tokens),
+            tell=watch,
+        )
+        self.clock = self.monitor.clock
+        self.loader = session.loaders.training(range(session.state.step, session.total_steps))
+        self.spikes = SpikeWindow(session.config.monitor.spike_sigma)
+        most_samples = -(-session.config.batch.global_size // session.world.size)
+        self.micro_batches = -(-most_samples // session.config.batch.micro_size)
+        """Micro-batches per step: of the rank with the most lanes, so that all ranks have as many."""
+        self.first_step = session.state.step
+        self.bad_samples = 0
+        self.skips_in_a_row = 0
+        self.saved_at = time.monotonic()
+        self.save_is_due = False
+        self.metrics: dict[str, float] = {}
+        """Of this step, as long as no checkpoint holds them."""
+        self.taken: TakenStep | None = None
 
-    metrics = validation_loss(session, module, take)
-    panel = None if metrics is None else caption_panel(session, module, take)
-    if metrics is None or panel is None:
-        return None
-    monitor.evaluation(metrics, panel)
-    value = metrics.get(session.config.evaluate.best_metric, math.inf)
-    is_best = state.step > 0 and value < state.best
-    state.best = value if is_best else state.best
-    state.evaluated = True
-    if session.world.rank == 0 and metrics:
+    def run(self) -> Outcome:
+        """Evaluate, save and take steps, until the last one or a stop."""
+        while True:
+            is_last = self.state.step == self.session.total_steps
+            is_best = False
+            self.metrics = {}
+            if not self.state.evaluated and (is_last or self.is_every(self.config.evaluate.every_steps)):
+                evaluation = self.evaluate()
+                if evaluation is None:
+                    return self.save_and_leave()
+                self.metrics = evaluation
+                is_best = self.state.step > 0 and self.checkpoints.is_best(self.metrics)
+            if is_best:
+                self.save("best")
+            elif is_last:
+                self.save("finished")
+            elif self.save_is_due or self.is_every(self.config.checkpoint.every_steps):
+                self.save("interval")
+            if is_last:
+                self.checkpoints.finish()
+                return Outcome.FINISHED
+
+            step, error = self.fetch(self.loader, Phase.DATA_WAIT)
+            batches = micro_batches(
+                step.samples,
+                self.config.batch.micro_size,
+                self.micro_batches,
+                self.session.loaders.order.window(self.state.step),
+                self.session.captioner.pad_id,
+            )
+            votes = self.agree(step, batches, error)
+            if votes.failed:
+                self.leave_together(error)
+            if votes.superseded or votes.unsaved:
+                self.give_way()
+            if self.taken:
+                self.check_loss(self.taken, votes.losses_before)
+            if votes.stopping:
+                return self.save_and_leave()
+            self.save_is_due = votes.overdue > 0
+            self.records.note(step)
+            self.check_bad(int(votes.bad))
+            self.take(step, batches, votes.tokens)
+
+    def is_every(self, steps: int) -> bool:
+        """Whether as many steps as a multiple of this are taken."""
+        return self.state.step % steps == 0
+
+    def fetch(self, loader: Loader, phase: Phase) -> tuple[Step, Exception | None]:
+        """The next step's samples, or the error in their place."""
+        return fetch(loader, self.state.step, self.stop, lambda: self.clock.enter(phase))
+
+    def agree(self, step: Step, batches: list[Batch], error: Exception | None) -> StepVotes:
+        """The one agreement of a step: all ranks take it, or leave together."""
+        every_minutes = self.config.checkpoint.every_minutes
+        minutes = (time.monotonic() - self.saved_at) / 60
+        mine = StepVotes(
+            failed=error is not None,
+            superseded=self.session.lease.lost,
+            unsaved=self.checkpoints.failed,
+            stopping=self.stop.requested,
+            overdue=every_minutes is not None and minutes > every_minutes,
+            tokens=sum(int(count_tokens(batch).sum()) for batch in batches),
+            bad=sum(1 for sample in step.rejected if sample.bad),
+            losses_before=float(self.taken.losses) if self.taken else 0.0,
+        )
+        self.watch.arrive()
+        votes = self.world.sum_fields(mine)
+        self.clock.enter(Phase.TRAINING)
+        return votes
+
+    def take(self, step: Step, batches: list[Batch], tokens: float) -> None:
+        """Take a step: forward, backward, update. tokens: caption tokens of the global batch."""
+        mels = self.session.captioner.config.num_mel_bins
+        losses_of_step = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self.taken = TakenStep(step, losses_of_step, tokens)
+        for number, on_host in enumerate(batches):
+            batch = on_host.to(self.world.device)
+            losses = token_losses(self.engine, batch, mels, self.engine.dtype)
+            self.engine.backward(losses.sum() / max(1.0, tokens), last=number == len(batches) - 1)
+            losses_of_step += losses.detach().sum()
+            self.monitor.add(batch, losses)
+        lr = learning_rate(self.config.optim, self.state.step, self.session.total_steps)
+        self.clock.enter(Phase.SAVING)
+        self.checkpoints.hold()
+        self.clock.enter(Phase.TRAINING)
+        update = self.engine.step(lr)
+        self.state.step += 1
+        self.state.evaluated = False
+        self.check_update(update, step)
+        self.monitor.step(step, update, lr, self.records.bad_by_source())
+
+    def evaluate(self) -> dict[str, float] | None:
+        """Validation loss and the panel of captions. Returns the metrics; None if a stop was requested."""
+        self.clock.enter(Phase.EVALUATION)
+        module = self.engine.evaluation_module()
+        metrics = self.evaluator.loss(module, self.take_for_evaluation)
+        if metrics is None:
+            return None
+        panel = self.evaluator.captions(module, self.take_for_evaluation)
+        if panel is None:
+            return None
+        self.monitor.evaluation(metrics, panel)
+        self.state.evaluated = True
+        if self.world.rank == 0 and metrics:
+            self.record_evaluation(metrics, panel)
+        return metrics
+
+    def take_for_evaluation(self, loader: Loader) -> Step | None:
+        """The next step of an evaluation, once all ranks have theirs; None if they leave off."""
+        step, error = self.fetch(loader, Phase.EVALUATION)
+        self.watch.arrive()
+        leaving = self.stop.requested or self.session.lease.lost
+        votes = self.world.sum_fields(EvaluationVotes(failed=error is not None, leaving=leaving))
+        self.clock.enter(Phase.EVALUATION)
+        if votes.failed:
+            self.leave_together(error)
+        return None if votes.leaving else step
+
+    def record_evaluation(self, metrics: dict[str, float], panel: list[PanelClip]) -> None:
+        """Tell the ledger of an evaluation."""
         captions = [
             {"key": clip.sample.key, "reference": clip.sample.caption, "caption": clip.caption}
             for clip in panel
         ]
-        session.run.record("evaluation", step=state.step, **metrics, captions=captions)
-    return metrics, is_best
-
-
-def record_samples(session: Session, step: Step) -> None:
-    """Note the tokens of the captions; name the samples that could not be used, and with `data.audit` all
-    samples, before the step is taken."""
-    for sample in step.samples:
-        session.caption_tokens[[token for token in sample.tokens.labels if token != IGNORED]] = True
-    about = {"step": step.number, "attempt": session.attempt, "rank": session.world.rank}
-    session.quarantine(step.rejected, step=step.number)
-    session.note_cut(step.samples)
-    if session.config.data.audit:
-        line = {**about, "keys": [sample.key for sample in step.samples]}
-        rejected = {"rejected": [one.key for one in step.rejected]} if step.rejected else {}
-        append_line(session.run.audit / f"rank-{session.world.rank:05d}.jsonl", line | rejected)
-
-
-def check_bad(session: Session, bad: int, first: int) -> None:
-    """Raises DataError if more samples were bad in this attempt, whose first step was `first`, than the
-    configuration allows."""
-    fraction = session.config.data.max_bad_fraction
-    if bad > fraction * max(1000, (session.state.step - first) * session.config.batch.global_size):
-        session.writer.finish()
-        reasons = session.explain([one for one in session.quarantined.values() if one.bad])
-        raise DataError(
-            f"{bad} samples could not be used, more than data.max_bad_fraction={fraction:g} allows. {reasons}"
+        self.session.run.ledger.record(
+            Evaluated(attempt=self.session.attempt, step=self.state.step, metrics=metrics, captions=captions)
         )
 
+    def save(self, reason: str) -> None:
+        """Begin to save in the background."""
+        self.clock.enter(Phase.SAVING)
+        self.session.save(reason, self.metrics)
+        self.metrics = {}
+        self.save_is_due, self.saved_at = False, time.monotonic()
 
-def check_loss(session: Session, spikes: SpikeWindow, taken: Taken, losses: float) -> None:
-    """Mark a step whose loss stands out, and name its samples. losses: sum over the tokens of the global
-    batch."""
-    loss = losses / max(1.0, taken.tokens)
-    if spikes.stands_out(loss):
-        record_keys(session, "spike", taken.step, loss=loss)
+    def save_and_leave(self) -> Outcome:
+        """Save, sooner than anything else, and wait until it is durable."""
+        self.clock.enter(Phase.SAVING)
+        if self.world.any(self.session.lease.lost):
+            self.give_way()
+        self.session.save("stop", self.metrics, urgent=True)
+        self.checkpoints.finish()
+        return Outcome.SAVED
 
+    def leave_together(self, error: Exception | None) -> NoReturn:
+        """Raise this rank's error, or that of a peer, once the checkpoint under way is durable."""
+        self.checkpoints.finish()
+        raise error or PeerFailed("another rank failed")
 
-def check_update(session: Session, update: Update, skips: int, step: Step) -> None:
-    """Note a skipped update (the gradient was not finite). Raises EarwitnessError if there were too many in a
-    row."""
-    if update.applied:
-        return
-    record_keys(session, "skip", step)
-    if skips > session.config.optim.max_skips:
-        session.writer.finish()
-        raise EarwitnessError(
-            f"the gradient was not finite {skips} times in a row, up to step {step.number}; stopped, as"
-            f" optim.max_skips says. The last checkpoint is from before; {session.run.events} names the"
-            " samples. A lower optim.lr or a longer warm-up often helps."
-        )
+    def give_way(self) -> NoReturn:
+        """Raise why this attempt must end: a checkpoint that could not be written, or a later attempt."""
+        self.checkpoints.finish()
+        self.session.lease.check()
+        raise PeerFailed("a later attempt has taken over")
 
+    def check_bad(self, bad: int) -> None:
+        """Raise DataError if too many samples were bad in this attempt. bad: of the step, over all ranks."""
+        self.bad_samples += bad
+        samples = (self.state.step - self.first_step) * self.config.batch.global_size
+        if self.records.too_many_bad(self.bad_samples, samples):
+            self.checkpoints.finish()
+            self.records.raise_bad(self.bad_samples)
 
-def record_keys(session: Session, event: str, step: Step, **about: float) -> None:
-    """Name all samples of a step in the ledger, in the order of lanes."""
-    gathered: Any = session.world.gather([sample.key for sample in step.samples])
-    if gathered is not None:
-        keys = [key for of_rank in gathered for key in of_rank]
-        session.run.record(event, step=step.number, **about, keys=keys)
+    def check_loss(self, taken: TakenStep, losses: float) -> None:
+        """Mark a step whose loss stands out, and name its samples. losses: sum over the tokens of the global
+        batch."""
+        loss = losses / max(1.0, taken.tokens)
+        if self.spikes.stands_out(loss):
+            keys = self.gather_keys(taken.step)
+            if keys is not None:
+                self.session.run.ledger.record(
+                    Spike(attempt=self.session.attempt, step=taken.step.number, loss=loss, keys=keys)
+                )
+
+    def check_update(self, update: Update, step: Step) -> None:
+        """Note a skipped update (the gradient was not finite). Raise EarwitnessError if there were too many
+        in a row."""
+        if update.applied:
+            self.skips_in_a_row = 0
+            return
+        self.skips_in_a_row += 1
+        keys = self.gather_keys(step)
+        if keys is not None:
+            self.session.run.ledger.record(Skipped(attempt=self.session.attempt, step=step.number, keys=keys))
+        if self.skips_in_a_row > self.config.optim.max_skips:
+            self.checkpoints.finish()
+            raise EarwitnessError(
+                f"the gradient was not finite {self.skips_in_a_row} times in a row, up to step {step.number};"
+                " stopped, as optim.max_skips says. The last checkpoint is from before;"
+                f" `python -m launch status {self.session.run.path} --events` names the samples (skip)."
+                " A lower optim.lr or a longer warm-up often helps."
+            )
+
+    def gather_keys(self, step: Step) -> list[str] | None:
+        """All samples of a step in the order of lanes, on rank 0; None on the others."""
+        by_rank = self.world.gather([sample.key for sample in step.samples])
+        return None if by_rank is None else [key for keys in by_rank for key in keys]
+
+    def close(self) -> None:
+        """Give up what is under way, and finish the curves."""
+        self.loader.close()
+        self.monitor.close()

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from configs.errors import CheckpointError, ConfigError, DataError, ShardError
-from configs.lease import Superseded
-from configs.rundir import RunDir
+from configs.run.events import Damaged, Mirrored, MirrorFailed, Restored
+from configs.run.folder import RunDir
+from configs.run.lease import Lease, Superseded
 from configs.schema import RunConfig
 from data.location import Location
 from data.retry import Trouble
@@ -34,11 +35,11 @@ T = TypeVar("T")
 class Mirror:
     """The copies of one run's checkpoints."""
 
-    def __init__(self, run: RunDir, config: RunConfig, fence: Callable[[], None]) -> None:
-        """fence: raises if this attempt may not write any more."""
+    def __init__(self, run: RunDir, config: RunConfig, lease: Lease) -> None:
+        """lease: the right of this attempt to write, which copies and deletes only as long as it lasts."""
         self.url = f"{(config.checkpoint.mirror or '').rstrip('/')}/{config.run.name}"
         self._run, self._settings, self._metric = run, config.checkpoint, config.evaluate.best_metric
-        self._fence = fence
+        self._fence, self._attempt = lease.check, lease.attempt
         self._begun_at: int | None = None
         self.copying: Path | None = None
         """What must not be deleted now."""
@@ -94,14 +95,16 @@ class Mirror:
         self._get(f"checkpoints/{name}", temporary)
         if problem := _damage(temporary):
             print(f"{self.url}/checkpoints/{name}: {problem}; trying the one before", flush=True)
-            self._run.record("damaged", folder=f"{self.url}/checkpoints/{name}", message=problem)
+            self._run.ledger.record(
+                Damaged(attempt=self._attempt, folder=f"{self.url}/checkpoints/{name}", message=problem)
+            )
             shutil.rmtree(temporary)
             return False
         if not (self._run.base / "config.json").is_file():
             self._get("base", self._run.base)
         temporary.rename(folder)
         print(f"{self._run.path}: had no checkpoint; {name} was brought back from {self.url}", flush=True)
-        self._run.record("restored", folder=name, mirror=self.url)
+        self._run.ledger.record(Restored(attempt=self._attempt, folder=name, mirror=self.url))
         return True
 
     def _work(self) -> None:
@@ -121,7 +124,11 @@ class Mirror:
                         flush=True,
                     )
                     with contextlib.suppress(OSError):
-                        self._run.record("mirror_failed", folder=folder.name, mirror=self.url, message=said)
+                        self._run.ledger.record(
+                            MirrorFailed(
+                                attempt=self._attempt, folder=folder.name, mirror=self.url, message=said
+                            )
+                        )
             finally:
                 self.copying = None
                 self._waiting.task_done()
@@ -145,12 +152,14 @@ class Mirror:
         size = sum(file.stat().st_size for file in files)
         for file in files:
             self._put(file, f"checkpoints/{folder.name}/{file.name}")
-        self._run.record(
-            "mirrored",
-            folder=folder.name,
-            mirror=self.url,
-            seconds=round(time.perf_counter() - began, 3),
-            bytes=size,
+        self._run.ledger.record(
+            Mirrored(
+                attempt=self._attempt,
+                folder=folder.name,
+                mirror=self.url,
+                seconds=round(time.perf_counter() - began, 3),
+                bytes=size,
+            )
         )
         self._retain({*names, folder.name})
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
 from configs.errors import ConfigError
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from configs.schema import Model
 from data.captions import prefix_tokens
 from trainer.weights import UNTRAINED, base_missing, take_weights
@@ -39,6 +39,11 @@ class Captioner:
     def config(self) -> WhisperConfig:
         """The model's config."""
         return self.model.config
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills up decoder inputs."""
+        return int(self.config.pad_token_id or 0)
 
     @property
     def frames(self) -> int:

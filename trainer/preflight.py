@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from configs.errors import EarwitnessError
-from configs.lease import file_system_time
-from configs.rundir import PACKAGES, RunDir
+from configs.errors import ConfigError, DataError, EarwitnessError, PeerFailed, UnfitNode
+from configs.run.events import Preflight
+from configs.run.folder import PACKAGES, RunDir
+from configs.run.lease import file_system_time
 from configs.schema import RunConfig
 from data import storage
 from data.sources import expand
-from trainer.distributed import PeerFailed, UnfitNode, World
+from trainer.distributed import World
 
 CODE = Path(__file__).parents[1]
 LEAST_FREE = 1 << 30
@@ -47,8 +48,13 @@ class Finding:
     node: str
     problems: dict[str, str]
     values: dict[str, Any]
-    fatal: int = 0
-    """The exit code of a problem that would be the same on any node (credentials)."""
+    error_type: type[EarwitnessError] = EarwitnessError
+    """Of a problem that would be the same on any node: DataError for credentials."""
+
+    @property
+    def is_fatal(self) -> bool:
+        """Whether another node would not help."""
+        return self.error_type is not EarwitnessError
 
 
 def look_over(config: RunConfig, run: RunDir, attempt: int, node: str, world: World) -> None:
@@ -65,7 +71,7 @@ def look_over(config: RunConfig, run: RunDir, attempt: int, node: str, world: Wo
     world.barrier()
     problems: dict[str, str] = {}
     values: dict[str, Any] = {"code": _code_digest(), "versions": _versions()}
-    fatal = 0
+    error_type = EarwitnessError
     checks: dict[str, Callable[[], None]] = {
         "file system": lambda: _sees(token, str(attempt)),
         "clock": lambda: _check_clock(token.parent),
@@ -81,24 +87,26 @@ def look_over(config: RunConfig, run: RunDir, attempt: int, node: str, world: Wo
             check()
         except Exception as error:
             problems[name] = str(error) or type(error).__name__
-            fatal = fatal or getattr(error, "exit_code", 0)
+            if isinstance(error, ConfigError | DataError):
+                error_type = type(error)
     reduced, seconds = _all_reduce(world)
     if reduced is not None:
         problems["all-reduce"] = reduced
-    findings: Any = world.gather(Finding(node, problems, values, fatal))
+    findings: Any = world.gather(Finding(node, problems, values, error_type))
     worst = _compare(findings) if findings is not None else None
     if world.share(worst is not None):
         raise worst or PeerFailed("a node is unfit; rank 0 names it")
     if world.rank == 0:
         token.unlink(missing_ok=True)
-        speeds = {"tflops": [round(f.values["tflops"], 1) for f in findings]} if "tflops" in values else {}
+        speeds = [round(f.values["tflops"], 1) for f in findings if "tflops" in f.values]
         gigabytes = ALL_REDUCE_BYTES / 1e9 / seconds
-        run.record(
-            "preflight",
-            attempt=attempt,
-            seconds=round(time.monotonic() - began, 2),
-            all_reduce_gb_per_second=round(gigabytes, 3),
-            **speeds,
+        run.ledger.record(
+            Preflight(
+                attempt=attempt,
+                seconds=round(time.monotonic() - began, 2),
+                all_reduce_gb_per_second=round(gigabytes, 3),
+                tflops=speeds,
+            )
         )
 
 
@@ -106,10 +114,8 @@ def _compare(findings: list[Finding]) -> EarwitnessError | None:
     """What is wrong with a node, or with all."""
     nodes = {finding.node for finding in findings}
     bad = [finding for finding in findings if finding.problems]
-    if bad and {finding.node for finding in bad} == nodes and (len(nodes) > 1 or bad[0].fatal):
-        error = EarwitnessError(f"before the start, on all nodes: {_words(bad[0])}")
-        error.exit_code = bad[0].fatal or 1
-        return error
+    if bad and {finding.node for finding in bad} == nodes and (len(nodes) > 1 or bad[0].is_fatal):
+        return bad[0].error_type(f"before the start, on all nodes: {_words(bad[0])}")
     if bad:
         return UnfitNode(bad[0].node, f"{bad[0].node} is unfit: {_words(bad[0])}")
     for what in ("code", "versions"):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from configs.errors import CheckpointError, ConfigError
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from trainer import checkpoint
 from trainer.checkpoint import Reader
 

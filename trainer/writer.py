@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from xxhash import xxh3_128
 
-from configs.errors import CheckpointError
-from configs.lease import Superseded
+from configs.errors import CheckpointError, PeerFailed
+from configs.run.lease import Superseded
 from trainer.checkpoint import (
     DIGEST_BLOCK,
     MANIFEST,
@@ -34,7 +34,7 @@ from trainer.checkpoint import (
     sync,
     write_synced,
 )
-from trainer.distributed import PeerFailed, World
+from trainer.distributed import World
 from trainer.engines import KINDS, Engine, Fragment
 
 POLL = 0.05
@@ -125,8 +125,10 @@ class Writer:
         `finish` does, for the one under way.
         """
         began = time.perf_counter()
-        if urgent and self._job and self.world.sum([self._job.progress])[0] < REPLACE_BELOW * self.world.size:
-            self._abandon()
+        if urgent and self._job:
+            (written,) = self.world.sum([self._job.progress])
+            if written < REPLACE_BELOW * self.world.size:
+                self._abandon()
         self.finish()
         self._snapshot.follow()
         self._job = _Job(self, self._snapshot, self._engine.fragments(), manifest, began)
@@ -149,16 +151,13 @@ class Writer:
         job = self._job
         if job is None:
             return
-        for part in (
-            job.written,
-            job.committed,
-        ):  # all must have written before it makes sense to wait for rank 0
-            while self.world.sum([not part.is_set()])[
-                0
-            ]:  # in short collectives: a disk may take longer than one may last
+        # All must have written before it makes sense to wait for rank 0.
+        for part in (job.written, job.committed):
+            # In short collectives: a disk may take longer than one may last.
+            while self.world.any(not part.is_set()):
                 if part.wait(POLL):
                     time.sleep(POLL / 5)
-            if self.world.sum([job.error is not None])[0]:
+            if self.world.any(job.error is not None):
                 self._fail(job)
             job.all_written.set()
         self._job = None
@@ -179,7 +178,7 @@ class Writer:
                 self.fence()
             except Superseded as error:
                 superseded = error
-        if self.world.sum([superseded is not None])[0]:
+        if self.world.any(superseded is not None):
             raise superseded or PeerFailed("a later attempt has taken over")
         if cause is None:
             raise PeerFailed("another rank could not write the checkpoint")

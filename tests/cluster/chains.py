@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from configs.rundir import RunDir, read_lines
+from configs.run.events import AttemptBegan, ChainEnded, Ended, Evaluated, Submitted
+from configs.run.folder import RunDir
 from slurm.chain import chain_jobs
 from tests.making import audit_of_attempts, config_values, run_program
 from tools.sandbox.slurm import Cluster
@@ -38,7 +39,7 @@ class Chain:
         """Submit; returns the first job."""
         done = self.launch("submit", self.config, *overrides)
         assert done.returncode == 0, done.stderr
-        return str(self.run.ledger("submitted")[-1]["job"])
+        return str(self.run.ledger.read().of(Submitted)[-1].job)
 
     def jobs(self) -> list[str]:
         """This run's jobs in the queue, as `2 RUNNING`."""
@@ -57,11 +58,9 @@ class Chain:
         """Wait until an attempt later than `after` has taken so many steps; returns its number."""
 
         def look() -> list[int]:
-            lines = [
-                line for line in read_lines(self.run.audit / "rank-00000.jsonl") if line["attempt"] > after
-            ]
-            last = max((line["attempt"] for line in lines), default=-1)
-            return [last] if sum(line["attempt"] == last for line in lines) >= steps else []
+            attempts = [line["attempt"] for line in self.run.audit.read().values if line["rank"] == 0]
+            last = max((attempt for attempt in attempts if attempt > after), default=-1)
+            return [last] if attempts.count(last) >= steps else []
 
         return self.wait(f"an attempt after {after} that trains", look)[0]
 
@@ -69,17 +68,17 @@ class Chain:
         """Wait until the chain has ended; returns why."""
 
         def look() -> list[dict[str, Any]]:
-            return [] if self.jobs() else self.run.ledger("chain_ended")
+            return [] if self.jobs() else self.run.ledger.read().of(ChainEnded)
 
         return str(self.wait("the end of the chain", look, seconds)[-1]["why"])
 
     def job(self) -> str:
         """The job of the newest attempt."""
-        return str(self.run.ledger("attempt")[-1]["job"])
+        return str(self.run.ledger.read().of(AttemptBegan)[-1].job)
 
     def nodes(self) -> list[str]:
         """The nodes of the newest attempt."""
-        return list(self.run.ledger("attempt")[-1]["nodes"])
+        return list(self.run.ledger.read().of(AttemptBegan)[-1].nodes)
 
     def pid(self, rank: int) -> int:
         """Process of a rank of the newest attempt."""
@@ -96,7 +95,7 @@ class Chain:
 
     def ends(self) -> list[tuple[str, str]]:
         """How the attempts ended: cause and words."""
-        return [(line["cause"], line["words"]) for line in self.run.ledger("ended")]
+        return [(line.cause, line.words) for line in self.run.ledger.read().of(Ended)]
 
     def audit(self) -> dict[int, list[str]]:
         """Keys by step; where two attempts hold one step, the later one counts."""
@@ -108,7 +107,8 @@ class Chain:
     def said(self) -> str:
         """All that is known, for a test that fails."""
         logs = [*sorted(self.run.slurm.glob("*.log")), *sorted(self.run.logs.glob("*/rank-00000.log"))[-2:]]
-        events = [str(line)[:300] for line in self.run.ledger() if line["event"] != "evaluation"]
+        history = self.run.ledger.read()
+        events = [str(event)[:300] for event in history.events if not isinstance(event, Evaluated)]
         return "\n".join(
             [
                 *events[-30:],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.run.events import AttemptBegan, CheckpointSaved
 from tests.cluster.chains import Chain, make_chain
 from tests.forks import Launcher
 from tests.making import audit
@@ -30,7 +31,7 @@ def preempt(chain: Chain) -> None:
 
 def time_limit(chain: Chain) -> None:
     """The limit of the job at work comes within the minute."""
-    elapsed = int(time.time() - chain.run.ledger("attempt")[-1]["time"])
+    elapsed = int(time.time() - chain.run.ledger.read().of(AttemptBegan)[-1].time)
     chain.cluster.run(
         "scontrol",
         "update",
@@ -116,7 +117,7 @@ def test_whatever_happens_it_goes_on_and_is_the_same_run(
         attempt = chain.training(attempt, steps=1)
         stepped, restarted, end = (
             time.time() - began,
-            chain.run.ledger("attempt")[-1]["time"] - began,
+            chain.run.ledger.read().of(AttemptBegan)[-1].time - began,
             chain.ends()[-1],
         )
         print(
@@ -130,7 +131,8 @@ def test_whatever_happens_it_goes_on_and_is_the_same_run(
         chain.training(attempt - 1)
     assert not fragile.mail
     check_the_same(chain, launch)
-    jobs = {line["chain"]: line["job"] for line in chain.run.ledger("attempt")}  # the last one of each chain
+    # The last one of each chain.
+    jobs = {line.chain: line.job for line in chain.run.ledger.read().of(AttemptBegan)}
     chain.wait("a mail for each of the two chains", lambda: len(fragile.mail) >= len(jobs))
     assert len(jobs) == len(fragile.mail) == 2
     for job, mail in zip(jobs.values(), fragile.mail, strict=True):
@@ -143,7 +145,7 @@ def check_the_same(chain: Chain, launch: Launcher) -> None:
     """Stop a run, let it take a few more steps, and compare it with one that nothing happened to."""
     done = chain.launch("stop", chain.run.path)
     assert done.returncode == 0 and "the chain has ended" in done.stdout, done.stderr
-    last = 3 + max(line["step"] for line in chain.run.ledger("checkpoint"))
+    last = 3 + max(line.step for line in chain.run.ledger.read().of(CheckpointSaved))
     assert chain.ends()[-1] == ("stopped", "stopped by `launch stop`")
     chain.submit(f"optim.max_steps={last}")
     assert chain.finished() == "finished"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import load
-from configs.rundir import read_lines
+from configs.run.events import AttemptBegan, ChainEnded, Ended
 from data.index import is_held_out, load_sidecar
 from data.sources import expand
 from tests.cluster.chains import make_chain
@@ -64,13 +64,13 @@ def test_a_crash_loop_stops_after_the_limit_and_says_why(
         and "max_attempts_without_progress" in why
     )
     assert [cause for cause, _ in chain.ends()] == ["error"] * 3
-    begun = [line["time"] for line in chain.run.ledger("attempt")]
-    assert begun[2] - chain.run.ledger("ended")[1]["time"] > 10, (
+    begun = [line.time for line in chain.run.ledger.read().of(AttemptBegan)]
+    assert begun[2] - chain.run.ledger.read().of(Ended)[1].time > 10, (
         "the second failure in a row is followed by a pause"
     )
     status = chain.launch("status", chain.run.path)
     assert "3 attempts failed in a row" in " ".join(status.stdout.split()), status.stdout
-    assert [line["why"] for line in told] == [why], "told once, at the end of the chain"
+    assert [line.why for line in told] == [why], "told once, at the end of the chain"
 
 
 def test_an_unfit_node_is_named_and_left_out(
@@ -92,7 +92,7 @@ def test_an_unfit_node_is_named_and_left_out(
         chain.ends()[0] == ("unfit_node", chain.ends()[0][1])
         and "n2 is unfit: clock: +100 s off" in chain.ends()[0][1]
     ), chain.said()
-    assert "n2" not in chain.nodes() and chain.run.ledger("attempt")[0]["nodes"] == ["n1", "n2"]
+    assert "n2" not in chain.nodes() and chain.run.ledger.read().of(AttemptBegan)[0].nodes == ["n1", "n2"]
 
 
 def test_a_drill_reports_seconds_to_save_to_restart_and_to_the_first_step(
@@ -190,7 +190,7 @@ def test_a_poisoned_sample_does_not_loop(cluster: Cluster, tmp_path: Path, model
     assert all(row["key"] in words for _, words in chain.ends()[:2])
     rejected = {key for taken in audit_of_attempts(chain.run.path).values() for key in taken.rejected}
     assert [key.rsplit("/", 1)[1] for key in rejected] == [row["key"]]
-    assert {line["reason"] for line in read_lines(chain.run.quarantine)} == {
+    assert {sample.reason for sample in chain.run.quarantine.read().samples} == {
         "its decoder crashed or never ended in 2 attempts"
     }
 
@@ -211,7 +211,7 @@ def test_two_runs_chain_side_by_side(
         chain.training(0)
     for chain in chains:
         check_the_same(chain, launch)
-    folders = [{str(line.get("job")) for line in chain.run.ledger("attempt")} for chain in chains]
+    folders = [{began.job for began in chain.run.ledger.read().of(AttemptBegan)} for chain in chains]
     assert len(folders[0]) == len(folders[1]) == 3 and not folders[0] & folders[1]
 
 
@@ -224,7 +224,7 @@ def test_without_resubmission_one_attempt_is_all(
     kill_rank(chain)
     chain.wait("the end of all jobs", lambda: not chain.jobs())
     assert chain.ends() == [("crash", chain.ends()[0][1])]
-    assert chain.run.ledger("chain_ended")[-1]["why"].startswith("crash")
+    assert chain.run.ledger.read().of(ChainEnded)[-1].why.startswith("crash")
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_a_job_that_requeues_itself_and_accounting_and_a_grace(
         happen(chain)
         attempt = chain.training(attempt)
     assert [cause for cause, _ in chain.ends()] == ["crash", "preempted"], chain.said()
-    assert len({line["job"] for line in chain.run.ledger("attempt")}) == 1
+    assert len({line.job for line in chain.run.ledger.read().of(AttemptBegan)}) == 1
     check_the_same(chain, launch)
     assert "COMPLETED" in accounted.run(
         "sacct", "--noheader", "--allocations", f"--jobs={chain.job()}", "--format=State"

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from configs.load import load
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from slurm.submit import submit, write_script
 from tests.cluster.chains import Chain, make_chain
 from tests.making import config_values, run_program

@@ -1,5 +1,5 @@
-"""`python -m tools.bench checkpoint|export|data|index`: what checkpoints, data and starts cost on this
-machine, in turn with what others offer.
+"""`python -m tools.bench checkpoint|export|data|index`: what checkpoints, data and starts cost here, in turn
+with what others offer.
 
 `checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2 and save the same state, the fp32
 weights and AdamW's two moments, in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds the

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from configs.rundir import RunDir
+from configs.run.folder import RunDir
 from configs.schema import RunConfig
 from data.batch import Batch
 from data.decode import SAMPLE_RATE
@@ -153,7 +153,7 @@ class Trainer:
 
     def _save_earwitness(self, number: int) -> Wait:
         assert self._writer
-        self._writer.save(Manifest(number, self.engine.updates(), {}))
+        self._writer.save(Manifest(step=number, updates=self.engine.updates(), identity={}))
         return self._writer.finish
 
     def _save_deepspeed(self, number: int) -> Wait:

@@ -9,11 +9,11 @@ from pathlib import Path
 from transformers import GenerationConfig, WhisperProcessor
 
 from configs.load import validate
+from configs.run.crash_journal import CrashJournal
 from data import dataset
 from data.batch import Batch, collate
 from data.captions import CaptionEncoder, prefix_tokens
 from data.features import log_mel
-from data.in_hand import InHand
 from data.loader import Loader
 from data.samples import SampleReader
 from tools.bench.readers import BATCH, MELS, SECONDS, SEED, Ready, Task
@@ -51,7 +51,7 @@ def batches(task: Task) -> Iterator[Batch]:
         max_seconds=SECONDS,
         overlong=config.data.overlong,
         seed=SEED,
-        in_hand=InHand(config.data.threads),
+        in_hand=CrashJournal(config.data.threads),
     )
     order = found.order(config, 100 * SECONDS)
     for step in Loader(

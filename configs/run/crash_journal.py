@@ -11,10 +11,11 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from configs.rundir import RunDir
+from configs.run.events import DeathInHand, Started
+from configs.run.folder import RunDir
 
 SLOT = struct.Struct("<Qd1008s")
 """Thread (0: the slot is free), begin, and key NUL shard in UTF-8: 1 KiB."""
@@ -38,22 +39,8 @@ class Held:
     key: str
 
 
-@dataclass(frozen=True)
-class Death:
-    """A sample that its decoder has not survived. how: as in "Segmentation fault"."""
-
-    attempt: int
-    rank: int
-    key: str
-    shard: str
-    how: str
-
-    def __str__(self) -> str:
-        return f"{self.how} while sample {self.key} of {self.shard} was decoded"
-
-
-class InHand:
-    """The record of one rank. Safe to use from as many threads as it has slots."""
+class CrashJournal:
+    """What one rank has in hand. Safe to use from as many threads as it has slots."""
 
     def __init__(self, slots: int, path: Path | None = None) -> None:
         """path: the file; without one the record ends with the process."""
@@ -87,13 +74,9 @@ class InHand:
         """What is being decoded, the longest first."""
         return sorted(_held(self._memory[:]), key=lambda held: held.began)
 
-    def record_endless(self, run: RunDir, attempt: int, rank: int, patience: float) -> list[Held]:
-        """Before a hung rank is ended: write into the ledger what has been in hand for longer than `patience`
-        seconds; the longest comes first."""
-        endless = [held for held in self.now() if time.monotonic() - held.began > patience]
-        for held in endless:
-            _record(run, Death(attempt, rank, held.key, held.shard, "never ended"))
-        return endless
+    def endless(self, seconds: float) -> list[Held]:
+        """What has been in hand for longer than that; the longest comes first."""
+        return [held for held in self.now() if time.monotonic() - held.began > seconds]
 
 
 def read(path: Path) -> list[Held]:
@@ -101,47 +84,44 @@ def read(path: Path) -> list[Held]:
     return _held(path.read_bytes())
 
 
-def deaths(run: RunDir, attempt: int) -> list[Death]:
+def deaths(run: RunDir, attempt: int) -> list[DeathInHand]:
     """The samples in the decoding of which a rank of this attempt has crashed.
 
     Other deaths (SIGKILL, an error) are not their fault: they only happened to be in hand; as were those of
     other threads than the one that crashed.
     """
-    found = []
-    for file in sorted(run.attempt_logs(attempt).glob("rank-*.fatal")):
-        crash = CRASH.search(file.read_text(errors="replace", encoding="utf-8"))
-        record = file.with_suffix(".inhand")
-        if crash and record.is_file():
-            rank = int(file.stem.removeprefix("rank-"))
-            found += [
-                Death(attempt, rank, held.key, held.shard, crash[1])
-                for held in read(record)
-                if held.thread == int(crash[2], 16)
-            ]
-    return found
+    deaths = []
+    for trace in sorted(run.attempt_logs(attempt).glob("rank-*.fatal")):
+        crash = CRASH.search(trace.read_text(errors="replace", encoding="utf-8"))
+        in_hand = trace.with_suffix(".inhand")
+        if crash is None or not in_hand.is_file():
+            continue
+        signal_name, thread = crash[1], int(crash[2], 16)
+        rank = int(trace.stem.removeprefix("rank-"))
+        deaths += [
+            DeathInHand(attempt=attempt, rank=rank, key=held.key, shard=held.shard, how=signal_name)
+            for held in read(in_hand)
+            if held.thread == thread
+        ]
+    return deaths
 
 
 def find_poisoned(run: RunDir, attempt: int) -> frozenset[str]:
     """Keys of the samples that are no longer tried. Writes into the ledger first what attempts before this
     one died of; one rank calls it."""
-    lines = run.ledger()
-    known = {(line["attempt"], line["rank"]) for line in lines if line["event"] == "death_in_hand"}
-    looked = max(
-        (line["attempt"] for line in lines if line["event"] == "start"), default=0
-    )  # it has itself looked at those before it
-    for before in range(looked, attempt):
+    history = run.ledger.read()
+    known = {(death.attempt, death.rank) for death in history.of(DeathInHand)}
+    # The last attempt that has started has itself looked at those before it.
+    last_look = max((started.attempt for started in history.of(Started)), default=0)
+    for before in range(last_look, attempt):
         for death in deaths(run, before):
             if (death.attempt, death.rank) not in known:
                 print(f"attempt {death.attempt}, rank {death.rank}: {death}", flush=True)
-                _record(run, death)
+                run.ledger.record(death)
     attempts: dict[str, set[int]] = {}
-    for line in run.ledger("death_in_hand"):
-        attempts.setdefault(line["key"], set()).add(line["attempt"])
-    return frozenset(key for key, of_key in attempts.items() if len(of_key) >= DEATHS)
-
-
-def _record(run: RunDir, death: Death) -> None:
-    run.record("death_in_hand", **asdict(death))
+    for death in run.ledger.read().of(DeathInHand):
+        attempts.setdefault(death.key, set()).add(death.attempt)
+    return frozenset(key for key, ended in attempts.items() if len(ended) >= DEATHS)
 
 
 def _held(memory: bytes) -> list[Held]:

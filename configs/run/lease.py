@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.errors import ConfigError, EarwitnessError
-from configs.rundir import RunDir
+from configs.run.causes import Cause
+from configs.run.folder import RunDir
 
 HEARTBEAT = 5.0
 """Seconds between two signs of life."""
@@ -30,6 +31,8 @@ EXPIRES = 60.0
 
 class Superseded(EarwitnessError):
     """A later attempt has taken over the run; this one leaves without saving."""
+
+    cause = Cause.SUPERSEDED
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,15 @@ def claim(run: RunDir, *, job: str = "", supersede: bool = False) -> Lease:
                 f" {now.seconds:.0f} s ago. Stop it there first; if it is dead, start again in"
                 f" {max(1, EXPIRES - now.seconds):.0f} s. A second run needs another run.name."
             )
-        attempt = max(run.next_attempt(), now.attempt + 1 if now else 0)
+        attempt = max(run.ledger.read().next_attempt, now.attempt + 1 if now else 0)
         mine = Holder(attempt, job, socket.gethostname(), 0 if job else os.getpid(), _system())
         _file(run, attempt).parent.mkdir(parents=True, exist_ok=True)
         if not _create(_file(run, attempt), json.dumps(asdict(mine))):
             continue
-        if any(file > _file(run, attempt) for file in _files(run)) or run.next_attempt() > attempt:
+        if (
+            any(file > _file(run, attempt) for file in _files(run))
+            or run.ledger.read().next_attempt > attempt
+        ):
             _file(run, attempt).unlink(missing_ok=True)
             continue
         for file in _files(run):
