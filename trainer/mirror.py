@@ -43,9 +43,8 @@ class Mirror:
         self._begun_at: int | None = None
         self.copying: Path | None = None
         """What must not be deleted now."""
-        self._waiting: queue.LifoQueue[Path] = (
-            queue.LifoQueue()
-        )  # the newest first: while it is copied, others may become superfluous
+        # The newest first: while it is copied, others may become superfluous.
+        self._waiting: queue.LifoQueue[Path] = queue.LifoQueue()
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
 
     def begin(self, step: int) -> None:
