@@ -103,7 +103,7 @@ def save(
 
     def work(world: World) -> None:
         one = Writer(root, 0, PlainEngine(step, world.rank, size), world, SHAPES, **hooks)
-        one.save(Manifest(step, step, {}, metrics=metrics or {}))
+        one.save(Manifest(step=step, updates=step, identity={}, metrics=metrics or {}))
         one.finish()
 
     return on_ranks(size, work)
@@ -155,7 +155,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         writer._Job, "_write", lambda job, write=writer._Job._write: go.wait(30) and write(job)
     )
     one = Writer(tmp_path, 0, engine, Threads(0, 1, torch.device("cpu"), Meeting(1)), SHAPES)
-    one.save(Manifest(1, 1, {}))
+    one.save(Manifest(step=1, updates=1, identity={}))
     one.hold()
     for kinds in engine.state.values():
         kinds["master"].zero_()
@@ -185,13 +185,13 @@ def test_an_urgent_save_replaces_one_that_has_far_to_go(
         one = Writer(root, 0, PlainEngine(1), world, SHAPES)
         if far:
             monkeypatch.setattr(writer, "xxh3_128", lambda one=one: Hesitant(one))
-        one.save(Manifest(1, 1, {}))
+        one.save(Manifest(step=1, updates=1, identity={}))
         if not far:
             job = one._job
             while job.progress < 0.99:
                 assert not job.abandoned.wait(0.001)
         monkeypatch.undo()
-        one.save(Manifest(2, 2, {}), urgent=True)
+        one.save(Manifest(step=2, updates=2, identity={}), urgent=True)
         one.finish()
         assert names(root) == (["step-00000002"] if far else ["step-00000001", "step-00000002"])
 

@@ -261,7 +261,7 @@ def test_a_change_on_purpose_begins_a_new_epoch_and_stays(course, whole, launch)
     manifest = Reader(checkpoint.find(run.checkpoints)[0]).manifest
     assert manifest.epoch_base == (STOPPED, 1)
     (told,) = run.ledger.read().of(Changed)
-    assert told["what"] == ["run.seed: 7 -> 8"] and told["epoch_base"] == [STOPPED, 1]
+    assert told.what == ["run.seed: 7 -> 8"] and told.epoch_base == (STOPPED, 1)
     assert launch(course.config(run.path.name, run={"seed": 8}, **longer), procs=3).returncode == 0
     assert Reader(checkpoint.find(run.checkpoints)[0]).manifest.epoch_base == (STOPPED, 1)
     steps = audit(run.path)

@@ -111,10 +111,7 @@ def test_a_missing_caption_key_names_source_sample_and_the_keys_that_are_there(
         in done.stderr
     )
     assert "is data.sources.NAME.caption_key right?" in done.stderr
-    reasons = [
-        json.loads(line)["reason"]
-        for line in (tmp_path / "run/quarantine.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    reasons = [sample.reason for sample in RunDir(tmp_path / "run").quarantine.read().samples]
     assert reasons and all(
         "no caption under 'text.en' (keys there: licence, caption)" in reason for reason in reasons
     )
@@ -340,7 +337,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(
 def test_a_port_in_use(tmp_path: Path, model: Path, shards: str) -> None:
     config = validate(config_values("run", tmp_path, model, shards), "test")
     run = RunDir.create(config)
-    run.ask(config)
+    run.proposal.propose(config)
     lease = claim(run)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
