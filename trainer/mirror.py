@@ -173,8 +173,7 @@ class Mirror:
         self._put(self._run.config, "config.yaml")
 
     def _retain(self, names: set[str]) -> None:
-        """Of the complete copies keep those that the run's own folder would, and delete what broken ones have
-        left."""
+        """Keep the complete copies that the run's own folder would keep; delete the others, and broken ones."""
         self._fence()
         manifests = self._manifests(names)
         kept = names - set(checkpoint.superfluous(manifests, self._settings, self._metric))
@@ -183,7 +182,7 @@ class Mirror:
                 self._remove(name)
 
     def _manifests(self, names: Iterable[str]) -> dict[str, Manifest]:
-        """Of those copies whose manifest can be read: others are damaged, or of another version."""
+        """Manifests of those copies where it can be read: others are damaged, or of another version."""
         manifests = {}
         for name in names:
             path = f"checkpoints/{name}/{MANIFEST}"
