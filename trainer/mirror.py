@@ -173,7 +173,7 @@ class Mirror:
         self._put(self._run.config, "config.yaml")
 
     def _retain(self, names: set[str]) -> None:
-        """Keep the complete copies that the run's own folder would keep; delete the others, and broken ones."""
+        """Keep the complete copies that the run's own folder would keep, and delete all else."""
         self._fence()
         manifests = self._manifests(names)
         kept = names - set(checkpoint.superfluous(manifests, self._settings, self._metric))
