@@ -66,15 +66,15 @@ class SampleReader:
         max_seconds: float,
         overlong: Literal["skip", "crop"],
         seed: int,
-        in_hand: CrashJournal,
+        crash_journal: CrashJournal,
         poisoned: frozenset[str] = frozenset(),
         same_crops: bool = False,
     ) -> None:
-        """in_hand: where to note what is being decoded; poisoned: keys of samples whose decoder must not be
+        """crash_journal: notes what is being decoded; poisoned: keys of samples whose decoder must not be
         tried again; same_crops: an overlong clip is cropped alike at all steps."""
         self.index, self.encoder, self.overlong, self.seed = index, encoder, overlong, seed
         self.same_crops = same_crops
-        self.in_hand, self.poisoned = in_hand, poisoned
+        self.crash_journal, self.poisoned = crash_journal, poisoned
         self.max_length = round(max_seconds * SAMPLE_RATE)
         names = ("shard", "source", "audio_offset", "audio_size", "text_offset", "text_size", "crc32")
         self._columns = {name: index.column(name) for name in names}
@@ -116,7 +116,7 @@ class SampleReader:
             caption = find_caption(text, shard.source.caption_key)
             tokens = self.encoder.encode(caption, shard.source.style)
             ending = self.index.text("ending", row)
-            with self.in_hand.holding(key, shard.location.url):
+            with self.crash_journal.holding(key, shard.location.url):
                 whole = decode(audio, ending, lambda seconds: self._fit(seconds, row, step))
         except BadSample as error:
             return Rejected(key, str(error), bad=not isinstance(error, Skipped))

@@ -1,1 +1,1 @@
-"""Jobs: what a signal means to a running rank."""
+"""Jobs: script and submission, what a rank knows of its job, signals, the chain of attempts, the watchdog."""

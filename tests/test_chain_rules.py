@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from configs.errors import DataError, EarwitnessError, UnfitNode
+from configs.ports import free_ports
 from configs.run.causes import Cause
 from configs.run.events import CouldNotBegin, Ended
 from configs.schema import Slurm
-from launch.local import _free_port
 from slurm.chain import MISFORTUNES_WITHOUT_PROGRESS, decide
 from slurm.watchdog import Sign, explain
 from trainer import distributed, preflight
@@ -205,7 +205,7 @@ def test_what_differs_from_the_others_is_unfit_and_what_all_have_is_not_a_nodes_
 
 def test_a_node_whose_ranks_do_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
     patience, others = timedelta(seconds=2), []
 
     def come(rank: int) -> None:

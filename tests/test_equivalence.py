@@ -168,7 +168,7 @@ def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
         max_seconds=captioner.frames / 100,
         overlong="skip",
         seed=config.run.seed,
-        in_hand=CrashJournal(1),
+        crash_journal=CrashJournal(1),
     )
     lanes = order.lanes(0, rank_lanes(0, 1, GLOBAL))
     masters = {name: p.detach().clone().requires_grad_() for name, p in captioner.trained.items()}

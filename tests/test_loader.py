@@ -79,7 +79,7 @@ def opened(model: Path, tmp_path: Path) -> Open:
             max_seconds=longest,
             overlong=config.data.overlong,
             seed=config.run.seed,
-            in_hand=CrashJournal(8),
+            crash_journal=CrashJournal(8),
         )
         return samples, found.order(config, 100 * WINDOW_SECONDS)
 

@@ -35,7 +35,7 @@ SOON = {"give_up": 1.0}
 """Who does not answer is given up after a second."""
 
 
-class Place:
+class Copies:
     """Where copies lie: paths below the mirror's URL, read with a client that remembers nothing."""
 
     def __init__(self, url: str, env: dict[str, str]) -> None:
@@ -71,7 +71,7 @@ class Place:
 class Mirrored(Course):
     """Runs with a mirror."""
 
-    place: Place
+    place: Copies
 
     def config(self, name: str, steps: int, **sections: dict[str, Any]) -> dict[str, Any]:
         own = {
@@ -128,10 +128,10 @@ def course(
 ) -> Mirrored:
     folder = tmp_path_factory.mktemp("mirror")
     if request.param == "folder":
-        return Mirrored(folder, model, shards, launch, Place(f"{folder}/copies", {}))
+        return Mirrored(folder, model, shards, launch, Copies(f"{folder}/copies", {}))
     server = request.getfixturevalue("s3_server")
     server.client().create_bucket(Bucket="copies")
-    return Mirrored(folder, model, shards, launch, Place("s3://copies/runs", server.environment))
+    return Mirrored(folder, model, shards, launch, Copies("s3://copies/runs", server.environment))
 
 
 @pytest.fixture(scope="module")
@@ -215,21 +215,21 @@ def test_the_metrics_of_an_evaluation_after_the_copy_are_copied_too(course: Mirr
     course.same("evaluated")
 
 
-def flip_a_byte(place: Place, folder: str) -> None:
+def flip_a_byte(place: Copies, folder: str) -> None:
     content = bytearray(place.read(name := f"{folder}/rank-00001-of-00002.safetensors"))
     content[len(content) // 2] ^= 1
     place.write(name, bytes(content))
 
 
-def cut_off(place: Place, folder: str) -> None:
+def cut_off(place: Copies, folder: str) -> None:
     place.write(name := f"{folder}/rank-00000-of-00002.safetensors", place.read(name)[:1000])
 
 
-def without_a_file(place: Place, folder: str) -> None:
+def without_a_file(place: Copies, folder: str) -> None:
     place.remove(f"{folder}/rank-00000-of-00002.safetensors")
 
 
-def half_a_manifest(place: Place, folder: str) -> None:
+def half_a_manifest(place: Copies, folder: str) -> None:
     place.write(name := f"{folder}/manifest.json", place.read(name)[:200])
 
 

@@ -69,7 +69,7 @@ class Loaders:
             max_seconds=min(window_seconds, data.max_seconds or window_seconds),
             overlong=data.overlong,
             seed=self.config.run.seed,
-            in_hand=self.crash_journal,
+            crash_journal=self.crash_journal,
             poisoned=self.poisoned,
             same_crops=validation,
         )
