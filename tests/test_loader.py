@@ -348,7 +348,10 @@ def test_a_shard_that_went_away_is_an_error_that_names_it(
     assert str(shard) in str(error_of(found))
 
 
-def test_undecoded_bytes_stay_within_the_read_ahead(opened: Open, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weight", "batch"), [(1.0, 1), (2.0, 2)], ids=["once", "twice, in two lanes"])
+def test_undecoded_bytes_stay_within_the_read_ahead(
+    opened: Open, tmp_path: Path, weight: float, batch: int
+) -> None:
     noise = np.random.default_rng(0).integers(-9999, 9999, 160_000).astype(np.int16)
     audio = BytesIO()
     soundfile.write(audio, noise, 16_000, format="WAV")  # 10 s, 320 kB
@@ -358,7 +361,7 @@ def test_undecoded_bytes_stay_within_the_read_ahead(opened: Open, tmp_path: Path
         for ending, data in [("wav", audio.getvalue()), ("json", b'{"caption": "Noise."}')]
     ]
     write_tar(tmp_path / "one" / "long.tar", members)
-    found = opened(f"{tmp_path}/one/*.tar", weight=1.0, batch=1, overlong="crop", shuffle_window=256)
+    found = opened(f"{tmp_path}/one/*.tar", weight=weight, batch=batch, overlong="crop", shuffle_window=256)
     tracemalloc.start()
     held = [
         tracemalloc.get_traced_memory()[0] for _ in loader(found, steps=range(40), threads=1, read_ahead_mb=1)
