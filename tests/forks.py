@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ import yaml
 
 from configs.errors import run_command
 from configs.run.folder import RunDir
+from data import retry
 from launch import local, worker
 from launch.__main__ import app
 from tests.making import ROOT
@@ -145,6 +146,7 @@ def command(request: dict[str, Any]) -> None:
     os.environ |= request["env"]
     for descriptor, path in enumerate(request["outputs"], 1):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
+    retry.LIMITS = replace(retry.LIMITS, **request["limits"])
     kill, procs = Kill(**request["kill"]) if request["kill"] else None, request["procs"]
     ranks = [Rank(rank, procs, kill, request["before"]) for rank in range(procs)]
     local._start = lambda run, attempt, rank, procs, port: ranks[rank].begin(run, attempt, port)
@@ -196,9 +198,11 @@ class Launcher:
         kill: Kill | None = None,
         before: str = "",
         env: dict[str, str] | None = None,
+        limits: dict[str, float] | None = None,
     ) -> Done:
         """Train; `config`: a file, or the values for one, which is left beside the run's folder. before: a
-        function (`module:name`) that each rank calls before it works."""
+        function (`module:name`) that each rank calls before it works; limits: of what is waited for in
+        storage, where they are not the usual ones."""
         assert self._process.stdin and self._process.stdout
         if isinstance(config, dict):
             path = Path(f"{config['run']['dir']}.yaml")
@@ -216,6 +220,7 @@ class Launcher:
                 "kill": trap,
                 "before": before,
                 "env": env or {},
+                "limits": limits or {},
             }
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()

@@ -18,7 +18,7 @@ from data import dataset
 from data.batch import Sample
 from data.captions import CaptionEncoder
 from data.index import TRAINING, VALIDATION, index_shard
-from data.samples import Samples
+from data.samples import SampleReader
 from tests import shards as small
 from tests.making import config_values
 
@@ -140,7 +140,9 @@ def test_a_sample_is_prompted_with_the_style_of_its_own_source(model: Path, tmp_
     encoder = CaptionEncoder(
         tokenizer, [7], positions=64, long_caption="truncate", styles=list(styles.values())
     )
-    samples = Samples(index, encoder, max_seconds=2.0, overlong="skip", seed=0, in_hand=CrashJournal(1))
+    samples = SampleReader(
+        index, encoder, max_seconds=2.0, overlong="skip", seed=0, crash_journal=CrashJournal(1)
+    )
     for row in range(len(index)):
         sample = samples.load(row)
         assert isinstance(sample, Sample)

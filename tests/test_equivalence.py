@@ -22,7 +22,7 @@ from data.captions import IGNORED, CaptionEncoder
 from data.features import log_mel
 from data.index import Index
 from data.order import rank_lanes
-from data.samples import Samples
+from data.samples import SampleReader
 from tests.forks import Launcher
 from tests.making import audit, config_values, make_clips, run_program
 from trainer import checkpoint, model
@@ -194,13 +194,13 @@ class Plain:
         encoder = CaptionEncoder(
             self.captioner.processor.tokenizer, self.captioner.prefix, positions=64, long_caption="truncate"
         )
-        samples = Samples(
+        samples = SampleReader(
             index,
             encoder,
             max_seconds=self.captioner.frames / 100,
             overlong="skip",
             seed=self.config.run.seed,
-            in_hand=CrashJournal(1),
+            crash_journal=CrashJournal(1),
         )
         return [samples.load(int(row)) for row in rows]
 

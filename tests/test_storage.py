@@ -21,10 +21,10 @@ from fsspec.callbacks import Callback
 
 from configs.errors import ConfigError, DataError, ShardError
 from configs.schema import Source
-from data import patience, storage
+from data import retry, storage
 from data.index import index_shard
 from data.location import Location, open_filesystem
-from data.patience import STATS, Limits
+from data.retry import STATS, Limits
 from data.sources import Shard
 from data.upload import upload
 from tools.sandbox import faults, s3
@@ -35,7 +35,15 @@ MB = 1 << 20
 SIZE = 6 * MB
 START, END = 1000, SIZE - 5
 QUICK = Limits(
-    answer=1.0, stall=0.6, window=0.8, rate=64e3, hedge=0.3, patience=4.0, tell=1.0, pause=(0.02, 0.1)
+    answer=1.0,
+    stall=0.6,
+    window=0.8,
+    rate=64e3,
+    hedge=0.3,
+    give_up=4.0,
+    warn=1.0,
+    first_pause=0.02,
+    longest_pause=0.1,
 )
 
 
@@ -74,7 +82,7 @@ def bucket(s3_server: s3.Server) -> Iterator[Bucket]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
     if not os.environ.get("EARWITNESS_REAL_LIMITS"):  # docs/data.md has the figures of those
-        monkeypatch.setattr(patience, "LIMITS", QUICK)
+        monkeypatch.setattr(retry, "LIMITS", QUICK)
     bucket.proxy.set()
     STATS.clear()
 
@@ -278,7 +286,7 @@ def test_where_nothing_comes_for_long_it_ends_with_what_was_tried(
         ),
     ):
         storage.read(bucket.location(), START, END)
-    assert QUICK.patience < time.monotonic() - began < QUICK.patience + 3
+    assert QUICK.give_up < time.monotonic() - began < QUICK.give_up + 3
     assert "goes on trying" in capfd.readouterr().err  # before it gives up
 
 
@@ -365,7 +373,7 @@ def test_an_upload_that_goes_on_is_not_given_up(
     put = filesystem._put_file
 
     async def slow(file: str, path: str, callback: Callback) -> None:
-        await asyncio.sleep(QUICK.patience / 2 + 0.2)
+        await asyncio.sleep(QUICK.give_up / 2 + 0.2)
         callback.relative_update(1)
         took.append(path)
         if len(took) < 3:

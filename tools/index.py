@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.errors import ConfigError, DataError, EarwitnessError, run_command
 from data.index import Sidecar, index_shard, load_sidecar, sidecar_location
-from data.patience import STATS
+from data.retry import STATS
 from data.sources import Shard, expand
 from data.storage import find
 from tools.arguments import CaptionKey, ShardsOrConfig, Threads, named_data

@@ -17,7 +17,7 @@ from fsspec.core import split_protocol
 from configs.errors import ConfigError, EarwitnessError
 from configs.schema import public
 from data.location import Location, open_filesystem
-from data.patience import Trouble
+from data.retry import Trouble
 from data.upload import upload
 
 ABANDONED = timedelta(days=1)

@@ -72,7 +72,7 @@ import typer
 from configs.errors import EarwitnessError, run_command
 from configs.ports import free_ports
 from tools.bench import data, starts
-from tools.bench.data import Form, Place, Reader
+from tools.bench.data import Form, Pipeline, Store
 from tools.bench.ranks import SECONDS
 from tools.bench.report import ROOT, Figures, Summary, aims, describe, environment, report, say, summary
 from tools.sandbox import s3
@@ -143,7 +143,7 @@ Dir = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-ALL_FORMS, ALL_PLACES, ALL_READERS = list(Form), list(Place), list(Reader)
+ALL_FORMS, ALL_PLACES, ALL_READERS = list(Form), list(Store), list(Pipeline)
 
 
 @app.command("checkpoint")
@@ -222,10 +222,10 @@ def bench_data(
     ] = 256,
     format: Annotated[list[Form], typer.Option(help="Of the clips; may be given several times.")] = ALL_FORMS,
     place: Annotated[
-        list[Place], typer.Option(help="Where they lie; may be given several times.")
+        list[Store], typer.Option(help="Where they lie; may be given several times.")
     ] = ALL_PLACES,
     reader: Annotated[
-        list[Reader], typer.Option(help="What reads them; may be given several times.")
+        list[Pipeline], typer.Option(help="What reads them; may be given several times.")
     ] = ALL_READERS,
     rounds: Rounds = 3,
     dir: Dir = Path(),

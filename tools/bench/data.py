@@ -28,8 +28,8 @@ from tools.sandbox import faults, s3
 from tools.sandbox.whisper import make_whisper
 
 
-class Reader(StrEnum):
-    """The modules of tools/bench/readers."""
+class Pipeline(StrEnum):
+    """The ways from shards to batches: the modules of tools/bench/readers."""
 
     earwitness = "earwitness"
     waveforms = "waveforms"
@@ -38,11 +38,11 @@ class Reader(StrEnum):
     litdata = "litdata"
 
 
-NEEDED = {Reader.webdataset: "webdataset", Reader.datasets: "torchcodec", Reader.litdata: "litdata"}
+NEEDED = {Pipeline.webdataset: "webdataset", Pipeline.datasets: "torchcodec", Pipeline.litdata: "litdata"}
 """The package that a reader needs, if it is none of Earwitness' own."""
 INSTALL = {
-    Reader.datasets: "pip install datasets torchcodec==0.13.0",
-    Reader.litdata: "pip install litdata; pip uninstall torchvision",
+    Pipeline.datasets: "pip install datasets torchcodec==0.13.0",
+    Pipeline.litdata: "pip install litdata; pip uninstall torchvision",
 }
 """Commands that were tried with torch 2.13 for CPUs: later torchcodecs need CUDA, and transformers cannot be
 imported beside the torchvision that litdata brings."""
@@ -79,7 +79,7 @@ class Form(StrEnum):
         }[self]
 
 
-class Place(StrEnum):
+class Store(StrEnum):
     """Where shards lie; `s3` and `far`: behind a proxy, which answers as the server does, or after 50 ms with
     75 MB/s per connection."""
 
@@ -100,7 +100,7 @@ class _Clips:
     """File of the clip with the key 000000."""
 
 
-def missing(readers: Sequence[Reader]) -> dict[Reader, str]:
+def missing(readers: Sequence[Pipeline]) -> dict[Pipeline, str]:
     """Those readers that are not installed, each with the command that installs it."""
     return {
         reader: INSTALL[reader]
@@ -114,8 +114,8 @@ def measure(
     clips: int,
     rounds: int,
     forms: Sequence[Form],
-    places: Sequence[Place],
-    readers: Sequence[Reader],
+    places: Sequence[Store],
+    readers: Sequence[Pipeline],
 ) -> dict[str, Summary]:
     """Measure readers in turn; returns a summary for each form, place and reader. clips: a multiple of the
     batch."""
@@ -131,18 +131,18 @@ def measure(
         client = server.client()
         client.create_bucket(Bucket=BUCKET)
         variables_for = {
-            Place.local: {},
-            Place.s3: server.environment | {"AWS_ENDPOINT_URL": near.endpoint},
-            Place.far: server.environment | {"AWS_ENDPOINT_URL": far.endpoint},
+            Store.local: {},
+            Store.s3: server.environment | {"AWS_ENDPOINT_URL": near.endpoint},
+            Store.far: server.environment | {"AWS_ENDPOINT_URL": far.endpoint},
         }
         for form in forms:
             say(f"{clips} clips: {form.value}")
-            made = _make(work / form.value, form, clips, chunks=Reader.litdata in readers)
-            if any(place is not Place.local for place in places):
+            made = _make(work / form.value, form, clips, chunks=Pipeline.litdata in readers)
+            if any(place is not Store.local for place in places):
                 for file in filter(Path.is_file, (work / form.value).glob("*/*")):
                     client.upload_file(str(file), BUCKET, str(file.relative_to(work)))
             for place in places:
-                root = str(work) if place is Place.local else f"s3://{BUCKET}"
+                root = str(work) if place is Store.local else f"s3://{BUCKET}"
                 shards = [f"{root}/{file.relative_to(work)}" for file in sorted(made.shards.iterdir())]
                 task = {
                     "model": str(model),

@@ -25,7 +25,7 @@ from data.index import SCHEMA, save_sidecar
 from data.loader import Loader
 from data.location import Location
 from data.order import rank_lanes
-from data.samples import Samples
+from data.samples import SampleReader
 from data.sources import Shard
 from data.upload import write
 from tools.bench.report import ROOT, Figures
@@ -239,13 +239,13 @@ class _Start:
 
     def plan(self, part: float) -> None:
         """Plan what is read first when that part of an epoch is over."""
-        samples = Samples(
+        samples = SampleReader(
             self.dataset.training,
             NOT_NEEDED,
             max_seconds=SECONDS,
             overlong="skip",
             seed=0,
-            in_hand=NOT_NEEDED,
+            crash_journal=NOT_NEEDED,
         )
         loader = Loader(
             samples,

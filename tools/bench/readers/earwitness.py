@@ -15,7 +15,7 @@ from data.batch import Batch, collate
 from data.captions import CaptionEncoder, prefix_tokens
 from data.features import log_mel
 from data.loader import Loader
-from data.samples import Samples
+from data.samples import SampleReader
 from tools.bench.readers import BATCH, MELS, SECONDS, SEED, Ready, Task
 
 
@@ -46,13 +46,13 @@ def batches(task: Task) -> Iterator[Batch]:
         positions=64,
         long_caption="truncate",
     )
-    samples = Samples(
+    samples = SampleReader(
         clips.training,
         encoder,
         max_seconds=SECONDS,
         overlong=config.data.overlong,
         seed=SEED,
-        in_hand=CrashJournal(config.data.threads),
+        crash_journal=CrashJournal(config.data.threads),
     )
     order = clips.order(config, 100 * SECONDS)
     loader = Loader(
