@@ -195,7 +195,8 @@ def save(trainer: Trainer, rounds: int, methods: Sequence[str]) -> dict[str, Any
 
 def main(work: Path, action: str, *arguments: str) -> None:
     """Do as a rank what the command line says."""
-    world = distributed.start(["here"] * int(os.environ["WORLD_SIZE"]))
+    device = distributed.choose_device(int(os.environ["LOCAL_RANK"]), "here", None)
+    world = distributed.start(["here"] * int(os.environ["WORLD_SIZE"]), device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
     trainer = Trainer(work, world)
     found = trainer.load(*arguments) if action == "load" else save(trainer, int(arguments[0]), arguments[1:])
