@@ -72,16 +72,11 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     from trainer.preflight import look_over
     from trainer.start import Start, StopRequested
 
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
-    gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if (
-        in_job() and config.slurm.gpus_per_node > 0 and gpus <= (local_rank if gpus != 1 else 0)
-    ):  # one: the site binds each rank to its own
-        raise UnfitNode(
-            node_name(), f"{node_name()}: only {gpus} of {config.slurm.gpus_per_node} GPUs answer"
-        )
-    world = distributed.start(nodes)
+    torch.set_num_threads(_cores_of_rank(ranks_of_node=nodes.count(nodes[rank])))
+    device = distributed.choose_device(
+        int(os.environ["LOCAL_RANK"]), node_name(), config.slurm.gpus_per_node if in_job() else None
+    )
+    world = distributed.start(nodes, device)
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
     grace = config.slurm.signal_seconds if in_job() else None
@@ -170,6 +165,12 @@ def _node_of_each_rank(run: RunDir, attempt: int) -> list[str]:
     began = run.ledger.read().last(AttemptBegan, attempt)
     nodes = began.nodes if began else [node_name()]
     return [nodes[rank * len(nodes) // ranks] for rank in range(ranks)]
+
+
+def _cores_of_rank(ranks_of_node: int) -> int:
+    """How many of the node's cores this rank may use."""
+    cores_of_node = os.cpu_count() or 1
+    return max(1, min(len(os.sched_getaffinity(0)), cores_of_node // ranks_of_node))
 
 
 @contextmanager

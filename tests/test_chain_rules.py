@@ -5,19 +5,17 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
-from typing import Any
 
 import pytest
 
-from configs.errors import DataError, EarwitnessError, UnfitNode
+from configs.errors import UnfitNode
 from configs.ports import free_ports
 from configs.run.causes import Cause
 from configs.run.events import CouldNotBegin, Ended
 from configs.schema import Slurm
 from slurm.chain import MISFORTUNES_WITHOUT_PROGRESS, decide
 from slurm.watchdog import Sign, explain
-from trainer import distributed, preflight
-from trainer.preflight import Finding
+from trainer import distributed
 
 NOW = 1e6
 SETTINGS = Slurm(nodes=2, exclude_minutes=60, max_attempts_without_progress=3)
@@ -163,44 +161,6 @@ def test_a_hang_is_the_fault_of_who_is_silent_then_of_who_has_not_arrived(
 ) -> None:
     hang = explain(signs, NODES)
     assert (hang.node, hang.suspects) == (node, suspects) and words in hang.words
-
-
-def finding(
-    node: str, problem: str = "", error_type: type[EarwitnessError] = EarwitnessError, **values: Any
-) -> Finding:
-    problems = {"clock": problem} if problem else {}
-    return Finding(node, problems, {"code": "c0de", "versions": "torch 2", **values}, error_type)
-
-
-@pytest.mark.parametrize(
-    ("findings", "node", "words"),
-    [
-        ([finding("n1"), finding("n2", "+100 s off")], "n2", "n2 is unfit: clock: +100 s off"),
-        (
-            [finding("n1"), finding("n2"), finding("n3", versions="torch 1")],
-            "n3",
-            "n3 has other versions than most: torch 1 instead of torch 2",
-        ),
-        (
-            [finding(f"n{number}", tflops=speed) for number, speed in enumerate([600.0, 610.0, 300.0])],
-            "n2",
-            "n2: a GPU does 300 TFLOP/s",
-        ),
-        ([finding("n1", "off"), finding("n2", "off")], None, "before the start, on all nodes: clock: off"),
-        ([finding("n1", "no such key", error_type=DataError)], None, "on all nodes: clock: no such key"),
-        (
-            [finding("n1", "off")],
-            "n1",
-            "n1 is unfit",
-        ),  # of one node nobody knows whether another one would do
-    ],
-)
-def test_what_differs_from_the_others_is_unfit_and_what_all_have_is_not_a_nodes_fault(
-    findings: list[Finding], node: str | None, words: str
-) -> None:
-    error = preflight._compare(findings)
-    assert words in str(error) and getattr(error, "node", None) == node
-    assert isinstance(error, DataError) == (findings[0].error_type is DataError)
 
 
 def test_a_node_whose_ranks_do_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

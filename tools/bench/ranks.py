@@ -222,7 +222,8 @@ def save(trainer: Trainer, rounds: int, methods: Sequence[str]) -> dict[str, Any
 
 def main(work: Path, action: str, *arguments: str) -> None:
     """Do the part of one rank."""
-    world = distributed.start(["here"] * int(os.environ["WORLD_SIZE"]))
+    device = distributed.choose_device(int(os.environ["LOCAL_RANK"]), "here", None)
+    world = distributed.start(["here"] * int(os.environ["WORLD_SIZE"]), device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
     trainer = Trainer(work, world)
     result: dict[str, Any] = {"parameters": trainer.parameters}
