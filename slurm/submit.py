@@ -41,6 +41,7 @@ def script_text(config: RunConfig, run: RunDir, code: Path) -> str:
         "code": str(code.absolute()),
         "python": settings.python or sys.executable,
         "tasks": str(settings.tasks),
+        "min_nodes": str(node_range(settings.nodes)[0]),
         "resubmit": settings.resubmit,
         "mail": settings.notify if settings.notify and "://" not in settings.notify else "",
     }

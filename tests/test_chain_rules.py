@@ -3,19 +3,27 @@ promises, without a cluster."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.errors import DataError, EarwitnessError, UnfitNode
+from configs.load import validate
 from configs.run.causes import Cause
 from configs.run.events import CouldNotBegin, Ended
+from configs.run.folder import RunDir
 from configs.schema import Slurm
 from launch.local import _free_port
 from slurm.chain import MISFORTUNES_WITHOUT_PROGRESS, decide
+from slurm.submit import script_text
 from slurm.watchdog import Sign, explain
+from tests.making import config_values
 from trainer import distributed, preflight
 from trainer.preflight import Finding
 
@@ -110,6 +118,78 @@ def test_a_node_that_cannot_even_ask_is_left_out_for_a_time() -> None:
         events = [could_not_begin("n3", minutes_ago)]
         verdict = decide(SETTINGS, [ended("preempted")], 4, NOW, could_not_begin=events)
         assert verdict.go and verdict.exclude == left_out
+
+
+FAKES = {
+    "sbatch": "echo next-job",
+    "scontrol": """case "$1 $2" in
+  "--oneliner show") echo "JobId=$4 JobState=RUNNING ExcNodeList=bad Requeue=1" ;;
+  update*) echo "$@" >>told ;;
+esac""",
+    "sinfo": "cat nodes",
+    "scancel": 'echo "scancel $1" >>told',
+    "srun": "echo no such python >&2; exit 2",
+    "squeue": "true",
+}
+"""Slurm's commands on nodes where no job can begin. What they are told is in the file `told`."""
+
+
+@pytest.fixture(params=["", "PATH=/nowhere; exit 0"], ids=["no Python", "setup exits"])
+def begin_job(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], list[str]]:
+    """Runs a job's script on a node; returns what Slurm is told of the next job."""
+    for name, body in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
+    values = config_values(
+        "run", tmp_path, tmp_path, "a.tar", slurm={"nodes": "1-4", "setup": [request.param]}
+    )
+    config = validate(values, "test")
+
+    def begin(job: str, node: str) -> list[str]:
+        told = tmp_path / "told"
+        told.write_text("", encoding="utf-8")
+        done = subprocess.run(
+            ["bash", "-c", script_text(config, RunDir(config.run.dir), tmp_path)],
+            env={**os.environ, "SLURM_JOB_ID": job, "SLURMD_NODENAME": node, "SLURM_JOB_NODELIST": node},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            check=False,
+        )
+        assert done.returncode == 1 and f"could not begin on {node}" in done.stdout
+        lines = [*told.read_text(encoding="utf-8").splitlines(), *done.stdout.splitlines()]
+        return [line for line in lines if "ExcNodeList" in line or "scancel" in line or "in a row" in line]
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    ("nodes", "jobs_on", "left_out"),
+    [
+        (4, ["n1", "n2", "n3"], ["bad,n1 StartTime=now+0", "bad,n2,n1 StartTime=now+120"]),
+        (2, ["n1", "n2", "n1"], ["bad,n1 StartTime=now+0", "bad,n2 StartTime=now+120"]),
+        (1, ["n1", "n1", "n1"], ["bad StartTime=now+0", "bad StartTime=now+120"]),
+    ],
+)
+def test_a_job_that_cannot_begin_leaves_its_node_out_and_three_end_the_chain(
+    begin_job: Callable[[str, str], list[str]],
+    tmp_path: Path,
+    nodes: int,
+    jobs_on: list[str],
+    left_out: list[str],
+) -> None:
+    """As long as other nodes remain, each job is kept off those where one could not begin."""
+    names = [f"n{number}" for number in range(1, nodes + 1)]
+    (tmp_path / "nodes").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    for number, wanted in enumerate(left_out):
+        told = begin_job(f"7{number}", jobs_on[number])
+        assert told[-1].endswith(f"ExcNodeList={wanted}") and "scancel next-job" not in told
+    *_, cancelled, words = begin_job("72", jobs_on[2])
+    assert cancelled == "scancel next-job" and "3 jobs in a row could not begin" in words
 
 
 def test_being_asked_to_save_again_and_again_without_progress_is_a_failure() -> None:
