@@ -16,11 +16,12 @@ import pytest
 from configs.errors import DataError, EarwitnessError, UnfitNode
 from configs.load import validate
 from configs.run.causes import Cause
-from configs.run.events import CouldNotBegin, Ended
+from configs.run.events import AttemptBegan, CouldNotBegin, Ended
 from configs.run.folder import RunDir
 from configs.schema import Slurm
 from launch.local import _free_port
-from slurm.chain import MISFORTUNES_WITHOUT_PROGRESS, decide
+from slurm.chain import MISFORTUNES_WITHOUT_PROGRESS, decide, record_end
+from slurm.said import first_failure
 from slurm.submit import script_text
 from slurm.watchdog import Sign, explain
 from tests.making import config_values
@@ -204,6 +205,75 @@ def test_being_asked_to_save_again_and_again_without_progress_is_a_failure() -> 
 def test_no_node_is_left_out_where_none_can_be_spared() -> None:
     assert decide(SETTINGS, [ended("unfit_node", "n2")], 2, NOW).exclude == ()
     assert decide(Slurm(nodes="1-8"), [ended("unfit_node", "n2")], 2, NOW).exclude == ("n2",)
+
+
+def srun_says(folder: Path, *lines: str) -> RunDir:
+    """A run whose attempt 1, of job 12, has ended with these words of srun; it was requeued before."""
+    run = RunDir(folder / "run")
+    run.slurm.mkdir(parents=True)
+    log = ["attempt 0 begins", "srun: error: Node failure on n9", "attempt 1 begins", *lines, ""]
+    (run.slurm / "12.log").write_text("\n".join(log), encoding="utf-8")
+    run.ledger.record(AttemptBegan(attempt=1, ranks=4, nodes=["n1", "n2"], job="12", chain="12"))
+    return run
+
+
+LAUNCH_OF_12 = "srun: error: Task launch for StepId=12.0 failed on node n3: "
+
+
+@pytest.mark.parametrize(
+    ("line", "cause", "node", "words"),
+    [
+        (LAUNCH_OF_12 + "Communication connection failure", "unfit_node", "n3", "Communication connection"),
+        (LAUNCH_OF_12 + "Job credential expired", "unfit_node", "n3", "launched on n3: Job credential exp"),
+        (LAUNCH_OF_12 + "Socket timed out on send/recv operation", "unfit_node", "n3", "Socket timed out"),
+        (
+            "srun: error: Task launch for 12.0 failed on node gpu-a3.site: Unable to contact slurmd",
+            "unfit_node",
+            "gpu-a3.site",
+            "Unable to contact slurmd",
+        ),
+        (
+            "srun: error: task launch for step 12.0 failed ON node n3: No route",
+            "unfit_node",
+            "n3",
+            "No route",
+        ),
+        ("srun: error: Node failure on n2", "node_lost", "n2", "node lost: n2"),
+        ("srun: error: n1: tasks 0-1: Killed", "crash", "n1", "crash: rank 0-1 on n1: Killed"),
+        ("srun: error: n[1-2]: tasks 0-3: Killed", "crash", "", "rank 0-3 on n[1-2]: Killed"),
+        ("srun: error: n2: task 3: Out Of Memory", "out_of_memory", "n2", "rank 3 on n2: Out Of Memory"),
+        ("srun: error: n2: task 2: Segmentation fault (core dumped)", "crash", "n2", "Segmentation fault"),
+        ("srun: error: n2: task 2: Exited with exit code 1", "crash", "n2", "Exited with exit code 1"),
+        ("srun: error: n[1-2]: tasks 0-3: Exited with exit code 85", "unknown", "", "job 12"),
+        ("srun: Job step aborted: Waiting up to 7 seconds for job step to finish.", "unknown", "", "job 12"),
+    ],
+)
+def test_what_srun_says_names_the_cause_and_the_node(
+    tmp_path: Path, line: str, cause: str, node: str, words: str
+) -> None:
+    """Others that end because of it may be told of first."""
+    others = "srun: error: n1: tasks 0-1: Exited with exit code 85"
+    ended = record_end(srun_says(tmp_path, others, line), 1)
+    assert (ended.cause.value, ended.node) == (cause, node) and words in ended.words
+
+
+def test_who_was_struck_by_a_signal_was_first(tmp_path: Path) -> None:
+    lines = ["n1: tasks 0-1: Exited with exit code 1", "n2: task 3: Terminated", "n2: task 2: Bus error"]
+    run = srun_says(tmp_path, *[f"srun: error: {line}" for line in lines])
+    failure = first_failure(run, "12", 1)
+    assert failure is not None and failure.by_signal and (failure.node, failure.rank) == ("n2", 2)
+
+
+def test_a_node_that_no_task_can_be_launched_on_is_left_out(tmp_path: Path) -> None:
+    run = srun_says(
+        tmp_path,
+        LAUNCH_OF_12 + "Communication connection failure",
+        "srun: error: Application launch failed: Communication connection failure",
+        "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.",
+        "srun: error: n1: tasks 0-1: Killed",
+    )
+    verdict = decide(SETTINGS, [record_end(run, 1)], 4)
+    assert verdict.go and verdict.exclude == ("n3",)
 
 
 def sign(
