@@ -1,1 +1,1 @@
-"""Jobs: what a signal means to a running rank."""
+"""Slurm: the jobs of a run, the chain of attempts, the watchdog of each rank."""
