@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +17,7 @@ from rich.table import Table
 from configs.errors import EarwitnessError
 from slurm import cluster
 
-Finding = tuple[str, str, str]
-"""What, verdict (ok, note, bad), details."""
+COLORS = {"ok": "green", "note": "yellow", "bad": "red"}
 PACKAGES = (
     "torch",
     "deepspeed",
@@ -32,6 +33,15 @@ PACKAGES = (
 )
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, and what came of it."""
+
+    what: str
+    verdict: Literal["ok", "note", "bad"]
+    details: str
+
+
 def examine(config: Path | None) -> int:
     """Print the findings; 0 if nothing is bad, 1 otherwise."""
     checks: list[Callable[[], Iterator[Finding]]] = [_packages, _device, _programs, _credentials]
@@ -40,14 +50,14 @@ def examine(config: Path | None) -> int:
         try:
             findings += check()
         except ImportError as error:  # _packages has said so
-            findings.append((check.__name__.strip("_"), "bad", str(error)))
+            findings.append(Finding(check.__name__.strip("_"), "bad", str(error)))
     if config is not None:
         findings += _config(config)
     table = Table("what", "", "found", title="earwitness doctor", title_justify="left")
-    for what, verdict, details in findings:
-        table.add_row(what, {"ok": "[green]ok", "note": "[yellow]note", "bad": "[red]bad"}[verdict], details)
+    for finding in findings:
+        table.add_row(finding.what, f"[{COLORS[finding.verdict]}]{finding.verdict}", finding.details)
     Console().print(table)
-    bad = [what for what, verdict, _ in findings if verdict == "bad"]
+    bad = [finding.what for finding in findings if finding.verdict == "bad"]
     print(f"verdict: mend {', '.join(bad)} first" if bad else "verdict: ready to train")
     return 1 if bad else 0
 
@@ -55,93 +65,89 @@ def examine(config: Path | None) -> int:
 def _packages() -> Iterator[Finding]:
     for name in PACKAGES:
         try:
-            yield name, "ok", importlib.metadata.version(name)
+            yield Finding(name, "ok", importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield name, "bad", "not installed: pip install -r requirements.txt"
+            yield Finding(name, "bad", "not installed: pip install -r requirements.txt")
 
 
 def _device() -> Iterator[Finding]:
     import torch
 
-    driver = (
-        shutil.which("nvidia-smi")
-        and subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            encoding="utf-8",
-            check=False,
-        ).stdout.split()
-    )
-    yield (
-        "NVIDIA driver",
-        "ok" if driver else "note",
-        driver[0] if driver else "none: training will run on the CPU",
-    )
-    yield (
-        "CUDA of torch",
-        "ok" if torch.version.cuda else "note",
-        torch.version.cuda or "this torch is built without CUDA",
-    )
-    if not torch.cuda.is_available():
-        if driver:
-            yield (
-                "GPU",
-                "bad",
-                (
-                    "torch sees none: install a torch built for a CUDA that this driver supports, and check"
-                    " CUDA_VISIBLE_DEVICES"
-                ),
-            )
-        yield (
-            "CPU",
-            "ok",
-            (
-                f"{len(os.sched_getaffinity(0))} cores, gloo"
-                f" {'available' if torch.distributed.is_gloo_available() else 'missing'}"
-            ),
-        )
+    driver = _driver()
+    if driver:
+        yield Finding("NVIDIA driver", "ok", driver)
+    else:
+        yield Finding("NVIDIA driver", "note", "none: training will run on the CPU")
+    if torch.version.cuda:
+        yield Finding("CUDA of torch", "ok", torch.version.cuda)
+    else:
+        yield Finding("CUDA of torch", "note", "this torch is built without CUDA")
+    if torch.cuda.is_available():
+        yield from _gpus()
         return
-    yield "NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version()))
-    for number in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(number)
-        fit = torch.cuda.is_bf16_supported(including_emulation=False)
-        details = f"{about.name}, {about.total_memory / 1e9:.0f} GB"
-        yield (
-            f"GPU {number}",
-            "ok" if fit else "bad",
-            details + ("" if fit else ": no BF16, training needs it (Ampere or newer)"),
+    if driver:
+        yield Finding(
+            "GPU",
+            "bad",
+            "torch sees none: install a torch built for a CUDA that this driver supports, and check"
+            " CUDA_VISIBLE_DEVICES",
         )
+    gloo = "available" if torch.distributed.is_gloo_available() else "missing"
+    yield Finding("CPU", "ok", f"{len(os.sched_getaffinity(0))} cores, gloo {gloo}")
+
+
+def _driver() -> str:
+    """Version of NVIDIA's driver; empty without one."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, encoding="utf-8", check=False)
+    return next(iter(done.stdout.split()), "")
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch
+
+    yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    for number in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(number)
+        details = f"{device.name}, {device.total_memory / 1e9:.0f} GB"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            yield Finding(f"GPU {number}", "ok", details)
+        else:
+            needs = "no BF16, training needs it (Ampere or newer)"
+            yield Finding(f"GPU {number}", "bad", f"{details}: {needs}")
 
 
 def _programs() -> Iterator[Finding]:
-    yield (
-        "FFmpeg",
-        "ok" if shutil.which("ffmpeg") else "note",
-        shutil.which("ffmpeg") or "not on the PATH: needed for M4A, AAC, MP4 and WebM clips only",
-    )
-    if not cluster.here():
-        yield "Slurm", "note", "no sbatch here: only `launch train` will work"
+    ffmpeg = shutil.which("ffmpeg")
+    if ffmpeg:
+        yield Finding("FFmpeg", "ok", ffmpeg)
+    else:
+        yield Finding("FFmpeg", "note", "not on the PATH: needed for M4A, AAC, MP4 and WebM clips only")
+    if not cluster.can_submit():
+        yield Finding("Slurm", "note", "no sbatch here: only `launch train` will work")
         return
     try:
         partitions = cluster.run("sinfo", "--noheader", "--format=%R", seconds=10).split()
-        yield "Slurm", "ok", f"partitions {', '.join(dict.fromkeys(partitions))}"
+        yield Finding("Slurm", "ok", f"partitions {', '.join(dict.fromkeys(partitions))}")
     except EarwitnessError as error:
-        yield "Slurm", "note", f"it does not answer: {str(error).splitlines()[-1]}"
+        yield Finding("Slurm", "note", f"it does not answer: {str(error).splitlines()[-1]}")
 
 
 def _credentials() -> Iterator[Finding]:
     import boto3
 
-    found = boto3.Session().get_credentials()
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-    if found is None:
-        yield (
+    credentials = boto3.Session().get_credentials()
+    if credentials is None:
+        yield Finding(
             "S3 credentials",
             "note",
             "none: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, if shards are on S3",
         )
-    else:
-        yield "S3 credentials", "ok", f"from {found.method}, endpoint {endpoint}"
+        return
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    yield Finding("S3 credentials", "ok", f"from {credentials.method}, endpoint {endpoint}")
 
 
 def _config(path: Path) -> Iterator[Finding]:
@@ -151,23 +157,24 @@ def _config(path: Path) -> Iterator[Finding]:
 
     try:
         config = load(path)
-        yield "config", "ok", str(path)
+        yield Finding("config", "ok", str(path))
         shards = list_shards(config)
         for source in config.data.sources:
-            first = next(shard for shard in shards if shard.source is source)
-            size = storage.stat(first.location).size
-            count = sum(shard.source is source for shard in shards)
-            yield (
-                f"source {source.name}",
-                "ok",
-                f"{count} shards; {first.location.url} has {size / 1e6:.1f} MB",
-            )
+            its_shards = [shard for shard in shards if shard.source is source]
+            first = its_shards[0].location
+            size = storage.stat(first).size
+            details = f"{len(its_shards)} shards; {first.url} has {size / 1e6:.1f} MB"
+            yield Finding(f"source {source.name}", "ok", details)
         sidecars = load_sidecars(config, shards)
         for shard, sidecar in zip(shards, sidecars, strict=True):
             if sidecar and sidecar.damage:
-                yield f"source {shard.source.name}", "note", f"{shard.location.url}: {sidecar.loss()}"
+                loss = f"{shard.location.url}: {sidecar.loss()}"
+                yield Finding(f"source {shard.source.name}", "note", loss)
         missing = sidecars.count(None)
-        todo = f"{missing} of {len(shards)} shards are not indexed: python -m tools.index {path}"
-        yield "index", "note" if missing else "ok", todo if missing else "complete"
+        if missing:
+            todo = f"{missing} of {len(shards)} shards are not indexed: python -m tools.index {path}"
+            yield Finding("index", "note", todo)
+        else:
+            yield Finding("index", "ok", "complete")
     except EarwitnessError as error:
-        yield "config", "bad", str(error)
+        yield Finding("config", "bad", str(error))

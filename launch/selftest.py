@@ -56,83 +56,79 @@ def selftest(config: RunConfig, minutes: float) -> int:
     )
     test = _Test(run, time.time() + 60 * minutes)
     try:
-        test.steps(short, most)
+        test.train_and_save(short)
+        test.kill_and_resume(short)
+        test.export()
     except EarwitnessError as error:
         test.row("stopped", str(error), good=False)
     finally:
         cluster.cancel(*[job.job for job in cluster.queued(chain_jobs(run))])
     Console().print(test.table)
-    good = not test.failed
-    print(
-        "verdict:"
-        f" {'this cluster is ready for it' if good else 'see the last line; logs are in ' + str(run.slurm)}"
-    )
-    return 0 if good else 1
+    if test.failed:
+        print(f"verdict: see the last line; logs are in {run.slurm}")
+        return 1
+    print("verdict: this cluster is ready for it")
+    return 0
 
 
 class _Test:
+    """What a selftest does, a row of its table for each step."""
+
     def __init__(self, run: RunDir, deadline: float) -> None:
         self.run, self.deadline, self.failed = run, deadline, False
         self.table = Table(
             "what", "", "found", "seconds", title=f"earwitness selftest, {run.path}", title_justify="left"
         )
 
-    def row(self, what: str, found: str, seconds: float | None = None, *, good: bool = True) -> None:
-        self.failed |= not good
-        self.table.add_row(
-            what, "[green]ok" if good else "[red]bad", found, "" if seconds is None else f"{seconds:.1f}"
-        )
-        print(f"{what}: {found}", flush=True)
+    def row(self, what: str, details: str, seconds: float | None = None, *, good: bool = True) -> None:
+        """Tell of a step."""
+        if not good:
+            self.failed = True
+        verdict = "[green]ok" if good else "[red]bad"
+        took = "" if seconds is None else f"{seconds:.1f}"
+        self.table.add_row(what, verdict, details, took)
+        print(f"{what}: {details}", flush=True)
 
-    def steps(self, config: RunConfig, nodes: int) -> None:
-        """All of it, a row each."""
-        began = time.time()
+    def train_and_save(self, config: RunConfig) -> None:
+        """Submit the run, and wait for its first checkpoint."""
+        submitted = time.time()
         submit_run(config, dry_run=False)
-        first = self.wait(AttemptBegan, "the first job to start")
-        self.row("queue", f"job {first.job} on {', '.join(first.nodes)}", first.time - began)
+        began = self.wait(AttemptBegan, "the first job to start")
+        self.row("queue", f"job {began.job} on {', '.join(began.nodes)}", began.time - submitted)
         preflight = self.wait(Preflight, "the look at all nodes")
-        speeds = ""
+        speeds = f", all-reduce {preflight.all_reduce_gb_per_second:.2f} GB/s"
         if preflight.tflops:
-            slowest, fastest = min(preflight.tflops), max(preflight.tflops)
-            speeds = f", {slowest:.0f} to {fastest:.0f} TFLOP/s per GPU"
-        self.row(
-            "nodes",
-            f"{first.ranks} processes, all-reduce {preflight.all_reduce_gb_per_second:.2f} GB/s{speeds}",
-            preflight.seconds,
-        )
-        start = self.wait(Started, "the model to be loaded")
-        self.row("start-up", f"on {start.device}", start.time - first.time)
+            speeds += f", {min(preflight.tflops):.0f} to {max(preflight.tflops):.0f} TFLOP/s per GPU"
+        self.row("nodes", f"{began.ranks} processes{speeds}", preflight.seconds)
+        started = self.wait(Started, "the model to be loaded")
+        self.row("start-up", f"on {started.device}", started.time - began.time)
         saved = self.wait(CheckpointSaved, "the first checkpoint")
-        self.row("training", f"{saved.step} steps", saved.time - start.time)
-        self.row(
-            "checkpoint",
-            f"{saved.bytes / 1e9:.2f} GB, training stopped for {saved.blocking_seconds:.2f} s",
-            saved.total_seconds,
-        )
+        self.row("training", f"{saved.step} steps", saved.time - started.time)
+        blocking = f"training stopped for {saved.blocking_seconds:.2f} s"
+        self.row("checkpoint", f"{saved.bytes / 1e9:.2f} GB, {blocking}", saved.total_seconds)
 
-        next_job = self.run.slurm / "jobs" / f"{first.job}.next"
-        fewer = max(1, nodes // 2)
+    def kill_and_resume(self, config: RunConfig) -> None:
+        """Kill all processes, and see the run finished on half the nodes."""
+        first = self.wait(AttemptBegan, "the first job to start")
+        nodes = len(first.nodes)
         if nodes > 1:
-            following = next_job.read_text(encoding="utf-8").strip()
-            cluster.set_nodes(following, fewer, fewer * config.slurm.tasks)
+            following = (self.run.slurm / "jobs" / f"{first.job}.next").read_text(encoding="utf-8").strip()
+            cluster.set_nodes(following, nodes // 2, nodes // 2 * config.slurm.tasks)
         killed = time.time()
         # The ranks' step: to the whole job it would mean that it is cancelled.
         cluster.send_signal(f"{first.job}.1", "KILL")
         second = self.wait(AttemptBegan, "the next attempt", first.attempt + 1)
-        self.row(
-            "all processes killed",
-            f"job {second.job} goes on by itself on {', '.join(second.nodes)}",
-            second.time - killed,
-        )
-        again = self.wait(Started, "the checkpoint to be loaded", first.attempt + 1)
-        self.row(
-            "resumed",
-            f"at step {again.step} on {again.ranks} processes instead of {first.ranks}",
-            again.time - second.time,
-        )
+        goes_on = f"job {second.job} goes on by itself on {', '.join(second.nodes)}"
+        self.row("all processes killed", goes_on, second.time - killed)
+        resumed = self.wait(Started, "the checkpoint to be loaded", first.attempt + 1)
+        where = f"at step {resumed.step} on {resumed.ranks} processes instead of {first.ranks}"
+        self.row("resumed", where, resumed.time - second.time)
         end = self.wait(ChainEnded, "the end")
         is_finished = end.why == Cause.FINISHED.words
-        self.row("finished", f"{end.why}, {STEPS} steps", end.time - again.time, good=is_finished)
+        self.row("finished", f"{end.why}, {STEPS} steps", end.time - resumed.time, good=is_finished)
+
+    def export(self) -> None:
+        """Export what was trained."""
         began = time.time()
         out = self.run.path / "export"
         done = subprocess.run(
@@ -142,12 +138,9 @@ class _Test:
             encoding="utf-8",
             check=False,
         )
-        self.row(
-            "export",
-            str(out) if done.returncode == 0 else done.stderr.strip(),
-            time.time() - began,
-            good=done.returncode == 0,
-        )
+        is_exported = done.returncode == 0
+        details = str(out) if is_exported else done.stderr.strip()
+        self.row("export", details, time.time() - began, good=is_exported)
 
     def wait(self, kind: type[E], what: str, from_attempt: int = 0) -> E:
         """Wait for an event of the ledger."""

@@ -42,8 +42,11 @@ from slurm.cluster import QueuedJob
 
 WIDE = 180
 """Columns, where no terminal says how many it has."""
-PATIENCE = 10.0
+ANSWER_SECONDS = 10.0
 """Seconds that Slurm may take to answer."""
+NODES_SHOWN = 3
+MINUTE, HOUR, DAY = 60, 3600, 86_400
+"""In seconds."""
 NEVER = ("PartitionNodeLimit", "PartitionTimeLimit", "PartitionConfig", "BadConstraints")
 """Reasons of jobs that no node, free or busy, can take."""
 
@@ -86,15 +89,10 @@ def status(run: RunDir | None, *, as_json: bool) -> None:
             "there are no runs below runs/ here; name the folder of one: python -m launch status RUN"
         )
     queued, now = queued_jobs(runs), time.time()
-    reports = [look(one, queued, now) for one in runs]
+    reports = [look(each, queued, now) for each in runs]
     if as_json:
-        print(
-            json.dumps(
-                asdict(reports[0]) if run else [asdict(report) for report in reports],
-                indent=1,
-                ensure_ascii=False,
-            )
-        )
+        values = [asdict(report) for report in reports]
+        print(json.dumps(values[0] if run else values, indent=1, ensure_ascii=False))
         return
     console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, markup=False)
     if run:
@@ -106,7 +104,7 @@ def status(run: RunDir | None, *, as_json: bool) -> None:
 def queued_jobs(runs: Iterable[RunDir]) -> list[QueuedJob] | None:
     """Jobs of these runs that Slurm has in hand; None where its commands are not there, or do not answer."""
     try:
-        return cluster.queued((job for run in runs for job in chain_jobs(run)), seconds=PATIENCE)
+        return cluster.queued((job for run in runs for job in chain_jobs(run)), seconds=ANSWER_SECONDS)
     except EarwitnessError:
         return None
 
@@ -116,8 +114,9 @@ def print_events(run: RunDir) -> None:
     history = run.ledger.read()
     for event in history.events:
         print(json.dumps(event.as_json(), ensure_ascii=False))
-    if said := warning(history):
-        print(said, file=sys.stderr)
+    unreadable = warning(history)
+    if unreadable:
+        print(unreadable, file=sys.stderr)
 
 
 def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
@@ -176,8 +175,12 @@ def _state(history: History, rows: list[AttemptSummary], jobs: list[QueuedJob] |
     """The state of a run in one word, and what there is to say of it."""
     last = rows[-1] if rows else None
     if last and last.end is None:
-        nodes = f", on {', '.join(last.nodes)}" if len(last.nodes) < 4 else ""
-        return "running", last.place + nodes + (", starting up" if last.first is None else "")
+        words = last.place
+        if len(last.nodes) <= NODES_SHOWN:
+            words += f", on {', '.join(last.nodes)}"
+        if last.first is None:
+            words += ", starting up"
+        return "running", words
     for job in jobs or []:
         if job.state != "PENDING":
             return "starting", f"job {job.job} on {job.nodes} ({job.state.lower()})"
@@ -214,10 +217,9 @@ def _next(run: RunDir, state: str, *, on_slurm: bool) -> str:
         return f"python -m tools.export {run.path} captioner"
     if state != "ended":
         return ""
-    return (
-        f"python -m launch {'submit' if on_slurm else 'train'}"
-        f" {run.config if run.config.is_file() else 'CONFIG'}"
-    )
+    command = "submit" if on_slurm else "train"
+    config = str(run.config) if run.config.is_file() else "CONFIG"
+    return f"python -m launch {command} {config}"
 
 
 def _slow_save(event: SlowSave) -> str:
@@ -259,8 +261,9 @@ def _notices(run: RunDir, history: History) -> list[str]:
     torn = run.quarantine.read().unreadable
     if torn:
         notices.append(f"{len(torn)} lines of the quarantine cannot be read, e.g. {torn[0]}")
-    if said := warning(history):
-        notices.append(said)
+    unreadable = warning(history)
+    if unreadable:
+        notices.append(unreadable)
     return notices
 
 
@@ -268,46 +271,33 @@ def _print_runs(console: Console, reports: list[Report]) -> None:
     table = Table("run", "state", "step", "validation loss", "left", "", box=None)
     for report in reports:
         loss = "" if report.validation_loss is None else f"{report.validation_loss:.4f}"
-        table.add_row(
-            report.run,
-            report.state,
-            _steps(report),
-            loss,
-            _duration(report.eta_seconds),
-            "" if report.words == report.state else report.words,
-        )
+        words = "" if report.words == report.state else report.words
+        left = _duration(report.eta_seconds)
+        table.add_row(report.run, report.state, _steps(report), loss, left, words)
     console.print(table)
 
 
 def _print_run(console: Console, report: Report) -> None:
-    loss = "" if report.validation_loss is None else f", validation loss {report.validation_loss:.4f}"
-    left = "" if report.eta_seconds is None else f", {_duration(report.eta_seconds)} left"
-    words = "" if report.words == report.state else f": {report.words}"
-    age = (
-        f" ({_duration(time.time() - report.step_at)} ago)"
-        if report.step_at and report.state == "running"
-        else ""
-    )
-    console.print(f"{report.run}: {report.state}{words}\nstep {_steps(report)}{age}{loss}{left}")
+    state = report.state if report.words == report.state else f"{report.state}: {report.words}"
+    console.print(f"{report.run}: {state}\n{_progress(report)}")
     table = Table("attempt", "job", "nodes", "start", "end", "cause", "steps", "samples/s", box=None)
     for row in report.attempts:
-        steps = (
-            ""
-            if row.first is None
-            else f"{row.first}-{row.last}" + (f" ({row.repeated} lost)" if row.repeated else "")
-        )
         speed = "" if row.samples_per_second is None else f"{row.samples_per_second:.1f}"
-        nodes = f"{len(row.nodes)} x {row.ranks // len(row.nodes)}"
         table.add_row(
-            str(row.attempt), row.job, nodes, _clock(row.begin), _clock(row.end), row.words, steps, speed
+            str(row.attempt),
+            row.job,
+            f"{len(row.nodes)} x {row.ranks // len(row.nodes)}",
+            _clock(row.begin),
+            _clock(row.end),
+            row.words,
+            _steps_of(row),
+            speed,
         )
     console.print(table)
-    if any(part["seconds"] for part in report.goodput.values()):
-        total = sum(part["seconds"] for part in report.goodput.values())
-        console.print(
-            f"goodput: {report.goodput['training']['share']:.1%} of {_duration(total)} went into training"
-            " that was kept"
-        )
+    total = sum(part["seconds"] for part in report.goodput.values())
+    if total:
+        share = report.goodput["training"]["share"]
+        console.print(f"goodput: {share:.1%} of {_duration(total)} went into training that was kept")
         table = Table("", "time", "share", box=None, show_header=False)
         for name, part in report.goodput.items():
             table.add_row(name.replace("_", " "), _duration(part["seconds"]), f"{part['share']:.1%}")
@@ -318,8 +308,28 @@ def _print_run(console: Console, report: Report) -> None:
         console.print(f"next: {report.next}")
 
 
+def _progress(report: Report) -> str:
+    """As `step 40 of 100 (5.0 s ago), validation loss 3.5276, 12 min 3 s left`."""
+    words = f"step {_steps(report)}"
+    if report.step_at and report.state == "running":
+        words += f" ({_duration(time.time() - report.step_at)} ago)"
+    if report.validation_loss is not None:
+        words += f", validation loss {report.validation_loss:.4f}"
+    if report.eta_seconds is not None:
+        words += f", {_duration(report.eta_seconds)} left"
+    return words
+
+
 def _steps(report: Report) -> str:
     return f"{report.step} of {report.steps}" if report.steps else "-"
+
+
+def _steps_of(row: AttemptSummary) -> str:
+    """As `0-18 (8 lost)`."""
+    if row.first is None:
+        return ""
+    lost = f" ({row.repeated} lost)" if row.repeated else ""
+    return f"{row.first}-{row.last}{lost}"
 
 
 def _clock(when: float | None) -> str:
@@ -328,11 +338,12 @@ def _clock(when: float | None) -> str:
 
 def _duration(seconds: float | None) -> str:
     """As `3 d 4 h`, `4 h 5 min`, `12 min 30 s`, `8.1 s`."""
-    for size, name, smaller, smaller_name in (
-        (86_400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if seconds is not None and seconds >= size:
-            return f"{seconds // size:.0f} {name} {seconds % size // smaller:.0f} {smaller_name}"
-    return "" if seconds is None else f"{seconds:.1f} s"
+    if seconds is None:
+        return ""
+    if seconds >= DAY:
+        return f"{seconds // DAY:.0f} d {seconds % DAY // HOUR:.0f} h"
+    if seconds >= HOUR:
+        return f"{seconds // HOUR:.0f} h {seconds % HOUR // MINUTE:.0f} min"
+    if seconds >= MINUTE:
+        return f"{seconds // MINUTE:.0f} min {seconds % MINUTE:.0f} s"
+    return f"{seconds:.1f} s"

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from math import ceil
 from pathlib import Path
 
 from configs.errors import ConfigError
@@ -37,31 +38,14 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
     """Submit a run, or print the script that would be. Raises ConfigError or DataError for what has to be
     mended first."""
     settings = config.slurm
-    low, high = (nodes * settings.tasks for nodes in node_range(settings.nodes))
-    size = config.batch.global_size
-    if high > size:
-        raise ConfigError(
-            f"slurm.nodes={settings.nodes}: up to {high} processes, but a step has {size} samples"
-            " (batch.global_size); some would be idle"
-        )
-    if not dry_run and not cluster.here():
+    _check_size(config)
+    if not dry_run and not cluster.can_submit():
         raise ConfigError(
             "no sbatch here: submit on a login node of the cluster, or train on this machine with `python -m"
             " launch train`"
         )
     run = RunDir(config.run.dir)
-    if cluster.here() and (active := cluster.queued(chain_jobs(run))):
-        jobs = ", ".join(f"{job.job} ({job.state.lower()})" for job in active)
-        raise ConfigError(
-            f"{run.path}: its chain is still there: {jobs}. `python -m launch status {run.path}` shows it,"
-            f" `python -m launch stop {run.path}` ends it"
-        )
-    if (now := holder(run)) and now.job and cluster.here():  # Slurm knows that it has ended
-        Lease(run, now.attempt).release()
-    elif now and now.alive:
-        raise ConfigError(
-            f"{run.path}: attempt {now.attempt} is at work on it on {now.host}; stop that one first"
-        )
+    _check_idle(run)
     _check_finished(config, run)
     _check_credentials(config)
     shards = list_shards(config)
@@ -73,16 +57,18 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
     run.proposal.propose(config)
     (run.slurm / "stop").unlink(missing_ok=True)
     script = write_script(config, run, snapshot(run))
-    for line in [_per_rank(size, low, high), *_about_checkpoints(config, run), *_about_folder(run)]:
+    for line in _remarks(config, run):
         print(line, file=sys.stderr)
     if missing:
         print(
             f"{missing} of {len(shards)} shards are not indexed: a job without GPUs does that first",
             file=sys.stderr,
         )
-    if cluster.here() and (said := look_ahead(script)):
+    impossible = look_ahead(script) if cluster.can_submit() else None
+    if impossible:
         print(
-            f"NOTE: no nodes here, free or busy, could take this job ({said}): it waits until there are some",
+            f"NOTE: no nodes here, free or busy, could take this job ({impossible}): it waits until there are"
+            " some",
             file=sys.stderr,
         )
     if dry_run:
@@ -147,6 +133,43 @@ def fetch_model(config: RunConfig, run: RunDir) -> None:
         ) from None
 
 
+def _rank_range(config: RunConfig) -> tuple[int, int]:
+    """Fewest and most processes of an attempt."""
+    fewest, most = node_range(config.slurm.nodes)
+    return fewest * config.slurm.tasks, most * config.slurm.tasks
+
+
+def _check_size(config: RunConfig) -> None:
+    """Refuse more processes than a step has samples."""
+    size = config.batch.global_size
+    _, most = _rank_range(config)
+    if most > size:
+        raise ConfigError(
+            f"slurm.nodes={config.slurm.nodes}: up to {most} processes, but a step has {size} samples"
+            " (batch.global_size); some would be idle"
+        )
+
+
+def _check_idle(run: RunDir) -> None:
+    """Refuse a run that is at work, or in the queue."""
+    active = cluster.queued(chain_jobs(run)) if cluster.can_submit() else []
+    if active:
+        jobs = ", ".join(f"{job.job} ({job.state.lower()})" for job in active)
+        raise ConfigError(
+            f"{run.path}: its chain is still there: {jobs}. `python -m launch status {run.path}` shows it,"
+            f" `python -m launch stop {run.path}` ends it"
+        )
+    now = holder(run)
+    if now is None:
+        return
+    if now.job and cluster.can_submit():  # Slurm knows that it has ended
+        Lease(run, now.attempt).release()
+    elif now.alive:
+        raise ConfigError(
+            f"{run.path}: attempt {now.attempt} is at work on it on {now.host}; stop that one first"
+        )
+
+
 def _check_finished(config: RunConfig, run: RunDir) -> None:
     """Refuse a run that is finished and is asked for no more steps."""
     history = run.ledger.read()
@@ -192,32 +215,45 @@ def _submit_index(config: RunConfig, run: RunDir) -> str:
     return submit(script)
 
 
-def _per_rank(size: int, low: int, high: int) -> str:
-    each = [f"{-(-size // ranks)}" for ranks in dict.fromkeys((low, high))]
-    ranks = f"{low}" if low == high else f"{low} to {high}"
-    uneven = "" if size % low == 0 and size % high == 0 else ", some one less"
-    return f"a step of {size} samples over {ranks} processes: {' to '.join(each)} samples each{uneven}"
+def _remarks(config: RunConfig, run: RunDir) -> Iterator[str]:
+    """What is good to know before a run is submitted."""
+    yield _samples_of_each(config)
+    yield from _remarks_on_checkpoints(config, run)
+    yield from _remarks_on_folder(run)
 
 
-def _about_checkpoints(config: RunConfig, run: RunDir) -> Iterator[str]:
+def _samples_of_each(config: RunConfig) -> str:
+    size = config.batch.global_size
+    fewest, most = _rank_range(config)
+    processes, samples = f"{fewest}", f"{ceil(size / fewest)}"
+    if most > fewest:
+        processes += f" to {most}"
+        samples += f" to {ceil(size / most)}"
+    divides_evenly = size % fewest == 0 and size % most == 0
+    uneven = "" if divides_evenly else ", some one less"
+    return f"a step of {size} samples over {processes} processes: {samples} samples each{uneven}"
+
+
+def _remarks_on_checkpoints(config: RunConfig, run: RunDir) -> Iterator[str]:
     """How large a checkpoint will be, and whether one can be written in the time that a signal leaves."""
     saved = run.ledger.read().last(CheckpointSaved)
     size = saved.bytes if saved else BYTES_PER_PARAMETER * parameters(config, run)
     if not size:
         return
-    ranks = node_range(config.slurm.nodes)[0] * config.slurm.tasks
+    fewest, _ = _rank_range(config)
     yield (
-        f"a checkpoint has {size / 1e9:.2f} GB in {ranks} or more files; kept: the last"
+        f"a checkpoint has {size / 1e9:.2f} GB in {fewest} or more files; kept: the last"
         f" {config.checkpoint.keep_last} and the best"
     )
     if saved:
         seconds, whose = saved.total_seconds, "the last one took"
     else:
         seconds, whose = size / _write_speed(run), "one process would take"
-    took = f"{whose} {seconds:.0f} s" if seconds >= 1 else f"{whose} less than 1 s"
+    took = f"{seconds:.0f} s" if seconds >= 1 else "less than 1 s"
     grace = config.slurm.signal_seconds
-    advice = f". That is more than half of slurm.signal_seconds={grace}: raise it"
-    yield f"saving: {took}{advice if seconds > grace / 2 else ''}"
+    is_slow = seconds > grace / 2
+    advice = f". That is more than half of slurm.signal_seconds={grace}: raise it" if is_slow else ""
+    yield f"saving: {whose} {took}{advice}"
     free = shutil.disk_usage(run.path).free
     if free < size * (config.checkpoint.keep_last + 2):
         yield f"only {free / 1e9:.1f} GB are free on the file system of {run.path}"
@@ -226,20 +262,20 @@ def _about_checkpoints(config: RunConfig, run: RunDir) -> Iterator[str]:
 def parameters(config: RunConfig, run: RunDir) -> int:
     """How many parameters a Whisper has, by the dimensions in its config.json; 0 if there is none here."""
     folders = (run.base, run.pretrained, Path(config.model.name_or_path))
-    found = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
-    if found is None:
+    files = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
+    if not files:
         return 0
-    c = json.loads(found.read_text(encoding="utf-8"))
-    d, attention = c["d_model"], 4 * c["d_model"] ** 2 + 3 * c["d_model"]  # the key has no bias
-    norm, embeddings = 2 * d, (c["vocab_size"] + c["max_target_positions"]) * d
-    convolutions = 3 * d * c["num_mel_bins"] + d + 3 * d * d + d
-    encoder = c["encoder_layers"] * (
-        attention + 2 * d * c["encoder_ffn_dim"] + c["encoder_ffn_dim"] + d + 2 * norm
-    )
-    decoder = c["decoder_layers"] * (
-        2 * attention + 2 * d * c["decoder_ffn_dim"] + c["decoder_ffn_dim"] + d + 3 * norm
-    )
-    return int(convolutions + encoder + decoder + 2 * norm + embeddings)
+    dimensions = json.loads(files[0].read_text(encoding="utf-8"))
+    width = dimensions["d_model"]
+    attention = 4 * width**2 + 3 * width  # the key has no bias
+    norm = 2 * width
+    encoder_ffn, decoder_ffn = dimensions["encoder_ffn_dim"], dimensions["decoder_ffn_dim"]
+    encoder_layer = attention + 2 * width * encoder_ffn + encoder_ffn + width + 2 * norm
+    decoder_layer = 2 * attention + 2 * width * decoder_ffn + decoder_ffn + width + 3 * norm
+    convolutions = 3 * width * dimensions["num_mel_bins"] + width + 3 * width**2 + width
+    embeddings = (dimensions["vocab_size"] + dimensions["max_target_positions"]) * width
+    layers = dimensions["encoder_layers"] * encoder_layer + dimensions["decoder_layers"] * decoder_layer
+    return int(convolutions + layers + 2 * norm + embeddings)
 
 
 def _write_speed(run: RunDir) -> float:
@@ -254,16 +290,14 @@ def _write_speed(run: RunDir) -> float:
     return PROBE_BYTES / (time.perf_counter() - began)
 
 
-def _about_folder(run: RunDir) -> Iterator[str]:
+def _remarks_on_folder(run: RunDir) -> Iterator[str]:
     """Say if other machines may not see the run's folder; each attempt looks before it starts."""
     path = run.path.absolute()
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-    place, system = max(
-        ((place, system) for place, system in mounts if path.is_relative_to(place)),
-        key=lambda mount: len(mount[0]),
-    )
-    if system in LOCAL_SYSTEMS:
+    system_at = {place: system for place, system in mounts if path.is_relative_to(place)}
+    place = max(system_at, key=len)
+    if system_at[place] in LOCAL_SYSTEMS:
         yield (
-            f"{path} is on {system} ({place}), which looks like this machine's own disk: all compute nodes"
-            " must see it under this path"
+            f"{path} is on {system_at[place]} ({place}), which looks like this machine's own disk: all"
+            " compute nodes must see it under this path"
         )

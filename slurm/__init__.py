@@ -1,1 +1,1 @@
-"""Jobs: script and submission, what a rank knows of its job, signals, the chain of attempts, the watchdog."""
+"""Slurm: the jobs of a run, the chain of attempts, the watchdog of each rank."""

@@ -1,4 +1,4 @@
-"""Slurm's commands, as its users have them: no accounting is needed."""
+"""Slurm's commands, as users have them: no accounting is needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from configs.errors import EarwitnessError
 
-LONGEST = 300.0
+ANSWER_SECONDS = 300.0
 """Seconds that Slurm may take to answer."""
 
 
@@ -25,20 +25,20 @@ class QueuedJob:
     reason: str
 
 
-def here() -> bool:
+def can_submit() -> bool:
     """Whether this machine can submit jobs."""
     return shutil.which("sbatch") is not None
 
 
-def queued(jobs: Iterable[str], *, seconds: float = LONGEST) -> list[QueuedJob]:
+def queued(jobs: Iterable[str], *, seconds: float = ANSWER_SECONDS) -> list[QueuedJob]:
     """Those of some jobs that have not ended. seconds: how long Slurm may take to answer."""
     wanted = sorted(set(jobs))
     if not wanted:
         return []
     # One that is unknown by now must not hide the others: ask for all.
     lines = run("squeue", "--noheader", "--format=%i|%T|%N|%r", seconds=seconds).splitlines()
-    found = (QueuedJob(*map(str.strip, line.split("|", 3))) for line in lines if line.count("|") >= 3)
-    return [job for job in found if job.job in wanted]
+    all_jobs = [QueuedJob(*map(str.strip, line.split("|", 3))) for line in lines if line.count("|") >= 3]
+    return [job for job in all_jobs if job.job in wanted]
 
 
 def cancel(*jobs: str) -> None:
@@ -58,7 +58,7 @@ def set_nodes(job: str, nodes: int, tasks: int) -> None:
     run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}-{nodes}", f"NumTasks={tasks}")
 
 
-def run(*command: str, environment: Mapping[str, str] | None = None, seconds: float = LONGEST) -> str:
+def run(*command: str, environment: Mapping[str, str] | None = None, seconds: float = ANSWER_SECONDS) -> str:
     """What a command of Slurm's prints within so many seconds. Raises EarwitnessError with its complaint."""
     try:
         return subprocess.run(

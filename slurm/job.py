@@ -1,4 +1,4 @@
-"""What a rank that srun has started knows of itself."""
+"""What srun tells a rank of itself."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def join_job() -> None:
         for name in ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     )
     port = FIRST_PORT + zlib.crc32(seed.encode()) % (LAST_PORT - FIRST_PORT)
-    os.environ |= {name: os.environ[of_slurm] for name, of_slurm in names.items()}
+    os.environ |= {name: os.environ[slurms_name] for name, slurms_name in names.items()}
     os.environ |= {"MASTER_ADDR": os.environ["SLURM_LAUNCH_NODE_IPADDR"], "MASTER_PORT": str(port)}
 
 

@@ -1,7 +1,8 @@
 # One attempt of a chain. It needs bash and Slurm's commands; all Python runs in steps, so in the container where there is one.
-# Set above: run, code, python, tasks (per node), resubmit, mail, srun_args. Arguments: the chain's first job (none: this one), and the job before this one.
+# Set above: run, code, python, tasks (per node), min_nodes, resubmit, mail, srun_args. Arguments: the chain's first job (none: this one), and the job before this one.
 me=$SLURM_JOB_ID chain=${1:-$SLURM_JOB_ID} before=${2:-} next='' asked=''
-jobs=$run/slurm/jobs script=$run/slurm/job.sh
+jobs=$run/slurm/jobs script=$run/slurm/job.sh failed=$run/slurm/jobs/failed
+node=$SLURMD_NODENAME path=$PATH
 mkdir -p "$jobs"
 
 say() { echo "$(date +%T) $*"; }
@@ -35,20 +36,29 @@ queue_next() {
   return 1
 }
 
+usable_nodes() {
+  sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,mixed,allocated,completing --format=%N | wc -l
+}
+
+# $1: nodes that the next job leaves out, besides those that it was submitted without; $2: seconds that it waits.
+hold_next() {
+  local own
+  own=$(scontrol --oneliner show job "$next" | sed -n 's/.* ExcNodeList=\([^ ]*\) .*/\1/p')
+  own=${own#(null)}
+  scontrol update JobId="$next" ExcNodeList="$own${own:+${1:+,}}$1" StartTime="now+$2"
+}
+
 # Asks launch.attempt before and after the attempt; $2...: the job before and the nodes, or the exit code of the ranks.
 judge() {
-  local what=$1 usable own
+  local what=$1
   shift
-  usable=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,mixed,allocated,completing --format=%N | wc -l)
   read -r verdict attempt exclude delay < <(
-    "${step[@]}" --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "$python" -m launch.attempt "$what" "$run" "$chain" "$me" "$usable" "$@" | tail -n 1
+    "${step[@]}" --overlap --nodes=1 --nodelist="$node" --ntasks=1 --ntasks-per-node=1 "$python" -m launch.attempt "$what" "$run" "$chain" "$me" "$(usable_nodes)" "$@" | tail -n 1
   ) || verdict=failed
   if [ "$verdict" = stop ]; then
     end_chain
   elif [ "$verdict" = go ] && [ -n "$next" ] && [ "$exclude $delay" != "- 0" ]; then
-    own=$(scontrol --oneliner show job "$next" | sed -n 's/.* ExcNodeList=\([^ ]*\) .*/\1/p')
-    own=${own#(null)} exclude=${exclude#-}
-    scontrol update JobId="$next" ExcNodeList="$own${own:+${exclude:+,}}$exclude" StartTime="now+$delay"
+    hold_next "${exclude#-}" "$delay"
   fi
 }
 
@@ -56,6 +66,37 @@ end_chain() {
   if [ -n "$next" ]; then scancel "$next"; fi
   if [ -n "$mail" ]; then scontrol update JobId="$me" MailType=END,FAIL MailUser="$mail"; fi
   resubmit=none
+}
+
+# After jobs that ended before they were attempts ($failed: JOB NODE). The next one leaves their nodes out, the last ones first, as long as
+# enough others remain. Three nodes are enough to end the chain, or three jobs where there is no other node.
+heed_failed_starts() {
+  local starts nodes spare delay=0
+  starts=$(wc -l <"$failed")
+  mapfile -t nodes < <(tac "$failed" | awk '!seen[$2]++ { print $2 }')
+  spare=$(($(usable_nodes) - min_nodes))
+  if ((spare < 0)); then spare=0; fi
+  if ((starts > 1)); then delay=$((60 * starts)); fi
+  if [ -n "$next" ] && ! hold_next "$(IFS=,; echo "${nodes[*]:0:spare}")" "$delay"; then spare=0; fi
+  if ((${#nodes[@]} > 2 || (starts > 2 && ${#nodes[@]} > spare))); then
+    say "$starts jobs in a row could not begin, on ${nodes[*]}: their logs, beside this one, say why. The chain ends; \`launch submit\` begins another one"
+    rm -f "$failed"
+    end_chain
+    exit 1
+  fi
+}
+
+# At an exit before the attempt has begun; `setup` may be what exits, and may have changed the PATH.
+could_not_begin() {
+  PATH=$path
+  if [ -n "$asked" ]; then
+    say "asked to end before the ranks have started"
+    if [ -f "$failed" ]; then sed -i "/^$me /d" "$failed"; fi
+  else
+    say "could not begin on $node: slurm.setup or python -m launch.attempt failed, as said above"
+    heed_failed_starts
+  fi
+  exit 1
 }
 
 # A signal to the job reaches the ranks by itself; here it is only looked at what it means, while Slurm still knows.
@@ -67,16 +108,10 @@ if [ "$resubmit" = chain ]; then
   if queue_next; then scontrol update JobId="$me" Requeue=0; else resubmit=requeue; fi
 fi
 
-# Attempts that do not even begin are counted here: nobody else can.
-failed=$(($(cat "$jobs/failed" 2>/dev/null || echo 0) + 1))
-echo "$failed" >"$jobs/failed"
-if ((failed > 1)) && [ -n "$next" ]; then scontrol update JobId="$next" StartTime="now+$((60 * failed))"; fi
-if ((failed > 3)); then
-  say "$((failed - 1)) jobs in a row could not begin: their logs, beside this one, say why. The chain ends; \`launch submit\` begins another one"
-  rm -f "$jobs/failed"
-  end_chain
-  exit 1
-fi
+# This job counts as one that could not begin until it has: nobody else can tell if it is killed. launch.attempt takes those before it into the ledger.
+if [ -s "$failed" ]; then heed_failed_starts; fi
+echo "$me $node" >>"$failed"
+trap could_not_begin EXIT
 
 @SETUP@
 export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -84,14 +119,9 @@ step=(srun --kill-on-bad-exit=1 --wait=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 judge begin "${before:--}" "${nodes[@]}"
-if [ -n "$asked" ]; then
-  say "asked to end before the ranks have started"
-  exit 1
-elif [ "$verdict" = failed ]; then
-  say "python -m launch.attempt failed on $(hostname), as said above"
-  exit 1
-fi
-rm -f "$jobs/failed" "$jobs/$me"
+if [ -n "$asked" ] || [ "$verdict" = failed ]; then exit 1; fi
+trap - EXIT
+rm -f "$failed" "$jobs/$me"
 [ "$verdict" = go ] || exit 1
 
 say "attempt $attempt begins"

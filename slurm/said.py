@@ -19,13 +19,13 @@ JOB_STATES = {
     "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY,
 }
 """States of jobs that say why they ended."""
-NODE_FAILED = re.compile(r"^srun: error: Node failure on (?P<node>\S+)$", re.MULTILINE)
+NODE_FAILED = re.compile(r"^srun: error: Node failure on (?P<node>\S+)$", re.MULTILINE | re.IGNORECASE)
 LAUNCH_FAILED = re.compile(
-    r"^srun: error: Task launch for \S+ failed on node (?P<node>[^\s:]+): (?P<what>.+)$",
+    r"^srun: error: Task launch for .+ failed on node (?P<node>[^\s:]+): (?P<what>.+)$",
     re.MULTILINE | re.IGNORECASE,
 )
 TASK_FAILED = re.compile(
-    r"^srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<what>.+)$", re.MULTILINE
+    r"^srun: error: (?P<nodes>\S+): tasks? (?P<tasks>[\d,-]+): (?P<what>.+)$", re.MULTILINE
 )
 BY_ITSELF = ("Exited", "Terminated")
 """How srun begins to tell of a task that was not struck by a signal, or by that which ends all."""
@@ -57,18 +57,19 @@ def first_failure(run: RunDir, job: str, attempt: int) -> Failure | None:
     for line in TASK_FAILED.finditer(output):
         what = line["what"].removesuffix(" (core dumped)")
         if what != f"Exited with exit code {ExitCode.SAVED.value}":
-            failures.append(_task_failure(line["node"], line["tasks"], what))
+            failures.append(_task_failure(line["nodes"], line["tasks"], what))
     # Tasks that were ended because of another one may be told of first.
     by_signal = [failure for failure in failures if failure.by_signal]
     return next(iter(by_signal + failures), None)
 
 
-def _task_failure(node: str, tasks: str, what: str) -> Failure:
-    """tasks: as 3 or 4-7,9."""
+def _task_failure(nodes: str, tasks: str, what: str) -> Failure:
+    """nodes: as n1 or n[1-2],n4, of which none is at fault more than the others; tasks: as 3 or 4-7,9."""
+    is_one = not set("[,") & set(nodes)
     return Failure(
         cause=Cause.OUT_OF_MEMORY if "Out Of Memory" in what else Cause.CRASH,
-        words=f"rank {tasks} on {node}: {what}",
-        node=node,
+        words=f"rank {tasks} on {nodes}: {what}",
+        node=nodes if is_one else "",
         by_signal=not what.startswith(BY_ITSELF),
         rank=int(re.split("[,-]", tasks)[0]),
     )

@@ -36,30 +36,27 @@ def write_script(config: RunConfig, run: RunDir, code: Path) -> Path:
 def script_text(config: RunConfig, run: RunDir, code: Path) -> str:
     """What a job of this run does: options for sbatch, lines of the user's, and job.sh."""
     settings = config.slurm
+    is_webhook = settings.notify is not None and "://" in settings.notify
+    mail_address = "" if is_webhook else settings.notify
     variables = {
         "run": str(run.path.absolute()),
         "code": str(code.absolute()),
         "python": settings.python or sys.executable,
         "tasks": str(settings.tasks),
+        "min_nodes": str(node_range(settings.nodes)[0]),
         "resubmit": settings.resubmit,
-        "mail": settings.notify if settings.notify and "://" not in settings.notify else "",
+        "mail": mail_address or "",
     }
     lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    lines += [f"srun_args=({shlex.join(settings.srun_args)})"]
     body = BODY.read_text(encoding="utf-8").replace("@SETUP@", "\n".join(settings.setup))
-    return _with_header(
-        config, run, "%j.log", [*lines, f"srun_args=({shlex.join(settings.srun_args)})", body]
-    )
+    return _with_header(config, run, "%j.log", [*lines, body])
 
 
 def index_script(config: RunConfig, run: RunDir, code: Path) -> str:
     """A job that indexes the shards that a run asks for."""
-    command = [
-        config.slurm.python or sys.executable,
-        "-m",
-        "tools.index",
-        str(run.proposal.path.absolute()),
-        "--quick",
-    ]
+    python = config.slurm.python or sys.executable
+    command = [python, "-m", "tools.index", str(run.proposal.path.absolute()), "--quick"]
     lines = [
         *config.slurm.setup,
         f"export PYTHONPATH={shlex.quote(str(code.absolute()))} PYTHONSAFEPATH=1",
@@ -69,36 +66,56 @@ def index_script(config: RunConfig, run: RunDir, code: Path) -> str:
 
 
 def _with_header(config: RunConfig, run: RunDir, log: str, commands: list[str]) -> str:
+    """A script as submitit writes it. log: the name of the job's output, with %j for its number."""
     executor = SlurmExecutor(run.slurm)
     executor.parameters = _parameters(config, run, log)
-    return executor._make_submission_file_text(
-        "\n".join([f"unset {' '.join(FROZEN)}  # read anew by each attempt", *commands]), ""
-    )
+    unset = f"unset {' '.join(FROZEN)}  # read anew by each attempt"
+    return executor._make_submission_file_text("\n".join([unset, *commands]), "")
 
 
 def submit(script: Path, *options: str) -> str:
     """Hand a script to sbatch; returns the job's id. Raises ConfigError with what Slurm said."""
+    sbatch = CommandFunction(["sbatch", *options, str(script)], verbose=False)
     with _clean_environment():
         try:
-            return SlurmExecutor._get_job_id_from_submission_command(
-                CommandFunction(["sbatch", *options, str(script)], verbose=False)()
-            )
+            return SlurmExecutor._get_job_id_from_submission_command(sbatch())
         except (FailedJobError, FailedSubmissionError, OSError) as error:
-            said = [line for line in str(error).splitlines() if "sbatch: error" in line] or [str(error)]
-            raise ConfigError(
-                "\n".join(["Slurm does not take the job:", *said, f"The script is {script}"])
-            ) from None
+            complaints = [line for line in str(error).splitlines() if "sbatch: error" in line]
+            lines = ["Slurm does not take the job:", *(complaints or [str(error)])]
+            raise ConfigError("\n".join([*lines, f"The script is {script}"])) from None
 
 
 def _parameters(config: RunConfig, run: RunDir, log: str) -> dict[str, Any]:
-    """For submitit. Raises ConfigError for characters that Slurm cannot be told."""
+    """What submitit writes at the head of a script. Raises ConfigError for characters that Slurm cannot be
+    told."""
+    options = _options(config, run, log)
+    unprintable = [
+        name for name, value in options.items() if isinstance(value, str) and not value.isprintable()
+    ]
+    if unprintable:
+        raise ConfigError(
+            f"{', '.join(unprintable)}: line breaks and other control characters cannot be told to Slurm"
+        )
+    return {
+        "use_srun": False,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "setup": [f"#SBATCH {option}" for option in config.slurm.sbatch],
+        "additional_parameters": {
+            name: _escaped(value) for name, value in options.items() if value is not None
+        },
+    }
+
+
+def _options(config: RunConfig, run: RunDir, log: str) -> dict[str, Any]:
+    """Options of sbatch by name; those that are None are left out. Raises ConfigError for a folder that Slurm
+    cannot write its output into."""
     settings, folder = config.slurm, str(run.slurm.absolute())
     if "\\" in folder:
         raise ConfigError(
             f"run.dir: {folder}: Slurm cannot write its output into a folder with a backslash in its name"
         )
-    on_gpus = settings.gpus_per_node > 0
-    flags = {
+    return {
         "job_name": config.run.name,
         "output": f"{folder.replace('%', '%%')}/{log}",
         "chdir": str(Path.cwd()),
@@ -110,45 +127,37 @@ def _parameters(config: RunConfig, run: RunDir, log: str) -> dict[str, Any]:
         "reservation": settings.reservation,
         "nodes": settings.nodes,
         **_tasks(settings),
-        "cpus_per_task": settings.cpus_per_task,
-        "gres": f"gpu:{settings.gpus_per_node}" if on_gpus and settings.gpu_request == "gres" else None,
-        "gpus_per_node": (
-            settings.gpus_per_node if on_gpus and settings.gpu_request == "gpus_per_node" else None
-        ),
+        **_gpus(settings),
         "mem": f"{settings.memory_gb}G" if settings.memory_gb else None,
         "time": settings.time_minutes,
         "signal": f"USR2@{settings.signal_seconds}",
         "no_requeue" if settings.resubmit == "none" else "requeue": True,
     }
-    if wrong := [name for name, value in flags.items() if isinstance(value, str) and not value.isprintable()]:
-        raise ConfigError(
-            f"{', '.join(wrong)}: line breaks and other control characters cannot be told to Slurm"
-        )
-    # submitit quotes as a shell wants it; sbatch takes a backslash for an escape within single quotes, too.
-    escaped = {
-        name: value.replace("\\", "\\\\") if isinstance(value, str) else value
-        for name, value in flags.items()
-        if value is not None
-    }
-    options = [f"#SBATCH {option}" for option in settings.sbatch]
-    return {
-        "use_srun": False,
-        "wckey": None,
-        "stderr_to_stdout": True,
-        "setup": options,
-        "additional_parameters": escaped,
-    }
 
 
-def _tasks(settings: Slurm) -> dict[str, int]:
+def _tasks(settings: Slurm) -> dict[str, int | None]:
     """Room for the processes of a node. Of a range, --ntasks-per-node would take no more nodes than the
     fewest nodes have tasks."""
-    low, high = node_range(settings.nodes)
-    return (
-        {"ntasks_per_node": settings.tasks}
-        if low == high
-        else {"mincpus": settings.tasks * (settings.cpus_per_task or 1)}
-    )
+    cores = settings.cpus_per_task
+    fewest, most = node_range(settings.nodes)
+    if fewest == most:
+        return {"ntasks_per_node": settings.tasks, "cpus_per_task": cores}
+    return {"mincpus": settings.tasks * (cores or 1), "cpus_per_task": cores}
+
+
+def _gpus(settings: Slurm) -> dict[str, Any]:
+    """GPUs of a node, asked for as is the custom of the site."""
+    if not settings.gpus_per_node:
+        return {}
+    if settings.gpu_request == "gres":
+        return {"gres": f"gpu:{settings.gpus_per_node}"}
+    return {"gpus_per_node": settings.gpus_per_node}
+
+
+def _escaped(value: object) -> object:
+    """As sbatch takes it: submitit quotes for a shell, where a backslash within single quotes is one; to
+    sbatch it is an escape."""
+    return value.replace("\\", "\\\\") if isinstance(value, str) else value
 
 
 def look_ahead(script: Path) -> str | None:
@@ -158,14 +167,9 @@ def look_ahead(script: Path) -> str | None:
         with _clean_environment():
             cluster.run("sbatch", "--test-only", str(script))
     except EarwitnessError as error:
-        return next(
-            (
-                line.rpartition(": ")[2]
-                for line in str(error).splitlines()
-                if "node configuration is not available" in line
-            ),
-            None,
-        )
+        for line in str(error).splitlines():
+            if "node configuration is not available" in line:
+                return line.rpartition(": ")[2]
     return None
 
 

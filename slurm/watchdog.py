@@ -20,26 +20,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-FIRST_PATIENCE = 1800.0
-"""Seconds that a phase may take of which nothing is known."""
-PATIENT = ("starting", "saving")
+from configs.run.files import write_atomic
+from configs.run.goodput import Phase
+
+FIRST_LIMIT = 1800.0
+"""Seconds that a phase may last of which nothing is known."""
+SLOW_PHASES = (Phase.START_UP, Phase.SAVING)
 """Phases that may last as long as that at any time: a disk may be slow."""
-LEAST_PATIENCE = 120.0
+LEAST_LIMIT = 120.0
+"""Seconds that any phase may last."""
 FACTOR = 20
-"""Times the longest that a phase took so far."""
+"""How many times the longest that a phase took so far it may last."""
 TICK = 1.0
+"""Seconds between two looks."""
 GATHER = 10.0
 """Seconds in which the others can say what they are doing."""
-STUCK = 5.0
-"""Seconds without a sign after which a rank looks whether another one has noticed a hang."""
+QUIET = 5.0
+"""Seconds without a sign of life after which a rank looks whether another one has noticed a hang."""
 HUNG = 70
 """Exit code of a rank that hangs."""
+RANKS_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank was doing. arrived: it waits for the others at an agreement; seconds: since its last sign
-    of life; in_hand: a sample that it decodes."""
+    """What a rank was doing. phase: as Phase calls it; arrived: whether it waits for the others at an
+    agreement; seconds: since its last sign of life; in_hand: a sample that it decodes."""
 
     rank: int
     node: str
@@ -49,10 +55,18 @@ class Sign:
     seconds: float
     in_hand: str = ""
 
+    @property
+    def doing(self) -> str:
+        """As `training, step 7`."""
+        phase = self.phase.replace("_", " ")
+        waiting = ", waiting for the others" if self.arrived else ""
+        return f"{phase}, step {self.step}{waiting}"
+
 
 @dataclass(frozen=True)
 class Hang:
-    """A hang in words, and the node that seems to be at fault (empty if none does)."""
+    """A hang in words, the ranks that hold the others up, and the node that seems to be at fault (empty if
+    none does)."""
 
     words: str
     node: str
@@ -60,7 +74,7 @@ class Hang:
 
 
 class Watchdog:
-    """Of one rank. Signs of life are `watch(phase, step)` and `watch.arrive()`."""
+    """Watches one rank. Signs of life are `watch(phase, step)` and `watch.arrive()`."""
 
     def __init__(
         self,
@@ -69,24 +83,28 @@ class Watchdog:
         nodes: Sequence[str],
         *,
         seconds: float | None = None,
-        in_hand: Callable[[float], str] = lambda patience: "",
+        in_hand: Callable[[float], str] = lambda seconds: "",
         report: Callable[[Hang], None],
         orphaned: Callable[[], bool] = lambda: False,
     ) -> None:
-        """nodes: that of each rank; seconds: how long a known phase may last (`slurm.hang_seconds`);
-        in_hand: what has been in hand for longer than that many seconds;
-        orphaned: whether a later attempt has taken over."""
+        """folder: where all ranks of the attempt write their reports; nodes: that of each rank; seconds: how
+        long a known phase may last (`slurm.hang_seconds`); in_hand: names what has been in hand for longer
+        than that many seconds; report: is told of a hang, on one rank; orphaned: whether a later attempt has
+        taken over."""
         self._folder, self._rank, self._nodes, self._seconds = folder, rank, nodes, seconds
         self._in_hand, self._report, self._orphaned = in_hand, report, orphaned
-        self._phase, self._step, self._arrived = "starting", 0, False
-        self._last, self._armed = time.monotonic(), 0.0
-        self._longest: dict[tuple[str, bool], float] = {}
+        self._phase, self._step, self._arrived = Phase.START_UP, 0, False
+        self._last_sign, self._armed = time.monotonic(), 0.0
+        self._longest: dict[tuple[Phase, bool], float] = {}
+        """Seconds between two signs of life at most, by phase and whether the rank had arrived."""
+        self._asked = folder / "hang"
+        """Whoever notices a hang first makes this file."""
         self._closed = threading.Event()
-        self._stacks = (folder / f"rank-{rank:05d}.stacks").open("w", encoding="utf-8")
+        self._stacks = self._file(rank, "stacks").open("w", encoding="utf-8")
         self._arm()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def __call__(self, phase: str, step: int) -> None:
+    def __call__(self, phase: Phase, step: int) -> None:
         """This rank enters a phase, or goes on in it."""
         self._sign(phase, step, arrived=False)
 
@@ -94,44 +112,49 @@ class Watchdog:
         """This rank waits for the others."""
         self._sign(self._phase, self._step, arrived=True)
 
-    def _sign(self, phase: str, step: int, arrived: bool) -> None:
-        now, was = time.monotonic(), (self._phase, self._arrived)
-        self._longest[was] = max(self._longest.get(was, 0.0), now - self._last)
-        self._last, self._phase, self._step, self._arrived = now, phase, step, arrived
-        if (phase, arrived) != was or now - self._armed > STUCK:
-            self._arm()
-
-    def _arm(self) -> None:
-        self._armed = time.monotonic()
-        faulthandler.dump_traceback_later(self.patience + 3 * GATHER, exit=True, file=self._stacks)
-
     @property
-    def patience(self) -> float:
-        """Seconds that the present phase may last."""
-        known = self._longest.get((self._phase, self._arrived))
-        if known is None or self._phase in PATIENT:
-            return FIRST_PATIENCE
-        return self._seconds or max(LEAST_PATIENCE, 3 * known, min(FACTOR * known, FIRST_PATIENCE))
+    def limit(self) -> float:
+        """Seconds that the present phase may last without a sign of life."""
+        longest = self._longest.get((self._phase, self._arrived))
+        if longest is None or self._phase in SLOW_PHASES:
+            return FIRST_LIMIT
+        if self._seconds is not None:
+            return self._seconds
+        return max(LEAST_LIMIT, 3 * longest, min(FACTOR * longest, FIRST_LIMIT))
 
     def close(self) -> None:
-        """The end: what comes now may take its time."""
+        """End the watch: what comes now may take its time."""
         self._closed.set()
         faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
         Path(self._stacks.name).unlink(missing_ok=True)
 
+    def _sign(self, phase: Phase, step: int, arrived: bool) -> None:
+        now = time.monotonic()
+        before = (self._phase, self._arrived)
+        self._longest[before] = max(self._longest.get(before, 0.0), now - self._last_sign)
+        self._last_sign, self._phase, self._step, self._arrived = now, phase, step, arrived
+        if (phase, arrived) != before or now - self._armed > QUIET:
+            self._arm()
+
+    def _arm(self) -> None:
+        self._armed = time.monotonic()
+        faulthandler.dump_traceback_later(self.limit + 3 * GATHER, exit=True, file=self._stacks)
+
     def _watch(self) -> None:
-        asked, looked = self._folder / "hang", 0.0
+        """Look again and again, in a thread of its own; ends the process if there is a hang."""
+        looked_for_successor = 0.0
         while not self._closed.wait(TICK):
             now = time.monotonic()
-            idle = now - self._last
-            if idle > STUCK + GATHER and now - looked > GATHER:
-                looked = now
+            idle = now - self._last_sign
+            if idle > QUIET + GATHER and now - looked_for_successor > GATHER:
+                looked_for_successor = now
                 with contextlib.suppress(OSError):  # a file system that does not answer
                     self._leave_if_orphaned()
-            if idle > self.patience or (idle > STUCK and asked.exists()):
+            another_hangs = idle > QUIET and self._asked.exists()
+            if idle > self.limit or another_hangs:
                 try:
-                    self._hang(asked, idle)
+                    self._hang(idle)
                 finally:  # whatever cannot be written
                     os._exit(HUNG)
 
@@ -144,100 +167,114 @@ class Watchdog:
             )
             os._exit(1)
 
-    def _hang(self, asked: Path, idle: float) -> None:
-        with contextlib.suppress(OSError):
-            faulthandler.dump_traceback(self._stacks, all_threads=True)
-            self._stacks.flush()
-        sign = Sign(
-            self._rank,
-            self._nodes[self._rank],
-            self._phase,
-            self._step,
-            self._arrived,
-            round(idle, 1),
-            self._in_hand(idle / 2),
-        )
-        part = self._folder / f"rank-{self._rank:05d}.hang"
-        temporary = part.with_suffix(".hang.tmp")
-        temporary.write_text(json.dumps(asdict(sign)), encoding="utf-8")
-        temporary.replace(part)
+    def _hang(self, idle: float) -> None:
+        """Say what this rank is doing; whoever is the first to, reports the hang.
+
+        idle: seconds since the last sign of life.
+        """
+        self._dump_stacks()
+        self._write_sign(idle)
         recorder = threading.Thread(
-            target=dump_flight_recorder, args=(self._folder / f"rank-{self._rank:05d}.nccl",), daemon=True
+            target=dump_flight_recorder, args=(self._file(self._rank, "nccl"),), daemon=True
         )
         recorder.start()  # by itself: NCCL may be what hangs
         try:
-            asked.touch(exist_ok=False)
+            self._asked.touch(exist_ok=False)
         except FileExistsError:  # another rank will tell, and its end ends this one
             time.sleep(6 * GATHER)
             return
-        deadline = time.monotonic() + GATHER
-        while time.monotonic() < deadline and len(list(self._folder.glob("rank-*.hang"))) < len(self._nodes):
-            time.sleep(0.1)
-        signs = [
-            Sign(**json.loads(file.read_text(encoding="utf-8")))
-            for file in sorted(self._folder.glob("rank-*.hang"))
-        ]
+        signs = self._gather_signs()
         hang = explain(signs, self._nodes)
-        print(
-            f"hang: {hang.words}\n"
-            + "\n".join(map(str, signs))
-            + f"\nall stacks: {self._folder}/rank-*.stacks",
-            file=sys.stderr,
-            flush=True,
-        )
+        lines = [f"hang: {hang.words}", *map(str, signs), f"all stacks: {self._folder}/rank-*.stacks"]
+        print("\n".join(lines), file=sys.stderr, flush=True)
         self._report(hang)
+
+    def _dump_stacks(self) -> None:
+        with contextlib.suppress(OSError):
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            self._stacks.flush()
+
+    def _write_sign(self, idle: float) -> None:
+        sign = Sign(
+            rank=self._rank,
+            node=self._nodes[self._rank],
+            phase=self._phase.value,
+            step=self._step,
+            arrived=self._arrived,
+            seconds=round(idle, 1),
+            in_hand=self._in_hand(idle / 2),
+        )
+        write_atomic(self._file(self._rank, "hang"), json.dumps(asdict(sign)))
+
+    def _gather_signs(self) -> list[Sign]:
+        """What the ranks say that answer in time."""
+        deadline = time.monotonic() + GATHER
+        while time.monotonic() < deadline and len(self._sign_files()) < len(self._nodes):
+            time.sleep(0.1)
+        return [Sign(**json.loads(file.read_text(encoding="utf-8"))) for file in self._sign_files()]
+
+    def _sign_files(self) -> list[Path]:
+        return sorted(self._folder.glob("rank-*.hang"))
+
+    def _file(self, rank: int, ending: str) -> Path:
+        return self._folder / f"rank-{rank:05d}.{ending}"
 
 
 def explain(signs: Sequence[Sign], nodes: Sequence[str]) -> Hang:
     """Who holds the others up, by what each rank says of itself; those that say nothing come first. nodes:
     that of each rank."""
-    ranks = len(nodes)
-    answered = {sign.rank: sign for sign in signs}
-    silent = [rank for rank in range(ranks) if rank not in answered]
-    longest = max(sign.seconds for sign in signs)
+    seconds = max(sign.seconds for sign in signs)
+    answered = {sign.rank for sign in signs}
+    silent = [rank for rank in range(len(nodes)) if rank not in answered]
     if silent:
-        known = "; the others: " + _phases(signs)
-        return Hang(
-            f"{_names(silent)} gave no sign of life for {longest:.0f} s, not even of the watchdog{known}",
-            _common(nodes, silent),
-            silent,
+        words = (
+            f"{_ranks(silent)} gave no sign of life for {seconds:.0f} s, not even of the watchdog;"
+            f" the others: {_doings(signs)}"
         )
-    late = [sign for sign in signs if not sign.arrived] or list(signs)
-    first = min(sign.step for sign in late)
-    late = [sign for sign in late if sign.step == first]
-    if len(late) == ranks:
-        return Hang(f"all ranks are stuck for {longest:.0f} s: {_phases(signs)}", "", [])
-    suspects = [sign.rank for sign in late]
-    return Hang(
-        f"{_phases(late)} for {longest:.0f} s, while the others wait", _common(nodes, suspects), suspects
-    )
+        return Hang(words, _common_node(silent, nodes), silent)
+    behind = _furthest_behind(signs)
+    if len(behind) == len(nodes):
+        return Hang(f"all ranks are stuck for {seconds:.0f} s: {_doings(signs)}", "", [])
+    suspects = [sign.rank for sign in behind]
+    words = f"{_doings(behind)} for {seconds:.0f} s, while the others wait"
+    return Hang(words, _common_node(suspects, nodes), suspects)
 
 
-def _common(nodes: Sequence[str], ranks: Sequence[int]) -> str:
-    """The node of some ranks, if it is one."""
-    found = {nodes[rank] for rank in ranks}
-    return found.pop() if len(found) == 1 else ""
+def _furthest_behind(signs: Sequence[Sign]) -> list[Sign]:
+    """Of the ranks that have not arrived (of all, if all have), those at the lowest step."""
+    under_way = [sign for sign in signs if not sign.arrived] or list(signs)
+    step = min(sign.step for sign in under_way)
+    return [sign for sign in under_way if sign.step == step]
 
 
-def _phases(signs: Sequence[Sign]) -> str:
+def _common_node(ranks: Sequence[int], nodes: Sequence[str]) -> str:
+    """The node of some ranks; empty if they have several."""
+    their_nodes = {nodes[rank] for rank in ranks}
+    return their_nodes.pop() if len(their_nodes) == 1 else ""
+
+
+def _doings(signs: Sequence[Sign]) -> str:
+    """What each rank does, those together that do the same."""
     groups: dict[str, list[Sign]] = {}
     for sign in signs:
-        groups.setdefault(
-            f"{sign.phase}, step {sign.step}" + ", waiting for the others" * sign.arrived, []
-        ).append(sign)
-    parts = []
-    for what, group in groups.items():
-        in_hand = next((f" (in hand: {sign.in_hand})" for sign in group if sign.in_hand), "")
-        parts.append(
-            f"{_names([sign.rank for sign in group])} on {', '.join(sorted({sign.node for sign in group}))}:"
-            f" {what}{in_hand}"
-        )
-    return "; ".join(parts)
+        groups.setdefault(sign.doing, []).append(sign)
+    return "; ".join(_in_words(group) for group in groups.values())
 
 
-def _names(ranks: Sequence[int]) -> str:
-    few = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {few}"
+def _in_words(group: Sequence[Sign]) -> str:
+    """Ranks that do the same, as `ranks 2, 3 on n2: training, step 7 (in hand: SAMPLE)`."""
+    nodes = ", ".join(sorted({sign.node for sign in group}))
+    samples = [sign.in_hand for sign in group if sign.in_hand]
+    in_hand = f" (in hand: {samples[0]})" if samples else ""
+    return f"{_ranks([sign.rank for sign in group])} on {nodes}: {group[0].doing}{in_hand}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """As `rank 3`, or `ranks 3, 4`."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    more = ", ..." if len(ranks) > RANKS_SHOWN else ""
+    return f"ranks {', '.join(map(str, ranks[:RANKS_SHOWN]))}{more}"
 
 
 def dump_flight_recorder(file: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from configs.run.folder import RunDir
+from configs.run.goodput import Phase
 from configs.run.lease import Lease
 from configs.schema import RunConfig
 from trainer.changes import pinned
@@ -30,7 +31,7 @@ class StopFlag(Protocol):
 class Watch(Protocol):
     """Is given signs of life; without them for long it takes this rank for hung."""
 
-    def __call__(self, phase: str, step: int) -> None:
+    def __call__(self, phase: Phase, step: int) -> None:
         """A phase begins, or goes on."""
 
     def arrive(self) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 
@@ -67,10 +67,10 @@ class Chain:
     def finished(self, seconds: float = 180) -> str:
         """Wait until the chain has ended; returns why."""
 
-        def look() -> list[dict[str, Any]]:
+        def look() -> list[ChainEnded]:
             return [] if self.jobs() else self.run.ledger.read().of(ChainEnded)
 
-        return str(self.wait("the end of the chain", look, seconds)[-1]["why"])
+        return self.wait("the end of the chain", look, seconds)[-1].why
 
     def job(self) -> str:
         """The job of the newest attempt."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import load
-from configs.run.events import AttemptBegan, ChainEnded, Ended
+from configs.run.events import AttemptBegan, ChainEnded, CouldNotBegin, Ended
 from data.index import is_held_out, load_sidecar
 from data.sources import expand
 from tests.cluster.chains import make_chain
@@ -93,6 +93,19 @@ def test_an_unfit_node_is_named_and_left_out(
         and "n2 is unfit: clock: +100 s off" in chain.ends()[0][1]
     ), chain.said()
     assert "n2" not in chain.nodes() and chain.run.ledger.read().of(AttemptBegan)[0].nodes == ["n1", "n2"]
+
+
+def test_a_node_on_which_no_job_can_begin_is_left_out(
+    cluster: Cluster, tmp_path: Path, model: Path, shards: str
+) -> None:
+    """The first job falls on n1, where there is no Python."""
+    setup = ['if [ "$SLURMD_NODENAME" = n1 ]; then python=/nowhere/python; fi']
+    chain = make_chain(cluster, tmp_path, model, shards, 4, slurm={"nodes": 1, "setup": setup})
+    first = chain.submit()
+    assert chain.finished(60) == "finished", chain.said()
+    history = chain.run.ledger.read()
+    assert [(event.job, event.node) for event in history.of(CouldNotBegin)] == [(first, "n1")]
+    assert len(history.of(AttemptBegan)) == 1 and chain.nodes() != ["n1"]
 
 
 def test_a_drill_reports_seconds_to_save_to_restart_and_to_the_first_step(
