@@ -24,6 +24,7 @@ STOP = StopFlag()
 if __name__ == "__main__":
     STOP.install()  # before the imports, which may take long on a network file system
 
+from configs.cores import decoding_threads
 from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode
 from configs.run.crash_journal import CrashJournal
 from configs.run.events import AttemptBegan, DeathInHand, Hung, RankFailed, Started, Stopped
@@ -60,7 +61,7 @@ def main(run_path: str, attempt: int) -> int:
 def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     config = run.proposal.read()
     # Training's decoders, validation's, and the main thread for the panel.
-    slots = 2 * config.data.threads + 1
+    slots = 2 * decoding_threads(config.data) + 1
     journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
     nodes = _node_of_each_rank(run, lease.attempt)
     watch = _watchdog(run, lease, rank, nodes, journal, config.slurm.hang_seconds)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, WhisperProcessor
 
+from configs.cores import decoding_threads
 from configs.load import validate
 from configs.run.crash_journal import CrashJournal
 from data import dataset
@@ -51,7 +52,7 @@ def batches(task: Task) -> Iterator[Batch]:
         max_seconds=SECONDS,
         overlong=config.data.overlong,
         seed=SEED,
-        in_hand=CrashJournal(config.data.threads),
+        in_hand=CrashJournal(decoding_threads(config.data)),
     )
     order = found.order(config, 100 * SECONDS)
     for step in Loader(
@@ -59,7 +60,7 @@ def batches(task: Task) -> Iterator[Batch]:
         order,
         range(BATCH),
         range(1 << 40),
-        threads=config.data.threads,
+        threads=decoding_threads(config.data),
         read_ahead_mb=config.data.read_ahead_mb,
     ):
         yield collate(step.samples, order.window(step.number), tokenizer.pad_token_id)
