@@ -111,10 +111,7 @@ def test_a_missing_caption_key_names_source_sample_and_the_keys_that_are_there(
         in done.stderr
     )
     assert "is data.sources.NAME.caption_key right?" in done.stderr
-    reasons = [
-        json.loads(line)["reason"]
-        for line in (tmp_path / "run/quarantine.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    reasons = [sample.reason for sample in RunDir(tmp_path / "run").quarantine.read().samples]
     assert reasons and all(
         "no caption under 'text.en' (keys there: licence, caption)" in reason for reason in reasons
     )

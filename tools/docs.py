@@ -17,7 +17,8 @@ from pydantic_core import PydanticUndefined
 
 from configs.errors import run_command
 from configs.load import section_in
-from configs.schema import RunConfig
+from configs.schema import RunConfig, Section
+from trainer.changes import marks
 
 ROOT = Path(__file__).parents[1]
 GUIDE, SCHEMA = ROOT / "docs/configuration.md", ROOT / "configs/schema.json"
@@ -29,7 +30,8 @@ Made from `configs/schema.py` by `python -m tools.docs`; change it there. `pytho
 A config is a YAML file with the sections below. `extends: other.yaml` takes over another file, relative to
 this one: sections are merged, key by key; lists and values are replaced. On the command line `optim.lr=1e-5`
 overrides a key; an item of a list is named by its `name` or number: `data.sources.speech.weight=2`. Unknown
-keys are refused with the nearest one that there is. Editors that know YAML schemas (VS Code with the YAML
+keys are refused with the nearest one that there is. The last column says whether a run that has begun may go
+on with another value ([resume.md](resume.md)). Editors that know YAML schemas (VS Code with the YAML
 extension, JetBrains) complete and check keys by the line `# yaml-language-server: $schema=schema.json` that
 each file in `configs/` has.
 """
@@ -48,7 +50,7 @@ def guide() -> str:
     return "\n".join([OPENING, *_tables(RunConfig, "")])
 
 
-def _tables(section: type[BaseModel], at: str) -> Iterator[str]:
+def _tables(section: type[Section], at: str) -> Iterator[str]:
     inner = {
         name: found for name, field in section.model_fields.items() if (found := section_in(field.annotation))
     }
@@ -57,9 +59,11 @@ def _tables(section: type[BaseModel], at: str) -> Iterator[str]:
     }
     if at:
         yield f"## {at}\n\n{section.__doc__}\n"
-        yield "| key | value | default | |\n|---|---|---|---|"
+        yield "| key | value | default | | may change |\n|---|---|---|---|---|"
+        changes = marks(section)
         for name, field in values.items():
-            yield f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(field.description or '')} |"
+            description, change = _cell(field.description or ""), changes[name].value
+            yield f"| `{name}` | {_kind(field)} | {_default(field)} | {description} | {change} |"
         yield ""
     for name, found in inner.items():
         is_list = typing.get_origin(section.model_fields[name].annotation) is list
