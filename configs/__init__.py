@@ -1,2 +1,2 @@
-"""Settings: what there is to set (schema), how a YAML file becomes a RunConfig (load), and the folder of a
-run (rundir)."""
+"""What a run is told: every setting (schema), how a YAML file becomes a config (load), and the files; and, in
+`configs/run`, what a run leaves behind."""

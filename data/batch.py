@@ -61,25 +61,24 @@ def collate(samples: Sequence[Sample], window: int, pad_id: int) -> Batch:
 
     Without samples the batch is one silent clip without labels: its loss and gradient are 0.
     """
-    rows = [(s.waveform, s.tokens.input_ids, s.tokens.labels, s.source) for s in samples] or [
-        (np.zeros(1, np.int16), [pad_id], [IGNORED], 0)
-    ]
-    waveforms = torch.zeros(len(rows), max(len(waveform) for waveform, *_ in rows), dtype=torch.int16)
-    inputs = torch.full((len(rows), max(len(ids) for _, ids, *_ in rows)), pad_id)
+    silence = Sample(np.zeros(1, np.int16), Tokens([pad_id], [IGNORED]), "", 0, "")
+    clips = list(samples) or [silence]
+    lengths = [len(clip.waveform) for clip in clips]
+    waveforms = torch.zeros(len(clips), max(lengths), dtype=torch.int16)
+    inputs = torch.full((len(clips), max(len(clip.tokens.labels) for clip in clips)), pad_id)
     labels = torch.full_like(inputs, IGNORED)
-    for row, (waveform, ids, targets, _) in enumerate(rows):
-        waveforms[row, : len(waveform)] = torch.from_numpy(waveform)
-        inputs[row, : len(ids)] = torch.tensor(ids)
-        labels[row, : len(targets)] = torch.tensor(targets)
-    lengths = torch.tensor([len(waveform) for waveform, *_ in rows])
+    for row, clip in enumerate(clips):
+        waveforms[row, : len(clip.waveform)] = torch.from_numpy(clip.waveform)
+        inputs[row, : len(clip.tokens.input_ids)] = torch.tensor(clip.tokens.input_ids)
+        labels[row, : len(clip.tokens.labels)] = torch.tensor(clip.tokens.labels)
     return Batch(
-        waveforms,
-        lengths,
-        inputs,
-        labels,
-        torch.tensor([source for *_, source in rows]),
-        tuple(s.key for s in samples),
-        window,
+        waveforms=waveforms,
+        lengths=torch.tensor(lengths),
+        decoder_input_ids=inputs,
+        labels=labels,
+        source=torch.tensor([clip.source for clip in clips]),
+        keys=tuple(sample.key for sample in samples),
+        window=window,
     )
 
 

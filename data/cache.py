@@ -13,16 +13,20 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from data import storage
 from data.location import Location
-from data.patience import STATS
+from data.retry import STATS
 
 BLOCK = 1 << 20
+DIGEST = 4
+"""Bytes before the content of a block."""
 SHARE = 0.02
-"""Of the limit: after so much has been written, what is there is counted and cut down."""
+"""Share of the limit that may be written before what is there is counted and cut down."""
 ABANDONED = 3600.0
 """Seconds after which a file that is still being written counts as left behind."""
 
@@ -44,14 +48,10 @@ class Cache:
         blocks = {number: self._load(location, number) for number in numbers}
         missing = [number for number in numbers if not blocks[number]]
         STATS["cached"] += sum(map(len, blocks.values()))
-        while missing:
-            following = next(
-                (place for place, number in enumerate(missing) if number != missing[0] + place), len(missing)
-            )
-            together, missing = missing[:following], missing[following:]
-            first = together[0] * BLOCK
-            content = storage.read(location, first, min((together[-1] + 1) * BLOCK, location.size))
-            for number in together:
+        for neighbours in _neighbours(missing):
+            first = neighbours.start * BLOCK
+            content = storage.read(location, first, min(neighbours.stop * BLOCK, location.size))
+            for number in neighbours:
                 blocks[number] = content[number * BLOCK - first : (number + 1) * BLOCK - first]
                 self._keep(location, number, blocks[number])
         whole = b"".join(blocks.values())
@@ -65,11 +65,10 @@ class Cache:
         """A block; empty if it is not there, or damaged."""
         path = self._path(location, number)
         with suppress(OSError):
-            found = path.read_bytes()
-            content = found[4:]
-            if len(content) == min(BLOCK, location.size - number * BLOCK) and found[:4] == zlib.crc32(
-                content
-            ).to_bytes(4, "little"):
+            kept = path.read_bytes()
+            digest, content = kept[:DIGEST], kept[DIGEST:]
+            is_whole = len(content) == min(BLOCK, location.size - number * BLOCK)
+            if is_whole and digest == _digest(content):
                 with suppress(OSError):  # another user's, or a disk that may only be read
                     os.utime(path)  # it is in use
                 return content
@@ -80,7 +79,7 @@ class Cache:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(zlib.crc32(content).to_bytes(4, "little") + content)
+            temporary.write_bytes(_digest(content) + content)
             temporary.replace(path)
         except OSError as error:
             with suppress(OSError):
@@ -102,18 +101,39 @@ class Cache:
 
     def _cut_down(self) -> None:
         """Remove what was not used for longest until the rest fits, and what killed processes have left."""
-        found = []
+        blocks = []
         for file in self.folder.glob("*/*"):
             with suppress(OSError):  # another rank is at it, too
-                about = file.stat()
+                kept = file.stat()
                 if file.suffix != ".tmp":
-                    found.append((about.st_mtime, about.st_size, file))
-                elif time.time() - about.st_mtime > ABANDONED:
+                    blocks.append(_Kept(kept.st_mtime, kept.st_size, file))
+                elif time.time() - kept.st_mtime > ABANDONED:
                     file.unlink()
-        held = sum(size for _, size, _ in found)
-        for _, size, file in sorted(found):
+        held = sum(block.size for block in blocks)
+        for block in sorted(blocks):
             if held <= (1 - SHARE) * self.limit:
                 return
             with suppress(OSError):
-                file.unlink(missing_ok=True)
-                held -= size
+                block.file.unlink(missing_ok=True)
+                held -= block.size
+
+
+class _Kept(NamedTuple):
+    """A block on the disk; those sort first that were not used for longest."""
+
+    used: float
+    size: int
+    file: Path
+
+
+def _digest(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(DIGEST, "little")
+
+
+def _neighbours(numbers: Sequence[int]) -> Iterator[range]:
+    """Ascending numbers, cut where one is left out."""
+    start = 0
+    for end in range(1, len(numbers) + 1):
+        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
+            yield range(numbers[start], numbers[end - 1] + 1)
+            start = end

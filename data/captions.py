@@ -25,28 +25,26 @@ def find_caption(content: bytes, caption_key: str) -> str:
     BadSample."""
     try:
         text = content.decode()
-        found: Any = text if caption_key.startswith(".") else json.loads(text)
+        caption: Any = text if caption_key.startswith(".") else json.loads(text)
     except UnicodeDecodeError:
         raise BadSample("the caption's member is not UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise BadSample(f"the JSON is broken: {error}") from None
     if not caption_key.startswith("."):
         for part in caption_key.split("."):
-            if not isinstance(found, dict) or part not in found:
-                there = (
-                    f"keys there: {', '.join(map(str, found))}"
-                    if isinstance(found, dict)
-                    else f"there is {type(found).__name__}"
-                )
-                raise BadSample(f"no caption under {caption_key!r} ({there})")
-            found = found[part]
-    if not isinstance(found, str):
-        raise BadSample(f"the caption under {caption_key!r} is {type(found).__name__}, not text")
-    if not found.strip():
+            if not isinstance(caption, dict):
+                raise BadSample(f"no caption under {caption_key!r} (there is {type(caption).__name__})")
+            if part not in caption:
+                keys = ", ".join(map(str, caption))
+                raise BadSample(f"no caption under {caption_key!r} (keys there: {keys})")
+            caption = caption[part]
+    if not isinstance(caption, str):
+        raise BadSample(f"the caption under {caption_key!r} is {type(caption).__name__}, not text")
+    if not caption.strip():
         raise BadSample("the caption is empty")
-    if any("\ud800" <= character <= "\udfff" for character in found):
+    if any("\ud800" <= character <= "\udfff" for character in caption):
         raise BadSample("the caption holds half a character (a lone surrogate)")
-    return found.strip()
+    return caption.strip()
 
 
 @dataclass(frozen=True)
@@ -74,18 +72,15 @@ class CaptionEncoder:
     ) -> None:
         """`prefix`: the tokens that generation starts from; `positions`: the decoder's (448), prompt and
         prefix included."""
-        self.tokenizer, self.prefix, self.positions, self.long_caption = (
-            tokenizer,
-            list(prefix),
-            positions,
-            long_caption,
-        )
+        self.tokenizer, self.prefix = tokenizer, list(prefix)
+        self.positions, self.long_caption = positions, long_caption
         # Done here once, because threads share the encoder.
         self.prompts = {
             style: tokenizer.get_prompt_ids(style).tolist() if style else [] for style in {None, *styles}
         }
 
-        if len(max(self.prompts.values(), key=len)) + len(self.prefix) >= positions:
+        longest_prompt = max(map(len, self.prompts.values()))
+        if longest_prompt + len(self.prefix) >= positions:
             raise ConfigError(
                 f"data.sources: a style is longer than the {positions} positions of the decoder; say it in a"
                 " few words"
@@ -107,9 +102,8 @@ class CaptionEncoder:
         if len(ids) > room and self.long_caption == "skip":
             raise Skipped(f"the caption has {len(ids)} tokens, there is room for {room}")
         sequence = [*before, *ids[:room], self.tokenizer.eos_token_id]
-        return Tokens(
-            sequence[:-1], [IGNORED] * (len(before) - 1) + sequence[len(before) :], max(0, len(ids) - room)
-        )
+        labels = [IGNORED] * (len(before) - 1) + sequence[len(before) :]
+        return Tokens(sequence[:-1], labels, cut=max(0, len(ids) - room))
 
 
 def prefix_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:

@@ -44,23 +44,19 @@ class Dataset:
     def order(self, config: RunConfig, frames: int, base: tuple[int, int] = (0, 0)) -> Order:
         """The order of the training samples. frames: the model's audio window; base: global step at which it
         begins, and its first epoch."""
-        shard = self.training.column("shard")
-        runs = cut_runs(
-            shard,
-            self.training.column("audio_size") + self.training.column("text_size"),
-            config.batch.global_size,
-        )
-        weights = [source.weight for source in config.data.sources]
-        source = self.training.column("source")[runs[:-1]].astype(np.int64)
+        size = self.training.column("audio_size") + self.training.column("text_size")
+        runs = cut_runs(self.training.column("shard"), size, config.batch.global_size)
+        base_step, base_epoch = base
         return Order(
-            runs,
-            source,
-            weights,
-            config.run.seed,
-            config.batch.global_size,
-            config.data.shuffle_window,
-            frames,
-            *base,
+            runs=runs,
+            run_source=self.training.column("source")[runs[:-1]].astype(np.int64),
+            weights=[source.weight for source in config.data.sources],
+            seed=config.run.seed,
+            global_batch=config.batch.global_size,
+            shuffle_window=config.data.shuffle_window,
+            frames=frames,
+            base_step=base_step,
+            base_epoch=base_epoch,
         )
 
 
@@ -123,17 +119,9 @@ def left_out(
                 f" because of this: {problems[0].as_py()}"
             )
     if bad > config.data.max_bad_fraction * max(total, 1000):
-        raise DataError(
-            "\n".join(
-                [
-                    *lines[:20],
-                    (
-                        f"{bad} of {total} samples cannot be used, more than"
-                        f" data.max_bad_fraction={config.data.max_bad_fraction:g} allows"
-                    ),
-                ]
-            )
-        )
+        allowed = f"data.max_bad_fraction={config.data.max_bad_fraction:g}"
+        summary = f"{bad} of {total} samples cannot be used, more than {allowed} allows"
+        raise DataError("\n".join([*lines[:20], summary]))
     for source in config.data.sources:
         of_source = [
             sidecar.table.column("seconds").to_numpy()
@@ -159,18 +147,18 @@ def build(config: RunConfig, folder: Path, longest: float) -> list[str]:
     for left in folder.glob(".index-*.tmp"):  # by an attempt that was killed
         left.unlink(missing_ok=True)
     shards = list_shards(config)
-    limit = (
-        min(longest, config.data.max_seconds or longest) if config.data.overlong == "skip" else float("inf")
-    )
+    limit = float("inf")
+    if config.data.overlong == "skip":
+        limit = min(longest, config.data.max_seconds or longest)
     made = [read_metadata(folder / name) for name in (TRAINING, VALIDATION)]
-    if all(made) and {about.get(b"inputs") for about in made} == {
-        _inputs(config, limit, shards, _origins(config, shards)).encode()
-    }:
-        return list(json.loads(made[0][b"left_out"]))
+    if all(made):
+        now = _inputs(config, limit, shards, _origins(config, shards)).encode()
+        if all(metadata.get(b"inputs") == now for metadata in made):
+            return list(json.loads(made[0][b"left_out"]))
     sidecars = index_missing(config, shards)
     lines = left_out(config, shards, sidecars, limit)
     inputs = _inputs(config, limit, shards, [sidecar.origin for sidecar in sidecars])
-    merge(shards, sidecars, folder, longest=limit, about={"inputs": inputs, "left_out": json.dumps(lines)})
+    merge(shards, sidecars, folder, longest=limit, notes={"inputs": inputs, "left_out": json.dumps(lines)})
     del sidecars
     pa.default_memory_pool().release_unused()  # 3.1 million samples: 0.6 GB, which the process would keep
     return lines
@@ -180,7 +168,10 @@ def _origins(config: RunConfig, shards: Sequence[Shard]) -> list[str]:
     """The origin of each shard's sidecar, "" where there is none."""
     kept = storage.find_all([sidecar_location(shard, config.data.index_dir) for shard in shards])
     there = storage.find_all([shard.location for shard in shards])
-    return [origin(one, other) if one and other else "" for one, other in zip(there, kept, strict=True)]
+    return [
+        origin(shard, sidecar) if shard and sidecar else ""
+        for shard, sidecar in zip(there, kept, strict=True)
+    ]
 
 
 def _inputs(config: RunConfig, limit: float, shards: Sequence[Shard], origins: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -103,51 +104,69 @@ def _needs_ffmpeg(content: bytes, ending: str) -> bool:
 
 def _frames(stretch: tuple[float, float] | None, rate: int) -> tuple[int, int]:
     """First frame and number of frames of a stretch."""
-    return (round(stretch[0] * rate), round(stretch[1] * rate)) if stretch else (0, UNKNOWN_FRAMES)
+    if stretch is None:
+        return 0, UNKNOWN_FRAMES
+    start, length = stretch
+    return round(start * rate), round(length * rate)
 
 
 def _sndfile(content: bytes, fit: Fit) -> npt.NDArray[np.int16]:
     with _open(content) as file:
         rate = file.samplerate
-        dtype = "int16" if (rate, file.channels, file.subtype) == (SAMPLE_RATE, 1, "PCM_16") else "float32"
+        as_it_is = (rate, file.channels, file.subtype) == (SAMPLE_RATE, 1, "PCM_16")
         first, count = _frames(fit(file.frames / rate), rate)
-        if first and file.seekable():
-            file.seek(first)
-        elif first:  # GSM 6.10 and G.721 are read from the beginning only
-            for skipped in range(0, first, READ_FRAMES):
-                file.read(min(READ_FRAMES, first - skipped), dtype="float32")
-        parts, left = (
-            [],
-            count,
-        )  # in parts, because memory for the length that a damaged header claims may not be there
-        while left and len(part := file.read(min(left, READ_FRAMES), dtype=dtype, always_2d=True)):
-            parts.append(part)
-            left -= len(part)
-        wanted, read = min(count, file.frames - first), count - left
-        length_is_known = file.format != "MP3" or any(
-            mark in _without_id3(content)[:MP3_FRAME] for mark in (b"Xing", b"Info")
-        )  # else an estimate
-        if wanted and length_is_known and read < wanted * COMPLETE:
+        audio = _read(file, first, count, "int16" if as_it_is else "float32")
+        wanted = min(count, file.frames - first)
+        if len(audio) < wanted * COMPLETE and _knows_its_length(file, content):
             raise BadSample(
-                f"the audio is cut off: {read / rate:.1f} of {wanted / rate:.1f} s are there, counted from"
-                f" second {first / rate:.1f}"
+                f"the audio is cut off: {len(audio) / rate:.1f} of {wanted / rate:.1f} s are there, counted"
+                f" from second {first / rate:.1f}"
             )
-    if not parts:
+    if not len(audio):
         raise BadSample(NO_SAMPLES)
-    audio = np.concatenate(parts) if len(parts) > 1 else parts[0]
-    if dtype == "int16":
+    if as_it_is:
         return audio[:, 0]
-    if audio.shape[1] == 1:
-        mono = audio[:, 0]
-    elif audio.shape[1] == 2:
-        mono = (audio[:, 0] + audio[:, 1]) * np.float32(0.5)  # x.mean(axis=1) takes 17 ms for 30 s, this 0.8
-    else:
-        mono = audio.mean(axis=1, dtype=np.float32)
-    if rate != SAMPLE_RATE and len(mono):
+    mono = _mix(audio)
+    if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
     if not np.isfinite(mono).all():
         raise BadSample("the audio holds values that are not finite")
     return np.clip(np.rint(mono * 32768), -32768, 32767).astype(np.int16)
+
+
+def _read(file: soundfile.SoundFile, first: int, count: int, dtype: str) -> npt.NDArray[Any]:
+    """Frames from `first` on, `count` or as many as there are: (n, channels)."""
+    if first and file.seekable():
+        file.seek(first)
+    elif first:  # GSM 6.10 and G.721 are read from the beginning only
+        for skipped in range(0, first, READ_FRAMES):
+            file.read(min(READ_FRAMES, first - skipped), dtype="float32")
+    # In parts: memory for the length that a damaged header claims may not be there.
+    parts = []
+    while count:
+        part = file.read(min(count, READ_FRAMES), dtype=dtype, always_2d=True)
+        if not len(part):
+            break
+        parts.append(part)
+        count -= len(part)
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty((0, file.channels), dtype)
+
+
+def _knows_its_length(file: soundfile.SoundFile, content: bytes) -> bool:
+    """Whether the number of frames is more than an estimate."""
+    beginning = _without_id3(content)[:MP3_FRAME]
+    return file.format != "MP3" or b"Xing" in beginning or b"Info" in beginning
+
+
+def _mix(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """(n, channels) -> (n,), the mean of the channels."""
+    if audio.shape[1] == 1:
+        return audio[:, 0]
+    if audio.shape[1] == 2:  # x.mean(axis=1) takes 17 ms for 30 s, this 0.8
+        return (audio[:, 0] + audio[:, 1]) * np.float32(0.5)
+    return audio.mean(axis=1, dtype=np.float32)
 
 
 def _without_id3(content: bytes) -> bytes:
@@ -155,7 +174,9 @@ def _without_id3(content: bytes) -> bytes:
     estimated from its bytes."""
     if content[:3] != b"ID3" or len(content) < 10:
         return content
-    size = sum((byte & 0x7F) << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0), strict=True))
+    size = 0
+    for byte in content[6:10]:  # seven bits each
+        size = size << 7 | byte & 0x7F
     return content[10 + size :] or content
 
 
@@ -167,23 +188,13 @@ def _ffmpeg(content: bytes) -> npt.NDArray[np.int16]:
             "Install it (apt-get install ffmpeg, or conda install ffmpeg), or convert the clips to FLAC."
         )
     with _memory_file(content) as descriptor:
-        command = [
-            program,
-            "-nostdin",
-            "-v",
-            "error",
-            "-timelimit",
-            str(FFMPEG_SECONDS),
-            "-i",
-            f"/proc/self/fd/{descriptor}",
-        ]
+        command = [program, "-nostdin", "-v", "error", "-timelimit", str(FFMPEG_SECONDS)]
+        command += ["-i", f"/proc/self/fd/{descriptor}"]
         command += ["-vn", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "s16le", "-"]
         done = subprocess.run(command, pass_fds=[descriptor], capture_output=True, check=False)
     if done.returncode:
-        said = (
-            done.stderr.decode(errors="replace").strip()
-            or f"FFmpeg ended with {done.returncode} (it is stopped after {FFMPEG_SECONDS} s)"
-        )
+        said = done.stderr.decode(errors="replace").strip()
+        said = said or f"FFmpeg ended with {done.returncode} (it is stopped after {FFMPEG_SECONDS} s)"
         raise BadSample(f"the audio cannot be decoded: {said.splitlines()[-1]}")
     if not done.stdout:
         raise BadSample(NO_SAMPLES)
@@ -192,9 +203,8 @@ def _ffmpeg(content: bytes) -> npt.NDArray[np.int16]:
 
 @contextmanager
 def _open(content: bytes) -> Iterator[soundfile.SoundFile]:
-    stated = (
-        int.from_bytes(content[4:8], "little") if content[:4] == b"RIFF" else 0
-    )  # libsndfile takes the end of the file for the end of the audio
+    # Libsndfile takes the end of a file for the end of the audio.
+    stated = int.from_bytes(content[4:8], "little") if content[:4] == b"RIFF" else 0
     if len(content) < stated * COMPLETE and stated < WRITTEN_INTO_A_PIPE:
         raise BadSample(f"the audio is cut off: {len(content):,} of {stated + 8:,} bytes are there")
     with _memory_file(_without_id3(content)) as descriptor:

@@ -22,9 +22,7 @@ def log_mel(waveforms: torch.Tensor, lengths: torch.Tensor, frames: int, mels: i
     (B, mels, frames) float32. Equal to WhisperFeatureExtractor (fed the same int16) to 1e-5.
     """
     out = torch.empty(len(waveforms), mels, frames, device=waveforms.device)
-    if (
-        waveforms.device.type == "cpu"
-    ):  # one clip at a time is faster there, and only the frames that touch sound
+    if waveforms.device.type == "cpu":  # faster by the clip, and only the frames that touch sound
         for waveform, length, row in zip(waveforms, lengths.tolist(), out, strict=True):
             _spectrum(waveform[None, :length], -(-(length + WINDOW // 2) // HOP), row[None])
     else:
@@ -39,20 +37,17 @@ def _spectrum(waveforms: torch.Tensor, touched: int, out: torch.Tensor) -> None:
     _, mels, frames = out.shape
     touched = min(touched, frames)
     audio = waveforms.to(torch.float32) / 32768
-    audio = torch.nn.functional.pad(
-        audio, (0, min(frames, touched + 2) * HOP - audio.shape[1])
-    )  # two more hops are more than half a window
+    # Two more hops are more than half a window.
+    audio = torch.nn.functional.pad(audio, (0, min(frames, touched + 2) * HOP - audio.shape[1]))
     half = WINDOW // 2
-    padded = torch.cat(
-        [audio[:, 1 : half + 1].flip(1), audio, audio[:, -half - 1 : -1].flip(1)], dim=1
-    )  # reflected, as Whisper's is
+    # Reflected at its ends, as Whisper's is.
+    padded = torch.cat([audio[:, 1 : half + 1].flip(1), audio, audio[:, -half - 1 : -1].flip(1)], dim=1)
     hann, bands = _constants(mels, audio.device)
     framed = padded[:, : WINDOW + (touched - 1) * HOP].unfold(-1, WINDOW, HOP) * hann
     squares = torch.view_as_real(torch.fft.rfft(framed)).square()
     power = (squares[..., 0] + squares[..., 1]).mT  # (B, bins, touched)
-    energy = (
-        torch.cat([filters @ power[:, bins] for bins, filters in bands], dim=1).clamp_(min=1e-10).log10_()
-    )  # (B, mels, touched)
+    energy = torch.cat([filters @ power[:, bins] for bins, filters in bands], dim=1)  # (B, mels, touched)
+    energy = energy.clamp_(min=1e-10).log10_()
     floor = energy.amax((1, 2), keepdim=True) - 8.0
     out[:, :, :touched] = (energy.maximum(floor) + 4.0) / 4.0
     out[:, :, touched:] = (floor.clamp(min=-10.0) + 4.0) / 4.0

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ from data.tar import Damage, Member, walk
 from data.upload import write
 
 VERSION, LAYOUT = 2, 3
-"""Of sidecars, and of merged indexes: with another one they are made anew."""
+"""Versions of sidecars and of merged indexes: with another one they are made anew."""
 BESIDE = "beside"
 """As `data.index_dir`: sidecars are kept beside the shards, in a folder `index`."""
 TRAINING, VALIDATION = "index-training.arrow", "index-validation.arrow"
@@ -70,9 +70,9 @@ class Sidecar:
     damage: str
     """Why the shard could not be read to its end, or ""."""
     shard: storage.Stat
-    """Of the shard."""
+    """Size and tag of the shard."""
     origin: str
-    """As `origin` gives it."""
+    """What changes when the shard is replaced or the sidecar is written anew, as `origin` gives it."""
 
     def loss(self) -> str:
         """What is kept and what is lost of a damaged shard, in words."""
@@ -84,12 +84,17 @@ class Sidecar:
 def sidecar_location(shard: Shard, index_dir: str | Path) -> Location:
     """Where the index of a shard is kept, by URL and by what was taken from the samples. index_dir: as in a
     config's `data`."""
-    source, (url, options) = shard.source, (shard.location.url, shard.location.options)
-    place = f"{url.rpartition('/')[0]}/index" if str(index_dir) == BESIDE else str(index_dir)
+    source, url = shard.source, shard.location.url
+    folder = str(index_dir).rstrip("/")
+    if folder == BESIDE:
+        folder = f"{url.rpartition('/')[0]}/index"
     identity = json.dumps([VERSION, url, source.caption_key, source.audio])
-    name = f"{Path(shard.location.name).stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.parquet"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    # The shard's options (keys, endpoint) are good for its own kind of storage.
+    same_storage = split_protocol(folder)[0] == split_protocol(url)[0]
     return Location(
-        f"{place.rstrip('/')}/{name}", options if split_protocol(place)[0] == split_protocol(url)[0] else "{}"
+        f"{folder}/{Path(shard.location.name).stem}-{digest}.parquet",
+        shard.location.options if same_storage else "{}",
     )
 
 
@@ -97,16 +102,21 @@ def load_sidecar(shard: Shard, index_dir: str | Path) -> Sidecar | None:
     """The index of a shard, or None if there is none for the shard as it is now (size and ETag or
     modification time)."""
     place = sidecar_location(shard, index_dir)
-    if (kept := storage.find(place)) is None:
+    kept = storage.find(place)
+    if kept is None:
         return None
     now = storage.stat(shard.location)
     try:
         with pq.ParquetFile(pa.BufferReader(storage.read(place, 0, kept.size))) as file:
-            about = json.loads(file.schema_arrow.metadata[b"earwitness"])
-            if (about["size"], about["tag"]) != (now.size, now.tag):
+            indexed = json.loads(file.schema_arrow.metadata[b"earwitness"])
+            if (indexed["size"], indexed["tag"]) != (now.size, now.tag):
                 return None
             return Sidecar(
-                file.read(use_threads=False), about["full"], about["damage"], now, origin(now, kept)
+                table=file.read(use_threads=False),
+                full=indexed["full"],
+                damage=indexed["damage"],
+                shard=now,
+                origin=origin(now, kept),
             )
     except (pa.ArrowInvalid, KeyError, TypeError):  # cut off by a full disk, or a machine that lost power
         print(f"{place.url}: this index is damaged; it is made anew", flush=True)
@@ -136,7 +146,7 @@ def index_shard(shard: Shard, index_dir: str | Path, *, full: bool) -> Sidecar:
         damage = str(error)
     if damage and not members:
         raise DataError(f"{shard.location.url}: not a tar archive that can be read: {damage}")
-    rows = [_row(key, parts, shard.source) for key, parts in _group(members)]
+    rows = [_row(key, parts, shard.source) for key, parts in _group(members).items()]
     rows.sort(key=lambda row: min(row["audio_offset"], row["text_offset"]))
     if full:
         for row in rows:
@@ -148,9 +158,9 @@ def save_sidecar(
     shard: Shard, index_dir: str | Path, table: pa.Table, stat: storage.Stat, *, full: bool, damage: str
 ) -> Sidecar:
     """Keep the index of a shard in `index_dir`; stat: of the shard that was indexed."""
-    about = {"url": shard.location.url, "size": stat.size, "tag": stat.tag, "full": full, "damage": damage}
+    indexed = {"url": shard.location.url, "size": stat.size, "tag": stat.tag, "full": full, "damage": damage}
     place, content = sidecar_location(shard, index_dir), pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({"earwitness": json.dumps(about)}), content)
+    pq.write_table(table.replace_schema_metadata({"earwitness": json.dumps(indexed)}), content)
     write(content.getvalue().to_pybytes(), place)
     return Sidecar(table, full, damage, stat, origin(stat, storage.stat(place)))
 
@@ -172,45 +182,50 @@ class _Blocks:
         return self.held[start - self.start : end - self.start]
 
 
-def _group(members: Iterable[Member]) -> list[tuple[str, list[tuple[str, Member]]]]:
-    """Members by sample: the key is the path up to the first dot of its last part, the rest the ending, in
-    lower case."""
-    samples: dict[str, list[tuple[str, Member]]] = {}
+class _Part(NamedTuple):
+    """A member of a sample, and its ending in lower case."""
+
+    ending: str
+    member: Member
+
+
+def _group(members: Iterable[Member]) -> dict[str, list[_Part]]:
+    """Members by sample: the key is the path up to the first dot of its last part, the rest the ending."""
+    samples: dict[str, list[_Part]] = {}
     for member in members:
-        name = member.name.encode("utf-8", "surrogateescape").decode(
-            "utf-8", "backslashreplace"
-        )  # Arrow takes UTF-8 only
+        # Arrow takes UTF-8 only.
+        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         folder, slash, file = name.rpartition("/")
         stem, _, ending = file.partition(".")
         if stem and ending:
-            samples.setdefault(folder + slash + stem, []).append((ending.lower(), member))
-    return list(samples.items())
+            samples.setdefault(folder + slash + stem, []).append(_Part(ending.lower(), member))
+    return samples
 
 
-def _row(key: str, parts: list[tuple[str, Member]], source: Source) -> dict[str, Any]:
+def _row(key: str, parts: list[_Part], source: Source) -> dict[str, Any]:
     text_ending = source.caption_key.lower().lstrip(".") if source.caption_key.startswith(".") else "json"
-    audio = [(ending, m) for ending, m in parts if ending.rsplit(".", 1)[-1] in AUDIO_ENDINGS]
+    audio = [part for part in parts if part.ending.rsplit(".", 1)[-1] in AUDIO_ENDINGS]
     if source.audio is not None:
-        audio = [(ending, m) for ending, m in audio if ending == source.audio.lower().lstrip(".")]
-    text = [m for ending, m in parts if ending == text_ending]
+        audio = [part for part in audio if part.ending == source.audio.lower().lstrip(".")]
+    text = [part for part in parts if part.ending == text_ending]
     problem = ""
     if not audio:
-        problem = f"no audio member (there are .{', .'.join(ending for ending, _ in parts)})"
+        problem = f"no audio member (there are .{', .'.join(part.ending for part in parts)})"
     elif not text:
         problem = f"no .{text_ending} member"
-    elif len({ending for ending, _ in audio}) > 1:
+    elif len({part.ending for part in audio}) > 1:
         raise DataError(
             f"source {source.name}: sample {key!r} has several audio members"
-            f" (.{', .'.join(ending for ending, _ in audio)}); say which one to use:"
-            f" data.sources.{source.name}.audio={audio[0][0]}"
+            f" (.{', .'.join(part.ending for part in audio)}); say which one to use:"
+            f" data.sources.{source.name}.audio={audio[0].ending}"
         )
     elif len(audio) > 1 or len(text) > 1:
         problem = "the key occurs twice in this shard"
-    elif not audio[0][1].size:
+    elif not audio[0].member.size:
         problem = "the audio is empty (0 bytes)"
-    nothing = Member("", parts[0][1].offset, 0)
-    ending, sound = audio[0] if audio else ("", nothing)
-    words = text[0] if text else nothing
+    nothing = _Part("", Member("", parts[0].member.offset, 0))
+    ending, sound = audio[0] if audio else nothing
+    _, words = text[0] if text else nothing
     return {
         "key": key,
         "ending": ending,
@@ -229,17 +244,15 @@ def _inspect(row: dict[str, Any], read: _Blocks, shard: Shard) -> None:
     """Complete a row from the bytes of its sample."""
     if row["problem"]:
         return
-    places = {
-        name: (row[f"{name}_offset"], row[f"{name}_offset"] + row[f"{name}_size"])
-        for name in ("audio", "text")
-    }
-    content = {
-        name: read(*place) for name, place in sorted(places.items(), key=lambda item: item[1])
-    }  # forwards: one block is held
-    audio = content["audio"]
-    row["crc32"] = zlib.crc32(content["text"], zlib.crc32(audio))
+    content = {}
+    # Forwards, as one block is held.
+    for name in sorted(("audio", "text"), key=lambda name: row[f"{name}_offset"]):
+        start = row[f"{name}_offset"]
+        content[name] = read(start, start + row[f"{name}_size"])
+    audio, text = content["audio"], content["text"]
+    row["crc32"] = zlib.crc32(text, zlib.crc32(audio))
     try:
-        caption = find_caption(content["text"], shard.source.caption_key)
+        caption = find_caption(text, shard.source.caption_key)
         row["caption_characters"] = len(caption)
         row["seconds"] = probe(audio, row["ending"]).seconds
     except BadSample as error:
@@ -261,10 +274,10 @@ class Index:
         named = {
             source.name: (source, json.dumps(source.storage_options, sort_keys=True)) for source in sources
         }
-        listed = json.loads(self.table.schema.metadata[b"shards"])
-        self.shards = [
-            Shard(named[name][0], Location(url, named[name][1], tag, size)) for name, url, tag, size in listed
-        ]
+        self.shards = []
+        for name, url, tag, size in json.loads(self.table.schema.metadata[b"shards"]):
+            source, options = named[name]
+            self.shards.append(Shard(source, Location(url, options, tag, size)))
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -299,11 +312,11 @@ def merge(
     folder: Path,
     *,
     longest: float = float("inf"),
-    about: Mapping[str, str] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Merge the sound samples of all shards into two Arrow files in `folder`, TRAINING and VALIDATION.
 
-    Samples known to be longer than `longest` seconds are left out. `about` is kept with both files. Raises
+    Samples known to be longer than `longest` seconds are left out. `notes` are kept with both files. Raises
     DataError if a source has no sample for training.
     """
     table = pa.concat_tables(sidecar.table.replace_schema_metadata(None) for sidecar in sidecars)
@@ -319,8 +332,8 @@ def merge(
     )
     table = table.drop_columns(["problem", "caption_characters"])
     listed = [
-        [one.source.name, one.location.url, sidecar.shard.tag, sidecar.shard.size]
-        for one, sidecar in zip(shards, sidecars, strict=True)
+        [shard.source.name, shard.location.url, sidecar.shard.tag, sidecar.shard.size]
+        for shard, sidecar in zip(shards, sidecars, strict=True)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     for file, chosen in ((TRAINING, usable & ~validation), (VALIDATION, usable & validation)):
@@ -328,14 +341,13 @@ def merge(
         columns = {name: table[name].filter(pa.array(chosen)).combine_chunks() for name in table.column_names}
         merged = pa.table({**columns, **{name: column[chosen] for name, column in numbers.items()}})
         counts = np.bincount(merged["source"].to_numpy(), minlength=len(sources))
-        if file == TRAINING and (
-            empty := [name for name, count in zip(sources, counts, strict=True) if not count]
-        ):
+        empty = [name for name, count in zip(sources, counts, strict=True) if not count]
+        if empty and file == TRAINING:
             raise DataError(
                 f"no sample to train on in source {', '.join(empty)}: see its shards with `python -m"
                 " tools.index`, which names every problem"
             )
-        metadata = {**(about or {}), "digest": _digest(merged, shards), "shards": json.dumps(listed)}
+        metadata = {**(notes or {}), "digest": _digest(merged, shards), "shards": json.dumps(listed)}
         _write(merged.replace_schema_metadata(metadata), folder / file)
 
 
@@ -365,13 +377,18 @@ def held_out(keys: Sequence[str], source: Source) -> npt.NDArray[np.bool_]:
     """(keys,) which samples belong to the validation part: by SHA-256 of the key alone (or of the part that
     `group` matches)."""
     if source.validation.group:
-        found = map(re.compile(source.validation.group).search, keys)
-        keys = [
-            (match[1 if match.re.groups else 0] if match else None) or key
-            for match, key in zip(found, keys, strict=True)
-        ]
+        pattern = re.compile(source.validation.group)
+        keys = [_group_of(key, pattern) for key in keys]
     hashes = b"".join(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8] for key in keys)
     return np.frombuffer(hashes, ">u8") < np.uint64(math.ceil(source.validation.fraction * 2**64))
+
+
+def _group_of(key: str, pattern: re.Pattern[str]) -> str:
+    """The part of a key that a pattern matches, or its first group; the key where that is nothing."""
+    match = pattern.search(key)
+    if match is None:
+        return key
+    return match[1 if pattern.groups else 0] or key
 
 
 def is_held_out(key: str, source: Source) -> bool:
@@ -391,6 +408,7 @@ def _digest(merged: pa.Table, shards: Sequence[Shard]) -> str:
         digest.update(merged[name].to_numpy().tobytes())
     for number, keys in enumerate(merged["key"].chunks):
         whole = pa.ListArray.from_arrays(pa.array([0, len(keys)], pa.int32()), keys)
-        digest.update(b"\n" * (number > 0))
+        if number > 0:
+            digest.update(b"\n")
         digest.update(pc.binary_join(whole, "\n")[0].as_buffer())
     return digest.hexdigest()

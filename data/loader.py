@@ -14,7 +14,7 @@ from data import storage
 from data.batch import Sample
 from data.location import Location
 from data.order import EMPTY, RUN_BYTES, Ints, Plan
-from data.samples import Place, Rejected, Samples
+from data.samples import Place, Rejected, SampleReader, Stretch
 
 READERS = 8
 """Ranged reads under way at a time, per rank."""
@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(eq=False)
 class _Span:
-    """A stretch of a shard that is fetched in one read, and how many samples still need it."""
+    """A stretch of a shard that is fetched in one read, and how many members still need it."""
 
     location: Location
     start: int
@@ -48,9 +48,18 @@ class _Span:
     uses: int = 0
     content: Future[bytes] | None = None
 
-    def cut(self, part: tuple[int, int]) -> bytes:
+    def cut(self, member: Stretch) -> bytes:
+        """Wait for the read, and cut a member out of it."""
         assert self.content is not None
-        return self.content.result()[part[0] - self.start : part[1] - self.start]
+        return self.content.result()[member.start - self.start : member.end - self.start]
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """The reads that bring a sample's audio and its text; usually the same."""
+
+    audio: _Span
+    text: _Span
 
 
 @dataclass(eq=False)
@@ -59,9 +68,13 @@ class _Slot:
 
     row: int
     place: Place
-    spans: tuple[_Span, _Span]
-    """Of the audio and of the text; usually the same."""
+    reads: _Reads
     sample: Future[Sample | Rejected] | None = None
+
+    @property
+    def spans(self) -> tuple[_Span, _Span]:
+        """One for each member."""
+        return self.reads.audio, self.reads.text
 
 
 @dataclass
@@ -73,7 +86,7 @@ class _Coming:
 
     @property
     def samples(self) -> list[Future[Sample | Rejected]]:
-        """Those of the slots, once they are being read and decoded."""
+        """The samples that are being read and decoded."""
         return [slot.sample for slot in self.slots if slot.sample is not None]
 
 
@@ -86,7 +99,7 @@ class Loader(Iterator[Step]):
 
     def __init__(
         self,
-        samples: Samples,
+        reader: SampleReader,
         plan: Plan,
         lanes: range,
         steps: range,
@@ -96,19 +109,25 @@ class Loader(Iterator[Step]):
         read: Read = storage.read,
     ) -> None:
         """read: gives a range of a shard, as `storage.read` does."""
-        self._read, self.samples, self.plan, self.lanes, self.steps = read, samples, plan, lanes, steps
+        self.reader, self.plan, self.lanes, self.steps = reader, plan, lanes, steps
+        self._read = read
         self.budget = read_ahead_mb << 20
         self._readers = ThreadPoolExecutor(READERS, "reader")
         self._decoders = ThreadPoolExecutor(threads, "decoder")
         self._planned: deque[_Coming] = deque()
         self._decoding: deque[_Coming] = deque()
-        self._held = 0  # bytes read or being read
-        self._waited = 0.0  # seconds, for the next step
+        self._held = 0
+        """Bytes read or being read."""
+        self._waited = 0.0
+        """Seconds that the next step was waited for."""
         self._next = steps.start
         self._epoch, self._in_epoch = plan.locate(steps.start)
-        self._window = -1  # number, in the epoch, of that whose reads are planned
         self._singly = False
-        self._spans: dict[int, tuple[_Span, _Span]] = {}
+        """Whether each sample of the epoch is read by itself."""
+        self._window = -1
+        """Number, in the epoch, of the window whose reads are planned."""
+        self._reads: dict[int, _Reads] = {}
+        """Those of the window's samples, by row."""
         self._enter_epoch()
 
     def ready(self, seconds: float | None) -> bool:
@@ -167,8 +186,8 @@ class Loader(Iterator[Step]):
                 span.content = self._readers.submit(self._read, span.location, span.start, span.end)
 
     def _build(self, slot: _Slot, step: int) -> Sample | Rejected:
-        audio, text = slot.spans
-        return self.samples.build(slot.row, audio.cut(slot.place.audio), text.cut(slot.place.text), step)
+        audio, text = slot.reads.audio.cut(slot.place.audio), slot.reads.text.cut(slot.place.text)
+        return self.reader.build(slot.row, audio, text, step)
 
     def _plan_step(self) -> bool:
         """Plan one more step; False at the end."""
@@ -180,12 +199,12 @@ class Loader(Iterator[Step]):
         window = self._in_epoch // self.plan.shuffle_window
         if window != self._window and not self._singly:
             end = (window + 1) * self.plan.shuffle_window
-            self._window, self._spans = window, self._plan_reads(self._rows[:, self._in_epoch : end])
+            self._window, self._reads = window, self._plan_reads(self._rows[:, self._in_epoch : end])
         slots = []
         rows = self._rows[:, self._in_epoch]
         for row in rows[rows != EMPTY].tolist():
-            place = self.samples.place(row)
-            slots.append(_Slot(row, place, _alone(place) if self._singly else self._spans[row]))
+            place = self.reader.place(row)
+            slots.append(_Slot(row, place, _alone(place) if self._singly else self._reads[row]))
         self._planned.append(_Coming(self._next, slots))
         self._next += 1
         self._in_epoch += 1
@@ -196,43 +215,42 @@ class Loader(Iterator[Step]):
         self._window = -1
         # Spans of a whole window stay in memory until their last sample is used; where that is too much,
         # samples are read singly.
-        some = self._rows[self._rows != EMPTY][:1000].tolist()
-        size = float(np.mean([place.end - place.start for place in map(self.samples.place, some)] or [0]))
+        some = [self.reader.place(row) for row in self._rows[self._rows != EMPTY][:1000].tolist()]
+        size = float(np.mean([place.end - place.start for place in some])) if some else 0.0
         window = min(self.plan.shuffle_window, self._rows.shape[1])
         self._singly = size * len(self.lanes) * window > self.budget
 
-    def _plan_reads(self, rows: Ints) -> dict[int, tuple[_Span, _Span]]:
-        """The reads that bring the samples of (the rest of) a window, neighbours in one: row -> spans of its
-        audio and its text."""
-        spans: dict[int, tuple[_Span, _Span]] = {}
+    def _plan_reads(self, rows: Ints) -> dict[int, _Reads]:
+        """The reads that bring the samples of (the rest of) a window, by row; neighbours come in one."""
+        reads: dict[int, _Reads] = {}
         wanted, times = np.unique(rows[rows != EMPTY], return_counts=True)
         span, shard = None, -1
         for row, count in zip(wanted.tolist(), times.tolist(), strict=True):
-            place = self.samples.place(row)
+            place = self.reader.place(row)
             if _scattered(place):
-                spans[row] = _alone(place, count)
+                reads[row] = _alone(place, count)
                 continue
             if span is None or shard != place.shard or not _extends(span, place):
                 span, shard = _Span(place.location, place.start, place.start), place.shard
             span.end = place.end
             span.uses += 2 * count
-            spans[row] = span, span
-        return spans
+            reads[row] = _Reads(span, span)
+        return reads
 
 
-def _alone(place: Place, count: int = 1) -> tuple[_Span, _Span]:
-    """The reads of one sample's audio and text, which it needs `count` times: one read, unless they lie far
+def _alone(place: Place, count: int = 1) -> _Reads:
+    """The reads of one sample that is needed `count` times: one, unless its audio and its text lie far
     apart."""
     if _scattered(place):
         audio, text = place.audio, place.text
-        return _Span(place.location, *audio, count), _Span(place.location, *text, count)
+        return _Reads(_Span(place.location, *audio, count), _Span(place.location, *text, count))
     span = _Span(place.location, place.start, place.end, 2 * count)
-    return span, span
+    return _Reads(span, span)
 
 
 def _scattered(place: Place) -> bool:
     """Whether much lies between a sample's audio and its text."""
-    wanted = place.audio[1] - place.audio[0] + place.text[1] - place.text[0]
+    wanted = (place.audio.end - place.audio.start) + (place.text.end - place.text.start)
     return place.end - place.start > wanted + LARGEST_GAP
 
 

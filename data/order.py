@@ -56,11 +56,10 @@ def cut_runs(shard: npt.ArrayLike, size: npt.ArrayLike, global_batch: int) -> In
     before -= sizes
     first = np.flatnonzero(np.r_[True, shards[1:] != shards[:-1]])
     last = np.r_[first[1:], len(sizes)] - 1
-    more = (
-        before[last] - before[first]
-    ) // limit  # runs of a shard after its first one; they begin where so many times the limit is reached
-    times = np.arange(1, more.sum() + 1) - np.repeat(np.cumsum(more) - more, more)
-    later = np.searchsorted(before, np.repeat(before[first], more) + limit * times)
+    # Runs of a shard after its first one; the k-th of them begins where k times the limit is reached.
+    more = (before[last] - before[first]) // limit
+    k = np.arange(1, more.sum() + 1) - np.repeat(np.cumsum(more) - more, more)
+    later = np.searchsorted(before, np.repeat(before[first], more) + limit * k)
     return np.unique(np.r_[first, later, len(sizes)]).astype(np.int64)
 
 
@@ -142,9 +141,11 @@ class Order:
     def steps_of(self, epochs: float) -> int:
         """Global step at which the first `epochs` passes are done; a part of an epoch is rounded up."""
         whole = int(epochs)
-        part = epochs - whole if whole >= self.base_epoch else 0.0
-        steps = sum(self.steps_in(epoch) for epoch in range(self.base_epoch, whole))
-        return self.base_step + steps + (int(np.ceil(part * self.steps_in(whole))) if part else 0)
+        steps = self.base_step + sum(self.steps_in(epoch) for epoch in range(self.base_epoch, whole))
+        part = epochs - whole
+        if part and whole >= self.base_epoch:
+            steps += int(np.ceil(part * self.steps_in(whole)))
+        return steps
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step in that epoch) of a global step from `base_step` on."""
@@ -163,14 +164,11 @@ class Order:
         total = int(lengths.sum())
         cuts = [lane * total // self.global_batch for lane in range(lanes.start, lanes.stop + 1)]
         first, last = np.searchsorted(np.cumsum(lengths), [cuts[0], cuts[-1]], "right")
-        begin, runs, lengths = (
-            int(lengths[:first].sum()),
-            runs[first : last + 1],
-            lengths[first : last + 1],
-        )  # those that these lanes touch
-        samples = np.repeat(self.runs[runs] - (np.cumsum(lengths) - lengths), lengths) + np.arange(
-            lengths.sum()
-        )
+        # From here on the runs that these lanes touch.
+        begin = int(lengths[:first].sum())
+        runs, lengths = runs[first : last + 1], lengths[first : last + 1]
+        starts = np.cumsum(lengths) - lengths
+        samples = np.repeat(self.runs[runs] - starts, lengths) + np.arange(lengths.sum())
         out = np.full((len(lanes), -(-total // self.global_batch)), EMPTY, np.int64)
         for row, lane in enumerate(lanes):
             stretch = samples[cuts[row] - begin : cuts[row + 1] - begin]

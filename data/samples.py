@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from configs.errors import DataError
 from configs.run.crash_journal import POISONED, CrashJournal
@@ -15,7 +15,7 @@ from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
 from data.index import Index
 from data.location import Location
 from data.order import CROP, random_keys
-from data.patience import STATS
+from data.retry import STATS
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,34 @@ class Rejected:
     bad: bool
 
 
+class Stretch(NamedTuple):
+    """Bytes [start, end) of a shard."""
+
+    start: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where a sample's bytes are in its shard: audio and text as (start, end)."""
+    """Where the bytes of a sample are. shard: its number in the index."""
 
     location: Location
     shard: int
-    audio: tuple[int, int]
-    text: tuple[int, int]
+    audio: Stretch
+    text: Stretch
 
     @property
     def start(self) -> int:
         """First byte of the sample."""
-        return min(self.audio[0], self.text[0])
+        return min(self.audio.start, self.text.start)
 
     @property
     def end(self) -> int:
         """Byte after the last one of the sample."""
-        return max(self.audio[1], self.text[1])
+        return max(self.audio.end, self.text.end)
 
 
-class Samples:
+class SampleReader:
     """Reads the samples of an index. Safe to use from several threads."""
 
     def __init__(
@@ -59,15 +66,15 @@ class Samples:
         max_seconds: float,
         overlong: Literal["skip", "crop"],
         seed: int,
-        in_hand: CrashJournal,
+        crash_journal: CrashJournal,
         poisoned: frozenset[str] = frozenset(),
         same_crops: bool = False,
     ) -> None:
-        """in_hand: where to note what is being decoded; poisoned: keys of samples whose decoder must not be
+        """crash_journal: notes what is being decoded; poisoned: keys of samples whose decoder must not be
         tried again; same_crops: an overlong clip is cropped alike at all steps."""
         self.index, self.encoder, self.overlong, self.seed = index, encoder, overlong, seed
         self.same_crops = same_crops
-        self.in_hand, self.poisoned = in_hand, poisoned
+        self.crash_journal, self.poisoned = crash_journal, poisoned
         self.max_length = round(max_seconds * SAMPLE_RATE)
         names = ("shard", "source", "audio_offset", "audio_size", "text_offset", "text_size", "crc32")
         self._columns = {name: index.column(name) for name in names}
@@ -75,8 +82,8 @@ class Samples:
     def place(self, row: int) -> Place:
         """Where a sample's bytes are."""
         value = {name: int(column[row]) for name, column in self._columns.items()}
-        audio = (value["audio_offset"], value["audio_offset"] + value["audio_size"])
-        text = (value["text_offset"], value["text_offset"] + value["text_size"])
+        audio = Stretch(value["audio_offset"], value["audio_offset"] + value["audio_size"])
+        text = Stretch(value["text_offset"], value["text_offset"] + value["text_size"])
         return Place(self.index.shards[value["shard"]].location, value["shard"], audio, text)
 
     def load(self, row: int, step: int = 0) -> Sample | Rejected:
@@ -92,30 +99,34 @@ class Samples:
 
         Raises DataError if the bytes are not those that were indexed.
         """
-        index, expected = self.index, int(self._columns["crc32"][row])
-        shard = index.shards[int(self._columns["shard"][row])]
-        key = index.identity(row)
+        shard = self.index.shards[int(self._columns["shard"][row])]
+        key = self.index.identity(row)
         if key in self.poisoned:
             return Rejected(key, POISONED, bad=True)
-        if expected >= 0 and zlib.crc32(text, zlib.crc32(audio)) != expected:
+        if not self._is_sound(row, audio, text):
             audio, text = self._read(row)  # a bit may have flipped on its way
             STATS["reread"] += 1
-            if zlib.crc32(text, zlib.crc32(audio)) != expected:
+            if not self._is_sound(row, audio, text):
                 raise DataError(
-                    f"{shard.location.url}: sample {index.text('key', row)!r} is not what was indexed (CRC32"
-                    " differs, read twice). The shard was changed or damaged: restore it, or index it again"
-                    " with `python -m tools.index`."
+                    f"{shard.location.url}: sample {self.index.text('key', row)!r} is not what was indexed"
+                    " (CRC32 differs, read twice). The shard was changed or damaged: restore it, or index it"
+                    " again with `python -m tools.index`."
                 )
         try:
             caption = find_caption(text, shard.source.caption_key)
             tokens = self.encoder.encode(caption, shard.source.style)
-            with self.in_hand.holding(key, shard.location.url):
-                waveform = decode(
-                    audio, index.text("ending", row), lambda seconds: self._fit(seconds, row, step)
-                )[: self.max_length]
+            ending = self.index.text("ending", row)
+            with self.crash_journal.holding(key, shard.location.url):
+                whole = decode(audio, ending, lambda seconds: self._fit(seconds, row, step))
         except BadSample as error:
             return Rejected(key, str(error), bad=not isinstance(error, Skipped))
-        return Sample(waveform, tokens, caption, int(self._columns["source"][row]), key)
+        source = int(self._columns["source"][row])
+        return Sample(whole[: self.max_length], tokens, caption, source, key)
+
+    def _is_sound(self, row: int, audio: bytes, text: bytes) -> bool:
+        """Whether these bytes have the CRC32 that a full index knows; a quick one knows none."""
+        indexed = int(self._columns["crc32"][row])
+        return indexed < 0 or zlib.crc32(text, zlib.crc32(audio)) == indexed
 
     def _fit(self, seconds: float, row: int, step: int) -> tuple[float, float] | None:
         """The stretch of a clip that is used (start, length), None for all of it."""
@@ -126,7 +137,7 @@ class Samples:
             raise Skipped(
                 f"the audio has {seconds:.1f} s, {longest:g} s fit (data.overlong: crop would take a part)"
             )
-        # At whole hundredths of a second, which are whole frames of most rates.
-        last = int((seconds - longest) * 100)
         key = int(random_keys(1, self.seed, CROP, 0 if self.same_crops else step, row)[0])
-        return (key * (last + 1) >> 64) / 100, longest
+        # At whole hundredths of a second, which are whole frames of most rates.
+        starts = int((seconds - longest) * 100) + 1
+        return (key * starts >> 64) / 100, longest

@@ -14,7 +14,7 @@ from fsspec.core import split_protocol
 from configs.errors import DataError
 from configs.schema import Source
 from data.location import Location
-from data.patience import advice
+from data.retry import advice
 from data.storage import glob
 
 
@@ -36,10 +36,11 @@ def expand(source: Source) -> list[Shard]:
     held_out = locate(source.validation.shards, source)
     training = [location for location in locate(source.shards, source) if location not in held_out]
     for locations in (training, held_out):
-        for one, other in itertools.pairwise(locations):
-            if one.name == other.name:
+        for shard, following in itertools.pairwise(locations):
+            if shard.name == following.name:
                 raise DataError(
-                    f"source {source.name}: two shards are called {one.name} ({one.url} and {other.url}). "
+                    f"source {source.name}: two shards are called {shard.name} ({shard.url} and"
+                    f" {following.url}). "
                     "File names identify samples: rename one, or make two sources of them."
                 )
     return [Shard(source, location) for location in training] + [
@@ -50,7 +51,7 @@ def expand(source: Source) -> list[Shard]:
 def locate(patterns: Sequence[str], source: Source) -> list[Location]:
     """Expand braces and globs to shard locations, sorted by file name, each once."""
     options = json.dumps(source.storage_options, sort_keys=True)
-    found: dict[str, Location] = {}
+    locations: dict[str, Location] = {}
     for pattern in patterns:
         try:
             urls = list(braceexpand(pattern))
@@ -61,23 +62,22 @@ def locate(patterns: Sequence[str], source: Source) -> list[Location]:
             ) from None
         for url in urls:
             for match in _matches(Location(url, options), source):
-                found[match.url] = match
-    for location in found.values():
+                locations[match.url] = match
+    for location in locations.values():
         suffixes = PurePosixPath(location.name).suffixes
         if suffixes and suffixes[-1] in (".gz", ".tgz", ".zst", ".xz", ".bz2"):
             raise DataError(
                 f"{location.url}: compressed shards cannot be read at any position; unpack it to a plain .tar"
                 " (audio gains nothing from it)"
             )
-    return sorted(found.values(), key=lambda location: (location.name, location.url))
+    return sorted(locations.values(), key=lambda location: (location.name, location.url))
 
 
 def _matches(location: Location, source: Source) -> list[Location]:
     if location.is_local:
         location = replace(location, url=str(Path(split_protocol(location.url)[1]).absolute()))
-    if not any(
-        character in location.url for character in ("*[" if location.url.startswith("http") else "*?[")
-    ):
+    wildcards = "*[" if location.url.startswith("http") else "*?["
+    if not any(character in location.url for character in wildcards):
         return [location]
     matches = glob(location)
     if not matches:

@@ -17,10 +17,10 @@ from fsspec.asyn import get_loop
 from fsspec.utils import glob_translate
 
 from configs.errors import DataError
-from data import patience
+from data import retry
 from data.location import Location
-from data.patience import STATS, Trouble, advice
 from data.ranges import Range, within
+from data.retry import STATS, Trouble, advice
 
 TAGS = (
     "ETag",
@@ -35,7 +35,7 @@ TAGS = (
 )
 """What file systems call that which changes with the content."""
 REQUESTS = 32
-"""At a time, where many are asked for."""
+"""Requests at a time, where many objects are asked for."""
 WORTH_A_LIST = 32
 """Objects in a folder from which on its list is asked for: they are not alone in it, perhaps."""
 
@@ -50,9 +50,10 @@ class Stat:
 
 def stat(location: Location) -> Stat:
     """Size and tag of a shard. Raises DataError if it is not there or may not be read."""
-    if (found := find(location)) is None:
+    known = find(location)
+    if known is None:
         raise DataError(f"{location.url}: cannot read its size: it does not exist. {advice(location)}")
-    return found
+    return known
 
 
 def find(location: Location) -> Stat | None:
@@ -62,21 +63,18 @@ def find(location: Location) -> Stat | None:
         filesystem.invalidate_cache(filesystem._parent(path))
         try:
             if filesystem.async_impl:
-                limit = patience.LIMITS.answer
+                limit = retry.LIMITS.answer
                 asking = within(limit, f"no answer within {limit:.0f} s", filesystem._info(path))
-                found = asyncio.run_coroutine_threadsafe(asking, get_loop()).result()
+                entry = asyncio.run_coroutine_threadsafe(asking, get_loop()).result()
             else:
-                found = filesystem.info(path)
+                entry = filesystem.info(path)
         except FileNotFoundError as error:  # fsspec's http says so of any failure
             cause = error.__cause__
-            if (
-                cause is None
-                or isinstance(cause, (FileNotFoundError, ClientError))
-                or getattr(cause, "status", 0) in (404, 410)
-            ):
+            said_so = isinstance(cause, (FileNotFoundError, ClientError))
+            if cause is None or said_so or getattr(cause, "status", 0) in (404, 410):
                 return None
             raise cause from None
-        return _stat(found)
+        return _stat(entry)
 
     return Trouble(location, "read its size").retry(info)
 
@@ -86,12 +84,9 @@ def find_all(locations: Sequence[Location]) -> list[Stat | None]:
     thousand, or was made by `glob` just now."""
     folders = Counter((location.url.rpartition("/")[0], location.options) for location in locations)
     with ThreadPoolExecutor(REQUESTS) as pool:
-        many = [Location(*folder) for folder, count in folders.items() if count >= WORTH_A_LIST]
-        listed = {
-            (place.url, place.options): found
-            for place, found in zip(many, pool.map(_list, many), strict=True)
-            if found is not None
-        }
+        large = [folder for folder, count in folders.items() if count >= WORTH_A_LIST]
+        lists = pool.map(_list, [Location(url, options) for url, options in large])
+        listed = dict(zip(large, lists, strict=True))
 
         def look(location: Location) -> Stat | None:
             folder, _, name = location.url.rpartition("/")
@@ -119,19 +114,19 @@ def _list(folder: Location) -> dict[str, Stat] | None:
     return Trouble(folder, "read its list").retry(entries)
 
 
-def _stat(found: dict[str, Any]) -> Stat:
-    return Stat(int(found["size"] or 0), next((str(found[name]) for name in TAGS if found.get(name)), ""))
+def _stat(entry: dict[str, Any]) -> Stat:
+    """What a file system says of a file, in our words."""
+    tag = next((str(entry[name]) for name in TAGS if entry.get(name)), "")
+    return Stat(int(entry["size"] or 0), tag)
 
 
 def glob(location: Location) -> list[Location]:
     """The objects that a URL with `*`, `?` or `[...]` matches."""
 
     def match(filesystem: Any, path: str) -> list[Location]:
-        found = _glob(filesystem, path, local=location.is_local)
-        return [
-            Location(name if location.is_local else filesystem.unstrip_protocol(name), location.options)
-            for name in found
-        ]
+        paths = _glob(filesystem, path, local=location.is_local)
+        urls = paths if location.is_local else [filesystem.unstrip_protocol(path) for path in paths]
+        return [Location(url, location.options) for url in urls]
 
     return Trouble(location, "read the list of shards").retry(match)
 
@@ -146,11 +141,11 @@ def _glob(filesystem: AbstractFileSystem, path: str, *, local: bool) -> list[str
     def fail(error: OSError) -> None:
         raise error
 
-    files = (
-        [f"{folder}/{name}" for folder, _, names in os.walk(root, onerror=fail) for name in names]
-        if local
-        else filesystem.find(root)
-    )
+    if local:
+        folders = os.walk(root, onerror=fail)
+        files = [f"{folder}/{name}" for folder, _, names in folders for name in names]
+    else:
+        files = filesystem.find(root)
     wanted = re.compile(glob_translate(path))
     return sorted(filter(wanted.match, files))
 
@@ -167,15 +162,15 @@ def read(location: Location, start: int, end: int) -> bytes:
         return asyncio.run_coroutine_threadsafe(Range(location, start, end).fetch(), get_loop()).result()
 
     def from_disk(filesystem: Any, path: str) -> bytes:
-        found: bytes = filesystem.cat_file(path, start=start, end=end)
-        if len(found) != end - start:
-            raise EOFError(f"got {len(found)} of {end - start} bytes")
-        STATS["local"] += len(found)
+        content: bytes = filesystem.cat_file(path, start=start, end=end)
+        if len(content) != end - start:
+            raise EOFError(f"got {len(content)} of {end - start} bytes")
+        STATS["local"] += len(content)
         if location.tag and stat(location).tag != location.tag:
             raise DataError(
                 f"{location.url}: was changed since the run began; a run on other samples is another run: put"
                 " it back, or start anew"
             )
-        return found
+        return content
 
     return Trouble(location, f"read bytes {start}-{end}").retry(from_disk)

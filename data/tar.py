@@ -41,14 +41,12 @@ def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
     Raises Damage, after the members before it, where the archive is not what its headers promise.
     """
     at = 0
-    longer: dict[str, str] = {}
+    longer: dict[str, str] = {}  # what headers before a member say of it, by PAX keyword
     while True:
+        if at == size:
+            raise Damage(f"the archive ends at byte {size} without an end marker")
         if at + BLOCK > size:
-            raise Damage(
-                f"the archive ends at byte {size} without an end marker"
-                if at == size
-                else f"a header at byte {at} is cut off"
-            )
+            raise Damage(f"a header at byte {at} is cut off")
         header = read(at, at + BLOCK)
         if header == bytes(BLOCK):
             return _check_end(read, at, size)
@@ -57,16 +55,10 @@ def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
         except tarfile.HeaderError as error:
             raise Damage(f"the header at byte {at} is damaged ({error})") from None
         name = longer.get("path", member.name)
-        if member.type == tarfile.GNUTYPE_SPARSE or any(
-            keyword.startswith("GNU.sparse") for keyword in longer
-        ):
+        if _is_sparse(member, longer):
             raise Damage(f"{name!r} at byte {at} is a sparse file; pack it without --sparse")
         start = at + BLOCK
-        length = (
-            _size(longer, member)
-            if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or member.type in ABOUT_THE_NEXT
-            else 0
-        )
+        length = _size(longer, member) if _has_content(member) else 0
         if start + length > size:
             raise Damage(f"{name!r} at byte {at} claims {length} bytes, the archive has {size - start} left")
         at = start + -(-length // BLOCK) * BLOCK
@@ -80,8 +72,22 @@ def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
             longer = {}
 
 
+def _has_content(member: tarfile.TarInfo) -> bool:
+    """Whether bytes follow the header: not for folders, links and devices, whatever size they state."""
+    unknown = member.type not in tarfile.SUPPORTED_TYPES  # by the standard these are read as files
+    return member.isreg() or unknown or member.type in ABOUT_THE_NEXT
+
+
+def _is_sparse(member: tarfile.TarInfo, longer: dict[str, str]) -> bool:
+    """Whether holes of a file were left out."""
+    return member.type == tarfile.GNUTYPE_SPARSE or any(word.startswith("GNU.sparse") for word in longer)
+
+
 def _size(longer: dict[str, str], member: tarfile.TarInfo) -> int:
-    size = longer.get("size", str(member.size)) if member.type not in ABOUT_THE_NEXT else str(member.size)
+    """Bytes of content. A PAX header before a member knows better: a large size does not fit into its own."""
+    size = str(member.size)
+    if member.type not in ABOUT_THE_NEXT:
+        size = longer.get("size", size)
     if not size.isdecimal():
         raise Damage(f"{member.name!r} has a size of {size!r}")
     return int(size)
@@ -102,7 +108,7 @@ def _check_end(read: Callable[[int, int], bytes], at: int, size: int) -> None:
 
 def _pax(records: bytes, at: int) -> dict[str, str]:
     """Parse a PAX header: lines of `LENGTH KEYWORD=VALUE`."""
-    found = {}
+    values = {}
     while records.strip(b"\0"):
         try:
             length = int(records[: records.index(b" ")])
@@ -110,8 +116,8 @@ def _pax(records: bytes, at: int) -> dict[str, str]:
             keyword, value = record.removesuffix(b"\n").split(b"=", 1)
             if not record.endswith(b"\n"):
                 raise ValueError
-            found[keyword.decode()] = value.decode("utf-8", "surrogateescape")
+            values[keyword.decode()] = value.decode("utf-8", "surrogateescape")
         except ValueError:
             raise Damage(f"the PAX header at byte {at} is damaged") from None
         records = records[length:]
-    return found
+    return values

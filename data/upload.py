@@ -1,4 +1,5 @@
-"""Files that go to any URL that fsspec opens: an object is there whole, or as it was before."""
+"""Files that go to any URL that fsspec opens, or come from there: an object is there whole, or as it was
+before."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from fsspec.core import split_protocol
 
 from configs.run.files import write_atomic
 from data.location import Location
-from data.patience import Trouble
+from data.retry import Trouble
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 """They have no folders: to make one would at most make a bucket that nobody asked for."""
@@ -27,10 +28,6 @@ def upload(file: Path, location: Location) -> None:
     """
     trouble = Trouble(location, "write it")
 
-    class Progress(Callback):
-        def relative_update(self, inc: int = 1) -> None:
-            trouble.progressed()
-
     def put(filesystem: Any, path: str) -> None:
         if split_protocol(location.url)[0] not in OBJECT_STORES:
             filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -38,7 +35,7 @@ def upload(file: Path, location: Location) -> None:
             filesystem.put_file(str(file), path)
             return
         copying = asyncio.run_coroutine_threadsafe(
-            filesystem._put_file(str(file), path, callback=Progress()), get_loop()
+            filesystem._put_file(str(file), path, callback=_Progress(trouble)), get_loop()
         )
         try:
             copying.result()
@@ -47,6 +44,23 @@ def upload(file: Path, location: Location) -> None:
             raise
 
     trouble.retry(put)
+
+
+def download(location: Location, file: Path) -> None:
+    """Copy what is at a URL to a file. Raises as `upload` does."""
+    trouble = Trouble(location, "read it")
+    trouble.retry(lambda filesystem, path: filesystem.get_file(path, str(file), callback=_Progress(trouble)))
+
+
+class _Progress(Callback):
+    """Counts every piece of a file as progress."""
+
+    def __init__(self, trouble: Trouble) -> None:
+        super().__init__()
+        self._trouble = trouble
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._trouble.progressed()
 
 
 def write(content: bytes, location: Location) -> None:

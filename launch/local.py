@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from configs.errors import ExitCode
+from configs.ports import free_ports
 from configs.run.causes import Cause
 from configs.run.crash_journal import DEATHS, deaths
 from configs.run.ends import Failure, rank_errors
@@ -53,7 +54,7 @@ def run_ranks(run: RunDir, config: RunConfig, procs: int) -> int:
 def _attempt(run: RunDir, attempt: int, procs: int) -> tuple[int, Failure | None]:
     run.ledger.record(AttemptBegan(attempt=attempt, ranks=procs, nodes=[socket.gethostname()]))
     run.attempt_logs(attempt).mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_ports(1)[0]
     ranks = [_start(run, attempt, rank, procs, port) for rank in range(procs)]
     _pass_signals_to(ranks)
     try:
@@ -178,9 +179,3 @@ def _last_output(run: RunDir, attempt: int, rank: int) -> list[str]:
         _, mark, after = trace.read_text(errors="replace", encoding="utf-8").partition("Current thread")
         lines += (mark + after).splitlines()[:TAIL]
     return lines
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -24,7 +24,7 @@ STOP = StopFlag()
 if __name__ == "__main__":
     STOP.install()  # before the imports, which may take long on a network file system
 
-from configs.cores import decoding_threads
+from configs.cores import cores_of_rank, decoding_threads
 from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode
 from configs.run.crash_journal import CrashJournal
 from configs.run.events import AttemptBegan, DeathInHand, Hung, RankFailed, Started, Stopped
@@ -73,16 +73,11 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     from trainer.preflight import look_over
     from trainer.start import Start, StopRequested
 
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
-    gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if (
-        in_job() and config.slurm.gpus_per_node > 0 and gpus <= (local_rank if gpus != 1 else 0)
-    ):  # one: the site binds each rank to its own
-        raise UnfitNode(
-            node_name(), f"{node_name()}: only {gpus} of {config.slurm.gpus_per_node} GPUs answer"
-        )
-    world = distributed.start(nodes)
+    torch.set_num_threads(cores_of_rank())
+    device = distributed.choose_device(
+        int(os.environ["LOCAL_RANK"]), node_name(), config.slurm.gpus_per_node if in_job() else None
+    )
+    world = distributed.start(nodes, device)
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
     grace = config.slurm.signal_seconds if in_job() else None

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ import yaml
 
 from configs.errors import run_command
 from configs.run.folder import RunDir
+from data import retry
 from launch import local, worker
 from launch.__main__ import app
 from tests.making import ROOT
@@ -94,16 +95,16 @@ class Rank(FORK.Process):
     would not be sound.
     """
 
-    def __init__(self, rank: int, procs: int, kill: Kill | None) -> None:
+    def __init__(self, rank: int, procs: int, kill: Kill | None, before: str) -> None:
         self._told, self._tell = FORK.Pipe(duplex=False)
-        super().__init__(target=self._work, args=(rank, procs, kill), daemon=True)
+        super().__init__(target=self._work, args=(rank, procs, kill, before), daemon=True)
         self.start()
 
     def begin(self, run: RunDir, attempt: int, port: int) -> Rank:
         self._tell.send((run.path, attempt, port))
         return self
 
-    def _work(self, rank: int, procs: int, kill: Kill | None) -> None:
+    def _work(self, rank: int, procs: int, kill: Kill | None, before: str) -> None:
         path, attempt, port = self._told.recv()
         os.environ |= {
             "RANK": str(rank),
@@ -115,6 +116,9 @@ class Rank(FORK.Process):
         with RunDir(path).rank_file(attempt, rank, "log").open("wb") as log:
             for descriptor in (2,) if rank == 0 else (1, 2):
                 os.dup2(log.fileno(), descriptor)
+        if before:
+            module, _, name = before.partition(":")
+            getattr(importlib.import_module(module), name)()
         if kill:
             kill.arm(rank)
         code = worker.main(str(path), attempt)
@@ -142,8 +146,9 @@ def command(request: dict[str, Any]) -> None:
     os.environ |= request["env"]
     for descriptor, path in enumerate(request["outputs"], 1):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
+    retry.LIMITS = replace(retry.LIMITS, **request["limits"])
     kill, procs = Kill(**request["kill"]) if request["kill"] else None, request["procs"]
-    ranks = [Rank(rank, procs, kill) for rank in range(procs)]
+    ranks = [Rank(rank, procs, kill, request["before"]) for rank in range(procs)]
     local._start = lambda run, attempt, rank, procs, port: ranks[rank].begin(run, attempt, port)
     sys.argv = ["launch", "train", *request["arguments"], "--procs", str(procs)]
     run_command(app)
@@ -191,9 +196,13 @@ class Launcher:
         *overrides: str,
         procs: int = 1,
         kill: Kill | None = None,
+        before: str = "",
         env: dict[str, str] | None = None,
+        limits: dict[str, float] | None = None,
     ) -> Done:
-        """Train; `config`: a file, or the values for one, which is left beside the run's folder."""
+        """Train; `config`: a file, or the values for one, which is left beside the run's folder. before: a
+        function (`module:name`) that each rank calls before it works; limits: of what is waited for in
+        storage, where they are not the usual ones."""
         assert self._process.stdin and self._process.stdout
         if isinstance(config, dict):
             path = Path(f"{config['run']['dir']}.yaml")
@@ -209,7 +218,9 @@ class Launcher:
                 "procs": procs,
                 "outputs": outputs,
                 "kill": trap,
+                "before": before,
                 "env": env or {},
+                "limits": limits or {},
             }
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()

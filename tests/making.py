@@ -51,13 +51,10 @@ def make_clips(
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in numbers:
-        ending, rate, channels = (
-            endings[number % len(endings)],
-            (16_000, 44_100, 8_000)[number % 3],
-            1 + number % 2,
-        )
-        soundfile.write(folder / f"clip{number:04d}.{ending}", sound_of(number, rate, channels), rate)
-        rows.append({"file": f"clip{number:04d}.{ending}", "caption": caption_of(number), "licence": "CC0"})
+        file = f"clip{number:04d}.{endings[number % len(endings)]}"
+        rate = (16_000, 44_100, 8_000)[number % 3]
+        soundfile.write(folder / file, sound_of(number, rate, channels=1 + number % 2), rate)
+        rows.append({"file": file, "caption": caption_of(number), "licence": "CC0"})
     table = folder / "clips.csv"
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -73,7 +70,7 @@ def make_model(folder: Path, **shape: int) -> Path:
 
 def config_values(
     name: str, folder: Path, model: Path, shards: str, **sections: dict[str, object]
-) -> dict[str, object]:
+) -> dict[str, dict[str, object]]:
     """Values of a small config; `sections` are merged over it."""
     source = {"name": "sounds", "shards": [shards], "validation": 0.15}
     values: dict[str, dict[str, object]] = {
@@ -85,9 +82,9 @@ def config_values(
         "evaluate": {"captions": 2, "max_samples": 8},
         "monitor": {"every_steps": 1},
     }
-    return {key: {**value, **sections.get(key, {})} for key, value in values.items()} | {
-        k: v for k, v in sections.items() if k not in values
-    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    return values
 
 
 def run_program(

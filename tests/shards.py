@@ -47,13 +47,14 @@ def source(*shards: Path | str, name: str = "sounds", **options: object) -> Sour
 
 def rows(path: Path, *, full: bool = True, **options: object) -> dict[str, dict]:
     """The rows of a shard's sidecar by key."""
-    (one,) = expand(source(path, **options))
-    return {row["key"]: row for row in index_shard(one, path.parent / "index", full=full).table.to_pylist()}
+    (indexed,) = expand(source(path, **options))
+    sidecar = index_shard(indexed, path.parent / "index", full=full)
+    return {row["key"]: row for row in sidecar.table.to_pylist()}
 
 
 def merged(folder: Path, *sources: Source, full: bool = True, held_out: bool = False) -> Index:
-    shards = [shard for one in sources for shard in expand(one)]
-    merge(shards, [index_shard(one, folder, full=full) for one in shards], folder)
+    shards = [shard for source in sources for shard in expand(source)]
+    merge(shards, [index_shard(shard, folder, full=full) for shard in shards], folder)
     return Index(folder / (VALIDATION if held_out else TRAINING), sources)
 
 

@@ -9,24 +9,22 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from configs.errors import DataError, EarwitnessError, UnfitNode
+from configs.errors import UnfitNode
 from configs.load import validate
+from configs.ports import free_ports
 from configs.run.causes import Cause
 from configs.run.events import AttemptBegan, CouldNotBegin, Ended
 from configs.run.folder import RunDir
 from configs.schema import Slurm
-from launch.local import _free_port
 from slurm.chain import MISFORTUNES_WITHOUT_PROGRESS, decide, record_end
 from slurm.said import first_failure
 from slurm.submit import script_text
 from slurm.watchdog import Sign, explain
 from tests.making import config_values
-from trainer import distributed, preflight
-from trainer.preflight import Finding
+from trainer import distributed
 
 NOW = 1e6
 SETTINGS = Slurm(nodes=2, exclude_minutes=60, max_attempts_without_progress=3)
@@ -315,47 +313,9 @@ def test_a_hang_is_the_fault_of_who_is_silent_then_of_who_has_not_arrived(
     assert (hang.node, hang.suspects) == (node, suspects) and words in hang.words
 
 
-def finding(
-    node: str, problem: str = "", error_type: type[EarwitnessError] = EarwitnessError, **values: Any
-) -> Finding:
-    problems = {"clock": problem} if problem else {}
-    return Finding(node, problems, {"code": "c0de", "versions": "torch 2", **values}, error_type)
-
-
-@pytest.mark.parametrize(
-    ("findings", "node", "words"),
-    [
-        ([finding("n1"), finding("n2", "+100 s off")], "n2", "n2 is unfit: clock: +100 s off"),
-        (
-            [finding("n1"), finding("n2"), finding("n3", versions="torch 1")],
-            "n3",
-            "n3 has other versions than most: torch 1 instead of torch 2",
-        ),
-        (
-            [finding(f"n{number}", tflops=speed) for number, speed in enumerate([600.0, 610.0, 300.0])],
-            "n2",
-            "n2: a GPU does 300 TFLOP/s",
-        ),
-        ([finding("n1", "off"), finding("n2", "off")], None, "before the start, on all nodes: clock: off"),
-        ([finding("n1", "no such key", error_type=DataError)], None, "on all nodes: clock: no such key"),
-        (
-            [finding("n1", "off")],
-            "n1",
-            "n1 is unfit",
-        ),  # of one node nobody knows whether another one would do
-    ],
-)
-def test_what_differs_from_the_others_is_unfit_and_what_all_have_is_not_a_nodes_fault(
-    findings: list[Finding], node: str | None, words: str
-) -> None:
-    error = preflight._compare(findings)
-    assert words in str(error) and getattr(error, "node", None) == node
-    assert isinstance(error, DataError) == (findings[0].error_type is DataError)
-
-
 def test_a_node_whose_ranks_do_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
     patience, others = timedelta(seconds=2), []
 
     def come(rank: int) -> None:

@@ -24,7 +24,7 @@ from trainer import checkpoint, writer
 from trainer.checkpoint import Manifest, Reader
 from trainer.distributed import World
 from trainer.engines import KINDS, Fragment
-from trainer.writer import Commit, Writer
+from trainer.writer import Commit, Snapshot, Writer
 
 SHAPES = {"a.weight": [2000, 3000], "b": [5], "c": [7, 3]}
 
@@ -103,7 +103,7 @@ def save(
 
     def work(world: World) -> None:
         one = Writer(root, 0, PlainEngine(step, world.rank, size), world, SHAPES, **hooks)
-        one.save(Manifest(step, step, {}, metrics=metrics or {}))
+        one.save(Manifest(step=step, updates=step, identity={}, metrics=metrics or {}))
         one.finish()
 
     return on_ranks(size, work)
@@ -155,7 +155,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         writer._Job, "_write", lambda job, write=writer._Job._write: go.wait(30) and write(job)
     )
     one = Writer(tmp_path, 0, engine, Threads(0, 1, torch.device("cpu"), Meeting(1)), SHAPES)
-    one.save(Manifest(1, 1, {}))
+    one.save(Manifest(step=1, updates=1, identity={}))
     one.hold()
     for kinds in engine.state.values():
         kinds["master"].zero_()
@@ -165,6 +165,65 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert torch.equal(
         Reader(tmp_path / "step-00000001")("b", "master", 0, 5), PlainEngine(1).state["b"]["master"]
     )
+
+
+@pytest.mark.parametrize("bytes_of_piece", [1 << 30, 5_000_004])
+def test_files_are_the_same_in_whatever_pieces_the_state_lies_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_of_piece: int
+) -> None:
+    """72 MB of state are one piece, or 15 that begin and end within fragments."""
+    monkeypatch.setattr(writer, "PIECE_BYTES", bytes_of_piece)
+    save(tmp_path, 1)
+    state = PlainEngine(1).state
+    whole = torch.cat([state[name][kind] for kind in KINDS for name in SHAPES])
+    content = (tmp_path / "step-00000001/rank-00000-of-00001.safetensors").read_bytes()
+    assert content[-4 * len(whole) :] == whole.numpy().tobytes()
+    assert Reader(tmp_path / "step-00000001").verify() == []
+
+
+@pytest.mark.parametrize("elements", [1, 7, 30, 1000])
+def test_no_piece_of_host_memory_is_larger_than_it_may_be(
+    monkeypatch: pytest.MonkeyPatch, elements: int
+) -> None:
+    """Pinned memory is rounded up to powers of two: 9.7 GB in one piece would take 16."""
+    monkeypatch.setattr(writer, "PIECE_BYTES", 4 * elements)
+    numbers = torch.arange(60.0)
+    fragments = [
+        Fragment("a", 0, 15, dict(zip(KINDS, numbers[:45].split(15), strict=True))),
+        Fragment("b", 2, 7, dict(zip(KINDS, numbers[45:].split(5), strict=True))),
+    ]
+    snapshot = Snapshot(fragments)
+    snapshot.take(fragments)
+    _, *pieces = snapshot.contents()
+    assert [len(piece) for piece in pieces[:-1]] == [4 * elements] * (len(pieces) - 1)
+    assert 0 < len(pieces[-1]) <= 4 * elements
+    assert (
+        b"".join(pieces)
+        == torch.cat([fragment.tensors[kind] for kind in KINDS for fragment in fragments]).numpy().tobytes()
+    )
+
+
+def test_the_thread_that_copies_uses_the_gpu_of_its_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread begins with GPU 0: there, every other rank would take up memory that rank 0 needs."""
+    calls: list[object] = []
+    take = Snapshot.take
+
+    def set_device(device: torch.device) -> None:
+        calls.append((threading.current_thread().name, device))
+
+    def copied(snapshot: Snapshot, fragments: Sequence[Fragment]) -> None:
+        calls.append("copied")
+        take(snapshot, fragments)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(Snapshot, "take", copied)
+    gpu = torch.device("cuda", 5)
+    one = Writer(tmp_path, 0, PlainEngine(1), Threads(0, 1, gpu, Meeting(1)), SHAPES)
+    one.save(Manifest(step=1, updates=1, identity={}))
+    one.finish()
+    assert calls == [("checkpoint", gpu), "copied"]
 
 
 def test_the_ledger_is_told_of_a_checkpoint_that_is_complete(tmp_path: Path) -> None:
@@ -185,13 +244,13 @@ def test_an_urgent_save_replaces_one_that_has_far_to_go(
         one = Writer(root, 0, PlainEngine(1), world, SHAPES)
         if far:
             monkeypatch.setattr(writer, "xxh3_128", lambda one=one: Hesitant(one))
-        one.save(Manifest(1, 1, {}))
+        one.save(Manifest(step=1, updates=1, identity={}))
         if not far:
             job = one._job
             while job.progress < 0.99:
                 assert not job.abandoned.wait(0.001)
         monkeypatch.undo()
-        one.save(Manifest(2, 2, {}), urgent=True)
+        one.save(Manifest(step=2, updates=2, identity={}), urgent=True)
         one.finish()
         assert names(root) == (["step-00000002"] if far else ["step-00000001", "step-00000002"])
 
@@ -343,3 +402,14 @@ def test_a_loss_that_is_no_number_is_not_the_best_and_damage_does_not_end_the_ru
         save(tmp_path, step, metrics={"validation/loss": loss})
     os.truncate(tmp_path / "step-00000003/rank-00000-of-00001.safetensors", 1000)
     assert checkpoint.best_of(tmp_path, "validation/loss") == (0.5, tmp_path / "step-00000001")
+
+
+def test_half_a_deletion_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the process ends in the middle of it."""
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *place, **options: None)
+    checkpoint.remove(tmp_path / "step-00000001")
+    assert names(tmp_path) == ["step-00000001"] and checkpoint.find(tmp_path) == []
+    monkeypatch.undo()
+    checkpoint.clean(tmp_path, attempt=0)
+    assert names(tmp_path) == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,21 +84,9 @@ def test_all_errors_come_at_once_and_name_the_file(write: Write) -> None:
     path = write(CONFIG)
     with pytest.raises(ConfigError) as error:
         load(path, ["optim.lr=-1", "batch.global_size=many", "model.name=x", "data.sources.0={name: speech}"])
-    lines = str(error.value).splitlines()
-    assert all(line.startswith(f"{path}: ") for line in lines)
-    assert [
-        next(
-            key
-            for key in ("model.name", "data.sources.0.shards", "batch.global_size", "optim.lr")
-            if key in line
-        )
-        for line in lines
-    ] == [
-        "model.name",
-        "data.sources.0.shards",
-        "batch.global_size",
-        "optim.lr",
-    ]
+    wrong = ["model.name", "data.sources.0.shards", "batch.global_size", "optim.lr"]
+    for line, key in zip(str(error.value).splitlines(), wrong, strict=True):
+        assert line.startswith(f"{path}: ") and key in line
 
 
 @pytest.mark.parametrize(
@@ -282,15 +269,11 @@ def test_merge_takes_what_is_above_and_keeps_what_is_below(below, middle, above)
 def test_every_setting_is_described() -> None:
     def undescribed(section: type[BaseModel], at: str) -> Iterator[str]:
         for name, field in section.model_fields.items():
-            inner = [
-                t
-                for t in (field.annotation, *typing.get_args(field.annotation))
-                if isinstance(t, type) and issubclass(t, BaseModel)
-            ]
-            if not field.description and not any(kind.__doc__ for kind in inner):
+            inner = section_in(field.annotation)
+            if not field.description and not (inner and inner.__doc__):
                 yield f"{at}{name}"
-            for kind in inner:
-                yield from undescribed(kind, f"{at}{name}.")
+            if inner:
+                yield from undescribed(inner, f"{at}{name}.")
 
     assert not list(undescribed(RunConfig, ""))
 

@@ -28,6 +28,7 @@ DATA = Data(sources=[{"name": "a", "shards": ["a.tar"]}])
         (2, 2, 16, 2, 1),  # a node that says that it has more than there are
         (2, 2, None, 8, 1),
         (16, 16, None, 1, 16),
+        (4, 4, None, 8, 1),
     ],
 )
 def test_a_rank_has_what_it_is_bound_to_or_its_share(

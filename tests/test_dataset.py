@@ -12,10 +12,14 @@ from transformers import WhisperProcessor
 
 from configs.errors import ConfigError, DataError
 from configs.load import validate
+from configs.run.crash_journal import CrashJournal
 from configs.schema import RunConfig
 from data import dataset
+from data.batch import Sample
 from data.captions import CaptionEncoder
 from data.index import TRAINING, VALIDATION, index_shard
+from data.samples import SampleReader
+from tests import shards as small
 from tests.making import config_values
 
 
@@ -123,3 +127,26 @@ def test_a_style_that_leaves_no_room_for_a_caption_is_refused(model: Path) -> No
     tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
     with pytest.raises(ConfigError, match="longer than the 64 positions"):
         CaptionEncoder(tokenizer, [0], positions=64, long_caption="truncate", styles=["much too long " * 64])
+
+
+def test_a_sample_is_prompted_with_the_style_of_its_own_source(model: Path, tmp_path: Path) -> None:
+    tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
+    styles = {"short": "In a few words.", "long": "At length.", "plain": None}
+    sources = [
+        small.source(small.shard(tmp_path / f"{name}.tar", small.clip("a", number)), name=name, style=style)
+        for number, (name, style) in enumerate(styles.items())
+    ]
+    index = small.merged(tmp_path / "index", *sources)
+    encoder = CaptionEncoder(
+        tokenizer, [7], positions=64, long_caption="truncate", styles=list(styles.values())
+    )
+    samples = SampleReader(
+        index, encoder, max_seconds=2.0, overlong="skip", seed=0, crash_journal=CrashJournal(1)
+    )
+    for row in range(len(index)):
+        sample = samples.load(row)
+        assert isinstance(sample, Sample)
+        style = styles[sample.key.split("/")[0]]
+        prompt = tokenizer.get_prompt_ids(style).tolist() if style else []
+        assert sample.tokens.input_ids[: len(prompt) + 1] == [*prompt, 7], sample.key
+    assert len(index) == len(styles)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,41 +17,48 @@ import soundfile
 
 from configs.run.folder import PACKAGES
 from tests.making import ROOT
-from tools.sandbox.sounds import LONGEST, PAUSE_OF_GROUPS, SAMPLE_RATE, write_clips
+from tools.sandbox.sounds import LONGEST, NUMBERS, PAUSE_OF_GROUPS, PITCHES, SAMPLE_RATE, write_clips
 
-NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
+
+class Clip(NamedTuple):
+    split: str
+    caption: str
+    waveform: np.ndarray
+
+
+def read(table: Path) -> list[Clip]:
+    """The clips of a CSV that write_clips has written."""
+    with table.open(encoding="utf-8") as file:
+        return [
+            Clip(row["split"], row["caption"], soundfile.read(table.parent / row["file"])[0])
+            for row in csv.DictReader(file)
+        ]
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, np.ndarray]]:
-    """(split, caption, waveform) of some clips."""
-    path = write_clips(tmp_path_factory.mktemp("clips") / "clips", training=300, held_out=60, seed=3)
-    return [
-        (row["split"], row["caption"], soundfile.read(path.parent / row["file"])[0])
-        for row in csv.DictReader(path.open(encoding="utf-8"))
-    ]
+def table(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
+    folder = tmp_path_factory.mktemp("clips") / "clips"
+    return read(write_clips(folder, training=300, held_out=60, seed=3))
 
 
-def test_no_caption_that_is_held_out_is_trained_on(table) -> None:
-    training = {caption for split, caption, _ in table if split == "train"}
-    held_out = {caption for split, caption, _ in table if split == "held-out"}
+def test_no_caption_that_is_held_out_is_trained_on(table: list[Clip]) -> None:
+    training = {clip.caption for clip in table if clip.split == "train"}
+    held_out = {clip.caption for clip in table if clip.split == "held-out"}
     assert len(table) == 360 and len(held_out) > 30 and not training & held_out
 
 
-def test_captions_tell_the_truth(table) -> None:
+def test_captions_tell_the_truth(table: list[Clip]) -> None:
     """Number and length of the sounds, and the pitch of beeps, measured in the waveform."""
     for _, caption, waveform in table:
         assert len(waveform) <= LONGEST * SAMPLE_RATE
         loud = np.convolve(np.abs(waveform) > 0.03, np.ones(320), "same") > 0  # 20 ms hold sounds together
-        starts, ends = (
-            np.flatnonzero(np.diff(loud.astype(int)) == 1),
-            np.flatnonzero(np.diff(loud.astype(int)) == -1),
-        )
+        changes = np.diff(loud.astype(int))
+        starts, ends = np.flatnonzero(changes == 1), np.flatnonzero(changes == -1)
         groups = [
             re.fullmatch(r"(\w+) (\w+) (\w+) (.+?)(?:es|s)?", text).groups()
             for text in caption.lower().rstrip(".").split(" then ")
         ]
-        expected = [group for group in groups for _ in range(NUMBERS[group[0]])]
+        expected = [group for group in groups for _ in range(1 + NUMBERS.index(group[0]))]
         assert len(starts) == len(ends) == len(expected), caption
         pauses = (starts[1:] - ends[:-1]) / SAMPLE_RATE
         assert sum(pauses > PAUSE_OF_GROUPS - 0.1) == len(groups) - 1, caption
@@ -59,22 +67,17 @@ def test_captions_tell_the_truth(table) -> None:
             if kind == "beep":
                 spectrum = np.abs(np.fft.rfft(waveform[start:end]))
                 peak = spectrum.argmax() * SAMPLE_RATE / (end - start)
-                assert {
-                    "low": 200 <= peak <= 310,
-                    "middle": 590 <= peak <= 910,
-                    "high": 1790 <= peak <= 2610,
-                }[pitch], (caption, peak)
+                lowest, highest = PITCHES[pitch]
+                assert lowest - 10 <= peak <= highest + 10, (caption, peak)
 
 
-def test_the_same_seed_makes_the_same_clips(table, tmp_path: Path) -> None:
+def test_the_same_seed_makes_the_same_clips(table: list[Clip], tmp_path: Path) -> None:
     path = write_clips(tmp_path / "clips", training=5, held_out=2, seed=3)
-    again = [
-        soundfile.read(path.parent / row["file"])[0] for row in csv.DictReader(path.open(encoding="utf-8"))
-    ]
-    first = [clip for split, _, clip in table if split == "train"][:5] + [
-        clip for split, _, clip in table if split == "held-out"
-    ][:2]
-    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    again = [clip.waveform for clip in read(path)]
+    training = [clip.waveform for clip in table if clip.split == "train"]
+    held_out = [clip.waveform for clip in table if clip.split == "held-out"]
+    first = training[:5] + held_out[:2]
+    assert all(np.array_equal(before, after) for before, after in zip(first, again, strict=True))
 
 
 @pytest.mark.slow

@@ -18,14 +18,17 @@ from tests.making import ROOT
 from tools import docs
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-SCHEMA = ROOT / "configs/schema.json"
+
+
+def editor() -> Draft202012Validator:
+    """What an editor checks a config with."""
+    return Draft202012Validator(json.loads(docs.SCHEMA.read_text(encoding="utf-8")))
 
 
 def test_the_pages_are_current() -> None:
-    assert (docs.GUIDE.read_text(encoding="utf-8"), docs.SCHEMA.read_text(encoding="utf-8")) == (
-        docs.guide(),
-        docs.editor_schema(),
-    ), "run `python -m tools.docs` and commit what it writes"
+    advice = "run `python -m tools.docs` and commit what it writes"
+    assert docs.GUIDE.read_text(encoding="utf-8") == docs.guide(), advice
+    assert docs.SCHEMA.read_text(encoding="utf-8") == docs.editor_schema(), advice
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -41,9 +44,7 @@ def test_the_guide_names_every_event_of_the_ledger_and_its_fields(kind: type[Eve
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_editors_find_the_schema_and_accept_our_configs(path: Path) -> None:
     assert "# yaml-language-server: $schema=schema.json\n" in path.read_text(encoding="utf-8")
-    Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).validate(
-        yaml.safe_load(path.read_text(encoding="utf-8"))
-    )
+    editor().validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize(
@@ -58,9 +59,7 @@ def test_editors_find_the_schema_and_accept_our_configs(path: Path) -> None:
     ],
 )
 def test_editors_mark_what_the_program_refuses(tmp_path: Path, text: str) -> None:
-    assert list(
-        Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).iter_errors(yaml.safe_load(text))
-    )
+    assert list(editor().iter_errors(yaml.safe_load(text)))
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError):
         load(tmp_path / "mine.yaml")
@@ -70,4 +69,4 @@ def test_editors_accept_a_part_that_extends_another_file() -> None:
     part = yaml.safe_load(
         "data: {sources: [{name: a, shards: b.tar, validation: 0.01}]}\nextends: turbo.yaml"
     )
-    Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).validate(part)
+    editor().validate(part)

@@ -3,8 +3,11 @@ folder: exactly, or it says why not."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,13 @@ import torch
 
 from configs.run.events import Changed, Damaged, Spike, Started
 from configs.run.folder import RunDir
-from tests.forks import Course, Launcher
+from tests.forks import Course, Kill, Launcher
 from tests.making import audit, config_values, make_clips, run_program
 from tests.test_equivalence import TOLERANCE, losses
 from trainer import checkpoint
 from trainer.checkpoint import Reader
 from trainer.engines import KINDS
+from trainer.writer import Snapshot, Writer
 
 STEPS, STOPPED = 4, 2
 
@@ -58,6 +62,26 @@ class Elastic(Course):
         return run
 
 
+def saved(run: Path, step: int) -> Reader:
+    return Reader(run / "checkpoints" / checkpoint.name_of(step))
+
+
+def weights(reader: Reader) -> torch.Tensor:
+    return torch.cat([reader.tensor(name).flatten() for name in reader.manifest.parameters])
+
+
+def learn_another_token(run: RunDir) -> int:
+    """Let a token that generation suppresses, and that no caption of these clips has, be one that occurred
+    before the run was stopped; returns it."""
+    manifest = run.checkpoints / checkpoint.name_of(STOPPED) / "manifest.json"
+    values = json.loads(manifest.read_text(encoding="utf-8"))
+    generation = json.loads((run.base / "generation_config.json").read_text(encoding="utf-8"))
+    token = min(set(generation["suppress_tokens"]) - set(values["caption_tokens"]))
+    values["caption_tokens"].append(token)
+    manifest.write_text(json.dumps(values), encoding="utf-8")
+    return token
+
+
 @pytest.fixture(scope="module")
 def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launcher) -> Elastic:
     folder = tmp_path_factory.mktemp("elastic")
@@ -94,12 +118,12 @@ ALL = [
         for case in ALL
     ],
 )
-def test_the_first_loss_after_a_resume_is_the_uninterrupted_runs(
+def test_what_follows_a_resume_is_what_followed_in_the_uninterrupted_run(
     course, whole, launch, backend: str, procs: int, precision: str
 ) -> None:
-    """From 2 ranks under ZeRO-2; with the same ranks and engine the weights in the end are the same bit for
-    bit."""
+    """From 2 ranks under ZeRO-2: samples, first loss, first update and the captions' tokens."""
     run = course.stopped(whole[precision], f"{backend}-{procs}-{precision}")
+    token = learn_another_token(run)
     assert (
         launch(
             course.config(
@@ -113,6 +137,16 @@ def test_the_first_loss_after_a_resume_is_the_uninterrupted_runs(
     assert audit(run.path) == {
         step: keys for step, keys in audit(whole[precision]).items() if step >= STOPPED
     }
+    stopped, found, expected = (
+        saved(run.path, STOPPED),
+        saved(run.path, STOPPED + 1),
+        saved(whole[precision], STOPPED + 1),
+    )
+    assert found.manifest.updates == expected.manifest.updates == STOPPED + 1
+    moved = (weights(expected) - weights(stopped)).norm()
+    error = (weights(found) - weights(expected)).norm()
+    assert error < (2e-3 if precision == "fp32" else 0.15) * moved
+    assert {*found.manifest.caption_tokens} == {*expected.manifest.caption_tokens, token}
 
 
 @pytest.mark.slow
@@ -121,16 +155,76 @@ def test_on_the_same_ranks_the_weights_in_the_end_are_bit_equal(course, launch, 
     assert launch(course.config(f"{backend}-whole", backend, "bf16"), procs=3).returncode == 0
     run = course.stopped(course.folder / f"{backend}-whole", f"{backend}-again")
     assert launch(course.config(run.path.name, backend, "bf16"), procs=3).returncode == 0
-    assert_equal_state(run.path, course.folder / f"{backend}-whole")
+    assert_equal_state(run.path, course.folder / f"{backend}-whole", STEPS)
 
 
-def assert_equal_state(run: Path, other: Path) -> None:
-    found, expected = (Reader(checkpoint.find(path / "checkpoints")[0]) for path in (run, other))
-    assert found.manifest.step == expected.manifest.step
+def assert_equal_state(run: Path, other: Path, step: int) -> None:
+    found, expected = saved(run, step), saved(other, step)
     for name in expected.manifest.parameters:
         count = expected.tensor(name).numel()
         for kind in KINDS:
             assert torch.equal(found(name, kind, 0, count), expected(name, kind, 0, count)), (name, kind)
+
+
+def snapshots_come_late() -> None:
+    """In a rank: nothing is copied for a checkpoint before training wants to go on: before it says that it
+    waits for the copy, or else before it has taken the next step."""
+    from trainer.engines.zero2 import Zero2Engine
+
+    wanted = threading.Event()
+    follow, take, step = Snapshot.follow, Snapshot.take, Zero2Engine.step
+
+    def followed(snapshot: Snapshot) -> None:
+        wanted.clear()
+        follow(snapshot)
+
+    def taken(snapshot: Snapshot, fragments: Any) -> None:
+        assert wanted.wait(60)
+        take(snapshot, fragments)
+
+    def stepped(engine: Any, lr: float) -> Any:
+        update = step(engine, lr)
+        wanted.set()
+        return update
+
+    def waits(method: Any) -> Any:
+        def waiting(writer: Writer) -> None:
+            wanted.set()
+            method(writer)
+
+        return waiting
+
+    Snapshot.follow, Snapshot.take, Zero2Engine.step = followed, taken, stepped
+    Writer.hold, Writer.finish = waits(Writer.hold), waits(Writer.finish)
+
+
+def test_a_checkpoint_is_the_state_of_its_step_however_late_it_is_copied(course, whole, launch) -> None:
+    """And not that of the next step, or some of both; on the same ranks, so bit for bit."""
+    run = course.stopped(whole["fp32"], "late")
+    late = "tests.test_elastic:snapshots_come_late"
+    assert launch(course.config(run.path.name, "zero2"), procs=2, before=late).returncode == 0
+    for step in range(STOPPED + 1, STEPS + 1):
+        assert_equal_state(run.path, whole["fp32"], step)
+
+
+@pytest.mark.parametrize(
+    ("name", "during", "saves"),
+    [
+        ("start", "trainer.model:load", []),
+        ("evaluation", "trainer.evaluate:Evaluator.loss", []),
+        ("step", "trainer.engines.fsdp2:Fsdp2Engine.step", ["step-00000001"]),
+    ],
+)
+def test_a_stop_that_reaches_one_rank_alone_is_heeded_by_all(
+    course, launch, name: str, during: str, saves: list[str]
+) -> None:
+    """Not rank 0, as when the signal of one node comes first: they save what there is, and leave together."""
+    config = course.config(f"asked-in-{name}", checkpoint={"every_steps": 100})
+    done = launch(config, procs=2, kill=Kill(during, rank=1, signum=signal.SIGTERM))
+    assert done.returncode == 85, done.stderr
+    found = checkpoint.find(course.run(f"asked-in-{name}").checkpoints)
+    assert [folder.name for folder in found] == saves
+    assert ("validation/loss" in done.stdout) == (name == "step"), "an evaluation is left off"
 
 
 def cut_off(folder: Path) -> None:
@@ -261,7 +355,7 @@ def test_a_change_on_purpose_begins_a_new_epoch_and_stays(course, whole, launch)
     manifest = Reader(checkpoint.find(run.checkpoints)[0]).manifest
     assert manifest.epoch_base == (STOPPED, 1)
     (told,) = run.ledger.read().of(Changed)
-    assert told["what"] == ["run.seed: 7 -> 8"] and told["epoch_base"] == [STOPPED, 1]
+    assert told.what == ["run.seed: 7 -> 8"] and told.epoch_base == (STOPPED, 1)
     assert launch(course.config(run.path.name, run={"seed": 8}, **longer), procs=3).returncode == 0
     assert Reader(checkpoint.find(run.checkpoints)[0]).manifest.epoch_base == (STOPPED, 1)
     steps = audit(run.path)

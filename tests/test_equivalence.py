@@ -6,21 +6,27 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from configs.run.crash_journal import CrashJournal
 from configs.run.folder import RunDir
-from data.batch import collate
+from data import dataset
+from data.batch import Sample, collate
+from data.captions import IGNORED, CaptionEncoder
+from data.features import log_mel
+from data.index import Index
+from data.order import rank_lanes
+from data.samples import SampleReader
 from tests.forks import Launcher
 from tests.making import audit, config_values, make_clips, run_program
 from trainer import checkpoint, model
 from trainer.checkpoint import Reader
-from trainer.loss import count_tokens, token_losses
-from trainer.optim import learning_rate
 
 Case = tuple[str, str, int, int]
 """Backend, precision, ranks, micro-batch."""
@@ -38,18 +44,25 @@ ALL_CASES = [
     for backend, micro in KINDS
 ]
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-4}
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLIP = {"fp32": 1e9, "bf16": 1.0}
+"""The gradient's norm is 3.3: where it is not clipped, a wrong scale shows in AdamW's moments."""
 # 7 samples per step do not divide by 2, 3 or 4; of 30 clips 26 are for training, which leaves a short last
 # batch of 5.
-STEPS, GLOBAL, SHORT = 4, 7, 5
+STEPS, GLOBAL, SHORT, VALIDATION = 4, 7, 5, 4
 fast_or_all = pytest.mark.parametrize(
     "cases", [CASES, pytest.param(ALL_CASES, marks=pytest.mark.slow)], ids=["some", "all"]
 )
 
 
-def losses(run: Path) -> list[float]:
+def curve(run: Path, tag: str) -> list[float]:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    return [point.value for point in events.Scalars("loss")]
+    return [point.value for point in events.Scalars(tag)]
+
+
+def losses(run: Path) -> list[float]:
+    return curve(run, "loss")
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +85,9 @@ def trained(
             model,
             f"{folder}/shards/*.tar",
             batch={"global_size": GLOBAL, "micro_size": micro},
-            optim={"epochs": 1, "lr": 1e-4, "max_steps": None, "clip_grad_norm": 1.0},
+            optim={"epochs": 1, "lr": 1e-4, "max_steps": None, "clip_grad_norm": CLIP[precision]},
             checkpoint={"every_steps": 1, "keep_last": 100},
-            evaluate={"every_steps": 1000, "captions": 0, "max_samples": 1},
+            evaluate={"every_steps": 1000, "captions": 0, "max_samples": 100},
             engine={"backend": backend, "dtype": precision},
         )
         assert launch(config, procs=procs).returncode == 0
@@ -93,6 +106,21 @@ def test_first_loss_is_the_same_for_any_ranks_and_micro_batch(
     largest = max(abs(loss - reference) / reference for loss in first.values())
     print(f"{precision}: first losses differ by {largest:.1e} at most")
     assert largest <= TOLERANCE[precision], first
+
+
+@fast_or_all
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_validation_loss_is_that_of_all_its_samples_for_any_ranks_and_micro_batch(
+    trained, cases: list[Case], precision: str
+) -> None:
+    first = {case: curve(trained(case), "validation/loss")[0] for case in cases if case[1] == precision}
+    plain = Plain(RunDir(trained(("zero2", precision, 1, 4))), precision)
+    samples = plain.load(plain.dataset.validation, range(VALIDATION))
+    assert len(plain.dataset.validation) == VALIDATION
+    with torch.no_grad():
+        expected = plain.loss(samples).item() / learnt_tokens(samples)
+    for case, loss in first.items():
+        assert loss == pytest.approx(expected, rel=TOLERANCE[precision]), case
 
 
 @fast_or_all
@@ -121,25 +149,25 @@ def test_gradient_and_update_equal_a_plain_loop(trained, case: Case) -> None:
     in plain PyTorch."""
     _, precision, _, micro = case
     run = RunDir(trained(case))
-    plain = plain_loop(
-        run, steps=2, micro=micro, dtype=torch.float32 if precision == "fp32" else torch.bfloat16
-    )
-    for step, (loss, gradient, weights) in enumerate(plain, 1):
+    rough = 2e-3 if precision == "fp32" else 0.15
+    norms = curve(run.path, "grad_norm")
+    for step, expected in enumerate(plain_loop(run, steps=2, micro=micro, precision=precision), 1):
         reader = Reader(run.checkpoints / f"step-{step:08d}")
         assert losses(run.path)[step - 1] == pytest.approx(
-            loss, rel=TOLERANCE[precision] if step == 1 else 1e-3
+            expected.loss, rel=TOLERANCE[precision] if step == 1 else 1e-3
         )
+        assert norms[step - 1] == pytest.approx(expected.norm, rel=1e-4 if precision == "fp32" else 1e-2)
         if step == 1:
             moments = {
                 name: reader(name, "exp_avg", 0, value.numel()).view_as(value) / 0.1
-                for name, value in gradient.items()
+                for name, value in expected.clipped.items()
             }
-            assert distance(moments, gradient) < (1e-5 if precision == "fp32" else 1e-2)
-        found = {name: reader.tensor(name) for name in weights}
+            assert distance(moments, expected.clipped) < (1e-5 if precision == "fp32" else 1e-2)
+        found = {name: reader.tensor(name) for name in expected.weights}
         start = model.load(run.read_config().model, 7).trained
-        moved = {name: value - start[name].detach() for name, value in weights.items()}
-        error = {name: found[name] - weights[name] for name in weights}
-        assert norm(error) / norm(moved) < (2e-3 if precision == "fp32" else 0.15)
+        moved = {name: value - start[name].detach() for name, value in expected.weights.items()}
+        error = {name: found[name] - expected.weights[name] for name in expected.weights}
+        assert norm(error) / norm(moved) < rough
 
 
 def test_short_last_batch_counts_its_own_tokens(trained) -> None:
@@ -147,63 +175,104 @@ def test_short_last_batch_counts_its_own_tokens(trained) -> None:
     assert max(last.values()) - min(last.values()) < 1e-4, last
 
 
-def plain_loop(run: RunDir, steps: int, micro: int, dtype: torch.dtype):
-    """The same steps without DeepSpeed: (loss, clipped gradient, weights) after each."""
-    from configs.run.crash_journal import CrashJournal
-    from data import dataset
-    from data.captions import CaptionEncoder
-    from data.order import rank_lanes
-    from data.samples import Samples
+class Plain:
+    """A run's model as it begins, and its samples, without engine, ranks or the trainer's loss."""
 
-    config = run.read_config()
-    captioner = model.load(config.model, config.run.seed)
-    found = dataset.open_dataset(config, run.path)
-    order = found.order(config, captioner.frames)
-    encoder = CaptionEncoder(
-        captioner.processor.tokenizer, captioner.prefix, positions=64, long_caption="truncate"
-    )
-    samples = Samples(
-        found.training,
-        encoder,
-        max_seconds=captioner.frames / 100,
-        overlong="skip",
-        seed=config.run.seed,
-        in_hand=CrashJournal(1),
-    )
-    lanes = order.lanes(0, rank_lanes(0, 1, GLOBAL))
-    masters = {name: p.detach().clone().requires_grad_() for name, p in captioner.trained.items()}
+    def __init__(self, run: RunDir, precision: str) -> None:
+        self.config = run.read_config()
+        self.captioner = model.load(self.config.model, self.config.run.seed)
+        self.dataset = dataset.open_dataset(self.config, run.path)
+        self.order = self.dataset.order(self.config, self.captioner.frames)
+        self.masters = {
+            name: p.detach().clone().requires_grad_() for name, p in self.captioner.trained.items()
+        }
+        self.precision, self.dtype = precision, DTYPE[precision]
+        self.network = self.captioner.model.to(self.dtype).train()
+        self.network.gradient_checkpointing_disable()
+
+    def load(self, index: Index, rows: Iterable[int]) -> list[Sample]:
+        encoder = CaptionEncoder(
+            self.captioner.processor.tokenizer, self.captioner.prefix, positions=64, long_caption="truncate"
+        )
+        samples = SampleReader(
+            index,
+            encoder,
+            max_seconds=self.captioner.frames / 100,
+            overlong="skip",
+            seed=self.config.run.seed,
+            crash_journal=CrashJournal(1),
+        )
+        return [samples.load(int(row)) for row in rows]
+
+    def loss(self, samples: list[Sample]) -> torch.Tensor:
+        """Cross-entropy, summed over the tokens of the captions; in fp32 as Hugging Face has it, too."""
+        pad = self.captioner.config.pad_token_id
+        batch = collate(samples, self.order.frames, pad)
+        mels = log_mel(batch.waveforms, batch.lengths, self.order.frames, self.captioner.config.num_mel_bins)
+        out = self.network(
+            input_features=mels.to(self.dtype),
+            decoder_input_ids=batch.decoder_input_ids,
+            labels=batch.labels,
+            use_cache=False,
+        )
+        total = torch.zeros(())
+        for logits, sample in zip(out.logits.float(), samples, strict=True):
+            for position, token in enumerate(sample.tokens.labels):
+                if token != IGNORED:
+                    total = total - logits[position].log_softmax(0)[token]
+        if self.precision == "fp32":
+            assert out.loss.item() == pytest.approx(total.item() / learnt_tokens(samples), rel=1e-5)
+        return total
+
+
+def learnt_tokens(samples: list[Sample]) -> int:
+    return sum(token != IGNORED for sample in samples for token in sample.tokens.labels)
+
+
+@dataclass
+class Taken:
+    """A step of the plain loop: loss per token, norm of the gradient before clipping, clipped gradient, and
+    weights afterwards."""
+
+    loss: float
+    norm: float
+    clipped: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+def plain_loop(run: RunDir, steps: int, micro: int, precision: str) -> Iterator[Taken]:
+    """The same steps without DeepSpeed."""
+    plain = Plain(run, precision)
+    config, masters = plain.config, plain.masters
+    lanes = plain.order.lanes(0, rank_lanes(0, 1, GLOBAL))
     optimizer = torch.optim.AdamW(
         masters.values(), betas=config.optim.betas, eps=config.optim.eps, weight_decay=0.0
     )
-    network = captioner.model.to(dtype).train()
-    network.gradient_checkpointing_disable()
     for step in range(steps):
-        batch_samples = [samples.load(int(row)) for row in lanes[:, step]]
-        batches = [
-            collate(batch_samples[i : i + micro], order.frames, captioner.config.pad_token_id)
-            for i in range(0, GLOBAL, micro)
-        ]
-        tokens = sum(int(count_tokens(batch).sum()) for batch in batches)
+        samples = plain.load(plain.dataset.training, lanes[:, step])
+        tokens = learnt_tokens(samples)
         total, sums = 0.0, {name: torch.zeros_like(master) for name, master in masters.items()}
-        for batch in batches:
-            loss = token_losses(network, batch, captioner.config.num_mel_bins, dtype).sum() / tokens
-            network.zero_grad()
+        for first in range(0, GLOBAL, micro):
+            loss = plain.loss(samples[first : first + micro]) / tokens
+            plain.network.zero_grad()
             loss.backward()
             total += loss.item()
-            for name, parameter in network.named_parameters():
+            for name, parameter in plain.network.named_parameters():
                 if name in sums and parameter.grad is not None:
                     sums[name] += parameter.grad.float()
-        clip = min(1.0, config.optim.clip_grad_norm / (norm(sums) + 1e-6))
+        length = norm(sums)
+        clip = min(1.0, config.optim.clip_grad_norm / (length + 1e-6))
         for name, master in masters.items():
             master.grad = sums[name] * clip
-        optimizer.param_groups[0]["lr"] = learning_rate(config.optim, step, STEPS)
+        optimizer.param_groups[0]["lr"] = config.optim.lr * (1 - step / STEPS)  # linear, without warm-up
         optimizer.step()
         with torch.no_grad():
-            for name, parameter in network.named_parameters():
+            for name, parameter in plain.network.named_parameters():
                 if name in masters:
                     parameter.copy_(masters[name])
-        yield (
+        yield Taken(
             total,
+            length,
             {name: master.grad.clone() for name, master in masters.items()},
             {name: master.detach().clone() for name, master in masters.items()},
         )

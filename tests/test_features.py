@@ -54,9 +54,9 @@ def noise(length: int, seed: int = 0) -> np.ndarray:
     return (np.clip(wave * np.sin(time) ** 2 + 1e-4, -1, 1) * 32767).astype(np.int16)
 
 
-def assert_equal(found: np.ndarray, wanted: np.ndarray) -> None:
-    assert found.dtype == np.float32 and found.shape == wanted.shape
-    assert np.abs(found - wanted).max() <= 1e-5
+def assert_equal(features: np.ndarray, wanted: np.ndarray) -> None:
+    assert features.dtype == np.float32 and features.shape == wanted.shape
+    assert np.abs(features - wanted).max() <= 1e-5
 
 
 @mels_of_whispers
@@ -86,9 +86,8 @@ def test_features_do_not_depend_on_the_batch() -> None:
     together = ours(clips, 80)
     for clip, row in zip(clips, together, strict=True):
         assert np.array_equal(ours([clip], 80)[0], row)
-    padded = torch.from_numpy(np.pad(clips[2], (0, 5000), constant_values=12345))[
-        None
-    ]  # what lies behind the length does not count
+    # What lies behind the length does not count.
+    padded = torch.from_numpy(np.pad(clips[2], (0, 5000), constant_values=12345))[None]
     assert np.array_equal(log_mel(padded, torch.tensor([len(clips[2])]), 3000, 80)[0].numpy(), together[2])
 
 
@@ -139,15 +138,12 @@ def test_labels_are_the_inputs_shifted_and_only_the_caption_is_learnt(
     tokens = encoder.encode(caption, style)
     prompt = tokenizer.get_prompt_ids(style).tolist() if style else []
     assert tokens.input_ids[: len(prompt) + len(prefix)] == prompt + prefix
-    learnt = [
-        (after, label)
-        for after, label in zip(tokens.input_ids[1:], tokens.labels[:-1], strict=True)
-        if label != IGNORED
-    ]
-    assert all(after == label for after, label in learnt)
-    assert tokens.labels[: len(prompt) + len(prefix) - 1] == [IGNORED] * (len(prompt) + len(prefix) - 1)
-    told = tokens.labels[len(prompt) + len(prefix) - 1 :]
-    assert tokenizer.decode(told[:-1]) == caption and told[-1] == tokenizer.eos_token_id
+    for next_input, label in zip(tokens.input_ids[1:], tokens.labels[:-1], strict=True):
+        assert label in (IGNORED, next_input)
+    begin = len(prompt) + len(prefix) - 1
+    assert tokens.labels[:begin] == [IGNORED] * begin
+    learnt = tokens.labels[begin:]
+    assert tokenizer.decode(learnt[:-1]) == caption and learnt[-1] == tokenizer.eos_token_id
 
 
 def test_a_caption_teaches_what_transformers_would_teach(
@@ -156,15 +152,10 @@ def test_a_caption_teaches_what_transformers_would_teach(
     """The same pairs of input and label as Hugging Face's own recipe: labels from the tokenizer, shifted
     right by the model."""
     tokens = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip").encode(caption_of(5))
-    labels = [
-        *prefix,
-        *tokenizer(caption_of(5), add_special_tokens=False)["input_ids"],
-        tokenizer.eos_token_id,
-    ]
-    assert (tokens.input_ids, tokens.labels) == (
-        labels[:-1],
-        [IGNORED] * (len(prefix) - 1) + labels[len(prefix) :],
-    )
+    words = tokenizer(caption_of(5), add_special_tokens=False)["input_ids"]
+    labels = [*prefix, *words, tokenizer.eos_token_id]
+    assert tokens.input_ids == labels[:-1]
+    assert tokens.labels == [IGNORED] * (len(prefix) - 1) + labels[len(prefix) :]
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
@@ -177,9 +168,8 @@ def test_a_caption_fits_the_positions_with_its_prompt(
         long: CaptionEncoder(tokenizer, prefix, positions=positions, long_caption=long, styles=["AudioCaps"])
         for long in ("truncate", "skip")
     }
-    whole = CaptionEncoder(
-        tokenizer, prefix, positions=448, long_caption="skip", styles=["AudioCaps"]
-    ).encode(caption, style)
+    roomy = CaptionEncoder(tokenizer, prefix, positions=448, long_caption="skip", styles=["AudioCaps"])
+    whole = roomy.encode(caption, style)
     cut = encoders["truncate"].encode(caption, style)
     assert len(cut.input_ids) == len(cut.labels) == min(len(whole.input_ids), positions)
     assert cut.input_ids == whole.input_ids[:positions] and cut.labels[-1] == tokenizer.eos_token_id
@@ -194,9 +184,8 @@ def test_a_caption_with_half_a_character_is_a_bad_sample_or_read(
     tokenizer: WhisperTokenizerFast, prefix: list[int]
 ) -> None:
     content = b'{"caption": "A bell \\ud83d"}'  # an emoji cut in two, as some crawlers leave it
+    encoder = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip")
     try:
-        CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip").encode(
-            find_caption(content, "caption")
-        )
+        encoder.encode(find_caption(content, "caption"))
     except BadSample as error:
         assert "caption" in str(error)

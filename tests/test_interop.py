@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -27,23 +28,26 @@ from data.sources import expand
 from tests.making import ROOT, caption_of, sound_of
 from tools.pack import pack
 
-Read = dict[str, tuple[str, np.ndarray]]
+
+class Read(NamedTuple):
+    """A sample as training reads it."""
+
+    caption: str
+    audio: np.ndarray
 
 
-def read_all(pattern: str, folder: Path, **options: object) -> Read:
-    """Every sample of the shards by key, as training reads it: caption and decoded audio."""
-    found: Read = {}
+def read_all(pattern: str, folder: Path, **options: object) -> dict[str, Read]:
+    """Every sample of the shards, by key."""
+    samples: dict[str, Read] = {}
     for shard in expand(Source(name="sounds", shards=[pattern], **options)):
         for row in index_shard(shard, folder / "index", full=True).table.to_pylist():
-            assert row["problem"] == "" and row["key"] not in found
-            audio, text = (
-                storage.read(
-                    shard.location, row[f"{part}_offset"], row[f"{part}_offset"] + row[f"{part}_size"]
-                )
-                for part in ("audio", "text")
-            )
-            found[row["key"]] = find_caption(text, shard.source.caption_key), decode(audio, row["ending"])
-    return found
+            assert row["problem"] == "" and row["key"] not in samples
+            start, text_start = row["audio_offset"], row["text_offset"]
+            audio = storage.read(shard.location, start, start + row["audio_size"])
+            text = storage.read(shard.location, text_start, text_start + row["text_size"])
+            caption = find_caption(text, shard.source.caption_key)
+            samples[row["key"]] = Read(caption, decode(audio, row["ending"]))
+    return samples
 
 
 def table(path: Path, *rows: dict[str, str], columns: tuple[str, ...] = ()) -> Path:
@@ -98,12 +102,12 @@ def test_reads_what_webdataset_writes(tmp_path: Path, ending: str) -> None:
                     "json": {"caption": caption_of(number)},
                 }
             )
-    found = read_all(f"{tmp_path}/set-{{0000..0002}}.tar", tmp_path)
-    assert list(found) == [f"part{number % 2}/clip-{number:03d}" for number in range(10)]
-    for number, (caption, audio) in enumerate(found.values()):
-        assert caption == caption_of(number)
-        assert np.array_equal(audio, decode(contents[number], ending))
-        assert abs(len(audio) - len(sound_of(number))) <= 1
+    samples = read_all(f"{tmp_path}/set-{{0000..0002}}.tar", tmp_path)
+    assert list(samples) == [f"part{number % 2}/clip-{number:03d}" for number in range(10)]
+    for number, sample in enumerate(samples.values()):
+        assert sample.caption == caption_of(number)
+        assert np.array_equal(sample.audio, decode(contents[number], ending))
+        assert abs(len(sample.audio) - len(sound_of(number))) <= 1
 
 
 def test_reads_text_members_and_several_audio_members_of_webdataset(tmp_path: Path) -> None:
@@ -112,8 +116,8 @@ def test_reads_text_members_and_several_audio_members_of_webdataset(tmp_path: Pa
         writer.write(
             {"__key__": "a", "near.flac": contents[0], "far.flac": contents[1], "txt": "A bell.", "cls": 3}
         )
-    caption, audio = read_all(f"{tmp_path}/set.tar", tmp_path, caption_key=".txt", audio="far.flac")["a"]
-    assert caption == "A bell." and np.array_equal(audio, decode(contents[1], "flac"))
+    sample = read_all(f"{tmp_path}/set.tar", tmp_path, caption_key=".txt", audio="far.flac")["a"]
+    assert sample.caption == "A bell." and np.array_equal(sample.audio, decode(contents[1], "flac"))
 
 
 def test_webdataset_reads_what_pack_writes(clips: Path, shards: str, tmp_path: Path) -> None:
@@ -125,9 +129,8 @@ def test_webdataset_reads_what_pack_writes(clips: Path, shards: str, tmp_path: P
         stem, ending = row["file"].split(".")
         assert sample["__key__"] == stem and sample[ending] == (clips.parent / row["file"]).read_bytes()
         assert json.loads(sample["json"]) == {"caption": row["caption"], "licence": "CC0"}
-    assert {key: caption for key, (caption, _) in read_all(shards, tmp_path).items()} == {
-        Path(row["file"]).stem: row["caption"] for row in rows
-    }
+    captions = {key: sample.caption for key, sample in read_all(shards, tmp_path).items()}
+    assert captions == {Path(row["file"]).stem: row["caption"] for row in rows}
 
 
 def test_pack_names_every_row_it_rejects(packed: Callable[..., str], tmp_path: Path) -> None:
@@ -175,9 +178,8 @@ def test_pack_makes_nothing_where_nothing_could_be_packed(
 def test_pack_leaves_no_half_of_a_set(packed: Callable[..., str], tmp_path: Path) -> None:
     write(tmp_path / "a.wav")
     clips = table(tmp_path / "clips.csv", {"file": "a.wav", "caption": "A bell."})
-    clips.write_bytes(
-        clips.read_bytes() + b" " * 100_000 + b"\nb.wav,caf\xe9\n"
-    )  # found to be no UTF-8 after the first row was packed
+    # So far behind that the first row is packed before it turns out not to be UTF-8.
+    clips.write_bytes(clips.read_bytes() + b" " * 100_000 + b"\nb.wav,caf\xe9\n")
     assert "UTF-8" in packed(clips, tmp_path / "out", code=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "clips.csv"]
 
@@ -193,9 +195,8 @@ def has_reader(fifo: Path) -> bool:
 def test_a_killed_pack_leaves_no_half_of_a_set(packed: Callable[..., str], tmp_path: Path) -> None:
     write(tmp_path / "a.wav")
     os.mkfifo(tmp_path / "b.wav")
-    clips = table(
-        tmp_path / "clips.csv", *({"file": file, "caption": "A bell."} for file in ("a.wav", "b.wav"))
-    )
+    rows = [{"file": file, "caption": "A bell."} for file in ("a.wav", "b.wav")]
+    clips = table(tmp_path / "clips.csv", *rows)
     with subprocess.Popen([sys.executable, "-m", "tools.pack", clips, tmp_path / "out"], cwd=ROOT) as process:
         while not has_reader(tmp_path / "b.wav"):  # then a.wav is packed
             with suppress(subprocess.TimeoutExpired):
@@ -211,28 +212,19 @@ def test_pack_refuses_what_is_there_already(packed: Callable[..., str], tmp_path
     write(tmp_path / "a.wav")
     clips = table(tmp_path / "clips.csv", {"file": "a.wav", "caption": "A bell."})
     (tmp_path / "full").mkdir()
-    (tmp_path / "full/notes").write_text("mine", encoding="utf-8")
-    (tmp_path / "file").write_text("mine", encoding="utf-8")
-    for out in ("full", "file"):
+    for file, out in (("full/notes", "full"), ("file", "file")):
+        (tmp_path / file).write_text("precious", encoding="utf-8")
         said = packed(clips, tmp_path / out, code=2)
         assert f"{tmp_path / out}: exists" in said and "choose another" in said
-    assert (
-        (tmp_path / "full/notes").read_text(encoding="utf-8")
-        == (tmp_path / "file").read_text(encoding="utf-8")
-        == "mine"
-    )
+        assert (tmp_path / file).read_text(encoding="utf-8") == "precious"
     (tmp_path / "empty").mkdir()
     packed(clips, tmp_path / "empty")
 
 
 def test_pack_takes_the_rows_and_columns_asked_for(packed: Callable[..., str], tmp_path: Path) -> None:
     rows = []
-    for file, split in (
-        ("a.wav", "train"),
-        ("deep/er/b.v2.WAV", "train"),
-        ("./c d.wav", "train"),
-        ("e.wav", "test"),
-    ):
+    splits = {"a.wav": "train", "deep/er/b.v2.WAV": "train", "./c d.wav": "train", "e.wav": "test"}
+    for file, split in splits.items():
         write(tmp_path / "sounds" / file)
         rows.append({"file": file, "caption": f' "{file}", é ', "split": split, "licence": "CC0"})
     clips = table(tmp_path / "sounds/clips.csv", *rows, columns=("split", "licence"))
@@ -243,28 +235,22 @@ def test_pack_takes_the_rows_and_columns_asked_for(packed: Callable[..., str], t
         "deep_er_b_v2": {**rest, "words": '"deep/er/b.v2.WAV", é'},
         "c d": {**rest, "words": '"./c d.wav", é'},
     }
-    assert set(read_all(f"{tmp_path}/out/*.tar", tmp_path, caption_key="words")) == {
-        "a",
-        "deep_er_b_v2",
-        "c d",
-    }
+    samples = read_all(f"{tmp_path}/out/*.tar", tmp_path, caption_key="words")
+    assert set(samples) == {"a", "deep_er_b_v2", "c d"}
 
 
 def test_a_table_that_does_not_fit_is_explained(packed: Callable[..., str], tmp_path: Path) -> None:
     clips = tmp_path / "clips.csv"
     clips.write_text("path;caption\na.wav;A bell.\n", encoding="utf-8")
     assert "no column file, caption; it has path;caption" in packed(clips, tmp_path / "out", code=3)
-    assert "no column split; it has file, caption" in packed(
-        table(clips), tmp_path / "out", "--where", "split=train", code=3
-    )
+    said = packed(table(clips), tmp_path / "out", "--where", "split=train", code=3)
+    assert "no column split; it has file, caption" in said
     assert "missing.csv: cannot read it" in packed(tmp_path / "missing.csv", tmp_path / "out", code=3)
 
 
 def test_pack_cuts_shards_by_size(packed: Callable[..., str], tmp_path: Path) -> None:
-    rows = [
-        {"file": write(tmp_path / f"{number:02d}.wav", number, seconds=12).name, "caption": "Noise."}
-        for number in range(9)
-    ]  # 384 kB each
+    clips = [write(tmp_path / f"{number:02d}.wav", number, seconds=12) for number in range(9)]  # 384 kB each
+    rows = [{"file": clip.name, "caption": "Noise."} for clip in clips]
     packed(table(tmp_path / "clips.csv", *rows), tmp_path / "out", "--shard-mb", 1)
     shards = sorted((tmp_path / "out").glob("*.tar"))
     assert [shard.name for shard in shards] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]

@@ -3,6 +3,7 @@ delete a file by hand."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,7 +25,7 @@ from configs.run.events import AttemptBegan, CheckpointSaved, Started
 from configs.run.folder import RunDir
 from configs.run.lease import EXPIRES, Lease, Superseded, claim, holder
 from tests.forks import Launcher
-from tests.making import ROOT, config_values, run_program
+from tests.making import ROOT, audit, config_values, run_program
 
 CLAIM = (
     "import sys; from configs.run.lease import claim; from configs.run.folder import RunDir;"
@@ -299,3 +301,39 @@ def test_a_running_training_that_is_taken_over_leaves_without_saving_and_the_lat
     (start,) = [line for line in run.ledger.read().of(Started) if line.attempt == 1]
     assert start.step == step
     assert checkpoints(run)[-1] == f"step-{step + 3:08d}" and not list(run.checkpoints.glob("*.tmp"))
+    assert holder(run) is None  # so that another machine, which cannot see that it is dead, need not wait
+
+
+def taken_over_in_step_2() -> None:
+    """In a rank: another attempt takes the run while rank 0 is about to take step 2, which notices it."""
+    from trainer import loop
+
+    check_bad = loop.Training.check_bad
+
+    def checked(training: Any, bad: int) -> None:
+        check_bad(training, bad)
+        if training.state.step == 2 and training.world.rank == 0:
+            claim(training.session.run, job="4712", supersede=True)
+            with contextlib.suppress(Superseded):
+                training.session.lease.check()
+
+    loop.Training.check_bad = checked
+
+
+def test_an_attempt_that_was_taken_over_takes_no_further_step(
+    tmp_path: Path, model: Path, shards: str, run: RunDir, launch: Launcher
+) -> None:
+    """Whether or not it has anything to save soon."""
+    values = config_values(
+        "run",
+        tmp_path,
+        model,
+        shards,
+        engine={"backend": "fsdp2"},
+        optim={"max_steps": 9},
+        checkpoint={"every_steps": 1000},
+        evaluate={"captions": 0, "max_samples": 1},
+    )
+    done = launch(values, procs=2, before="tests.test_lease:taken_over_in_step_2")
+    assert done.returncode == 1 and "has taken over this run" in done.stderr
+    assert sorted(audit(run.path)) == [0, 1, 2] and not checkpoints(run)

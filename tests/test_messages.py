@@ -337,7 +337,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(
 def test_a_port_in_use(tmp_path: Path, model: Path, shards: str) -> None:
     config = validate(config_values("run", tmp_path, model, shards), "test")
     run = RunDir.create(config)
-    run.ask(config)
+    run.proposal.propose(config)
     lease = claim(run)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -5,25 +5,39 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import pytest
 
+from configs.load import validate
+from configs.run import events
 from configs.run.events import Damaged, Event, MirrorFailed, Restored, Started
+from configs.run.folder import RunDir
+from configs.run.lease import Superseded
+from data import location, retry
 from tests.forks import Course, Done, Kill, Launcher
 from tests.making import config_values
+from tools.sandbox import faults
+from tools.sandbox.faults import Fault, Proxy
 from trainer import checkpoint
+from trainer.checkpoint import Reader
+from trainer.mirror import Mirror
 
 NOWHERE = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
 """An S3 server that is gone: nobody listens on the port."""
 NO_BUCKET = "s3://no-such-bucket/runs"
 NEVER = {"every_steps": 1000}
+SOON = {"give_up": 1.0}
+"""Who does not answer is given up after a second."""
 
 
-class Place:
+class Copies:
     """Where copies lie: paths below the mirror's URL, read with a client that remembers nothing."""
 
     def __init__(self, url: str, env: dict[str, str]) -> None:
@@ -59,7 +73,7 @@ class Place:
 class Mirrored(Course):
     """Runs with a mirror."""
 
-    place: Place
+    place: Copies
 
     def config(self, name: str, steps: int, **sections: dict[str, Any]) -> dict[str, Any]:
         own = {
@@ -79,10 +93,15 @@ class Mirrored(Course):
         procs: int = 2,
         kill: Kill | None = None,
         env: dict[str, str] | None = None,
+        limits: dict[str, float] | None = None,
         **sections: Any,
     ) -> Done:
         return self.launch(
-            self.config(name, steps, **sections), procs=procs, kill=kill, env=self.place.env | (env or {})
+            self.config(name, steps, **sections),
+            procs=procs,
+            kill=kill,
+            env=self.place.env | (env or {}),
+            limits=limits,
         )
 
     def started_at(self, name: str) -> int:
@@ -111,10 +130,10 @@ def course(
 ) -> Mirrored:
     folder = tmp_path_factory.mktemp("mirror")
     if request.param == "folder":
-        return Mirrored(folder, model, shards, launch, Place(f"{folder}/copies", {}))
+        return Mirrored(folder, model, shards, launch, Copies(f"{folder}/copies", {}))
     server = request.getfixturevalue("s3_server")
     server.client().create_bucket(Bucket="copies")
-    return Mirrored(folder, model, shards, launch, Place("s3://copies/runs", server.environment))
+    return Mirrored(folder, model, shards, launch, Copies("s3://copies/runs", server.environment))
 
 
 @pytest.fixture(scope="module")
@@ -198,21 +217,21 @@ def test_the_metrics_of_an_evaluation_after_the_copy_are_copied_too(course: Mirr
     course.same("evaluated")
 
 
-def flip_a_byte(place: Place, folder: str) -> None:
+def flip_a_byte(place: Copies, folder: str) -> None:
     content = bytearray(place.read(name := f"{folder}/rank-00001-of-00002.safetensors"))
     content[len(content) // 2] ^= 1
     place.write(name, bytes(content))
 
 
-def cut_off(place: Place, folder: str) -> None:
+def cut_off(place: Copies, folder: str) -> None:
     place.write(name := f"{folder}/rank-00000-of-00002.safetensors", place.read(name)[:1000])
 
 
-def without_a_file(place: Place, folder: str) -> None:
+def without_a_file(place: Copies, folder: str) -> None:
     place.remove(f"{folder}/rank-00000-of-00002.safetensors")
 
 
-def half_a_manifest(place: Place, folder: str) -> None:
+def half_a_manifest(place: Copies, folder: str) -> None:
     place.write(name := f"{folder}/manifest.json", place.read(name)[:200])
 
 
@@ -285,14 +304,14 @@ def test_copies_that_cannot_be_made_are_told_and_training_goes_on(
     elif not on_s3:
         pytest.skip("a folder has no server")
     shutil.copytree(course.run(mirrored).path, course.run(name).path)
-    done = course.train(name, 6, checkpoint={"mirror": url}, env=NOWHERE if trouble == "server gone" else {})
+    env = NOWHERE if trouble == "server gone" else {}
+    done = course.train(name, 6, checkpoint={"mirror": url}, env=env, limits=SOON)
     assert done.returncode == 0 and course.started_at(name) == 5
     told = course.told(name, MirrorFailed)
     assert "step-00000006" in {line.folder for line in told}
     assert all(line.mirror == f"{url}/{name}" and line.message for line in told)
     assert all(
-        f"{url}/{name}: {line['folder']} could not be copied: {line['message']}. Training goes on"
-        in done.stdout
+        f"{url}/{name}: {line.folder} could not be copied: {line.message}. Training goes on" in done.stdout
         for line in told
     )
 
@@ -318,7 +337,7 @@ def test_a_lost_run_is_not_begun_anew_while_its_mirror_cannot_be_read(
     env = {"server gone": NOWHERE, "wrong key": {"AWS_SECRET_ACCESS_KEY": "wrong"}}.get(trouble, {})
     url = NO_BUCKET if trouble == "no bucket" else course.place.url
     name = f"unreachable-{trouble.replace(' ', '-')}"
-    done = course.train(name, 6, env=env, checkpoint={"mirror": url})
+    done = course.train(name, 6, env=env, limits=SOON, checkpoint={"mirror": url})
     assert (
         done.returncode == 1
         and f"{url}/{name}: " in done.stderr
@@ -326,3 +345,108 @@ def test_a_lost_run_is_not_begun_anew_while_its_mirror_cannot_be_read(
     )
     assert "checkpoint.mirror=null" in done.stderr and "Traceback" not in done.stderr
     assert not list(course.run(name).checkpoints.iterdir())
+
+
+def test_a_copy_is_never_seen_with_a_manifest_and_without_its_files(course: Mirrored) -> None:
+    """By what the server is asked to do, in its order."""
+    if not course.place.env:
+        pytest.skip("a folder is asked for nothing")
+    with faults.serve(course.place.env["AWS_ENDPOINT_URL"]) as proxy:
+        done = course.train("in-order", 2, env={"AWS_ENDPOINT_URL": proxy.endpoint})
+    assert done.returncode == 0, done.stderr
+    written = [urlsplit(path).path.split("/") for method, path, _ in proxy.requests if method == "PUT"]
+    copies = {name: [file for *_, folder, file in written if folder == name] for *_, name, _ in written}
+    assert "step-00000002" in copies
+    for name, files in copies.items():
+        if name.startswith("step-"):
+            assert len(files) == 3 and files[-1] == "manifest.json", (name, files)
+
+
+def test_an_attempt_that_was_superseded_leaves_the_copies_alone(
+    course: Mirrored, mirrored: str, tmp_path: Path
+) -> None:
+    """Those of a later attempt, which goes on from an earlier step."""
+    run = course.run(mirrored)
+
+    def fence() -> None:
+        raise Superseded("attempt 7 has taken over this run")
+
+    lease: Any = SimpleNamespace(check=fence, attempt=6)
+    config = run.read_config()
+    checkpoints = config.checkpoint.model_copy(update={"mirror": str(tmp_path)})
+    theirs = tmp_path / mirrored / "checkpoints/step-00000003/manifest.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("of attempt 7", encoding="utf-8")
+    ours = Mirror(run, config.model_copy(update={"checkpoint": checkpoints}), lease)
+    ours.begin(1)
+    ours.upload(run.checkpoints / "step-00000005")
+    ours.finish()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
+
+
+@pytest.fixture
+def behind_a_proxy(course: Mirrored, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The mirror in this process, which comes to it through a proxy."""
+    if not course.place.env:
+        pytest.skip("a folder has no keys")
+    monkeypatch.setattr(location, "_open", {})
+    monkeypatch.setattr(retry, "LIMITS", replace(retry.LIMITS, first_pause=0.02, longest_pause=0.1))
+    with faults.serve(course.place.env["AWS_ENDPOINT_URL"]) as proxy:
+        for variable, value in {**course.place.env, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+            monkeypatch.setenv(variable, value)
+        yield proxy
+
+
+def mirror_of(course: Mirrored, name: str) -> Mirror:
+    config = validate(course.config(name, 5), "test")
+    course.run(name).checkpoints.mkdir(parents=True, exist_ok=True)
+    return Mirror(course.run(name), config, SimpleNamespace(attempt=7, check=lambda: None))
+
+
+def test_keys_that_have_expired_are_waited_for(
+    course: Mirrored, mirrored: str, behind_a_proxy: Proxy
+) -> None:
+    """While a lost run is brought back (two connections break besides), and while a copy is made."""
+    expired, broken = Fault("400", times=5), Fault("reset", after=5000, times=2, skip=5)
+    name = copied(course, mirrored, "expired")
+    behind_a_proxy.set(expired, broken)
+    mirror_of(course, name).restore()
+    assert behind_a_proxy.hits == {expired: 5, broken: 2}
+    restored = checkpoint.find(course.run(name).checkpoints)[0]
+    assert restored.name == "step-00000005" and not list(Reader(restored).verify())
+
+    run = RunDir(shutil.copytree(course.run(mirrored).path, course.run("copies").path))
+    behind_a_proxy.set(expired)
+    mirror = mirror_of(course, "copies")
+    for folder in checkpoint.find(run.checkpoints)[:2]:
+        mirror.upload(folder)
+        mirror.finish()
+    assert behind_a_proxy.hits == {expired: 5} and not run.ledger.read().of(MirrorFailed)
+    copies = {line.folder for line in run.ledger.read().of(events.Mirrored)}
+    assert copies >= {"step-00000004", "step-00000005"}
+
+
+def test_keys_that_were_changed_are_taken_up(
+    course: Mirrored, mirrored: str, behind_a_proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a rotation does: those that the mirror began with are refused, until the file has others."""
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(variable)
+    run = RunDir(shutil.copytree(course.run(mirrored).path, course.run("rotated").path))
+    mirror = mirror_of(course, "rotated")
+    newest = checkpoint.find(run.checkpoints)[0]
+    for key, secret in (
+        ("old", "gone"),
+        (course.place.env["AWS_ACCESS_KEY_ID"], course.place.env["AWS_SECRET_ACCESS_KEY"]),
+    ):
+        file.write_text(
+            f"[default]\naws_access_key_id={key}\naws_secret_access_key={secret}\n", encoding="utf-8"
+        )
+        mirror.upload(newest)
+        mirror.finish()
+    (failed,) = run.ledger.read().of(MirrorFailed)
+    assert "access denied" in failed.message
+    made = run.ledger.read().of(events.Mirrored)
+    assert made[-1].folder == newest.name and made[-1].time > failed.time

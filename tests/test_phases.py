@@ -95,7 +95,7 @@ def test_it_starts_at_step_0_with_exactly_the_weights_and_a_fresh_optimizer_and_
         == 0
     )
     (start,) = course.run(f"from-{source}").ledger.read().of(Started)
-    assert start["step"] == 0
+    assert start.step == 0
     events = EventAccumulator(str(course.run(f"from-{source}").tensorboard))
     events.Reload()
     assert [point.value for point in events.Scalars("learning_rate")] == pytest.approx(

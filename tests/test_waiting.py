@@ -11,7 +11,7 @@ import pytest
 
 from configs.run.events import CheckpointSaved, Stopped
 from data.loader import Step
-from data.patience import STATS
+from data.retry import STATS
 from slurm.signals import StopFlag
 from tests.forks import Course, Kill, Launcher
 from tests.making import config_values

@@ -1,1 +1,2 @@
-"""Work off the cluster: pack, index, export, caption; tools/sandbox has a real S3 server for this machine."""
+"""Work off the cluster: pack, stage, index, inspect, export and caption; a demo, benchmarks, and a sandbox
+with a real S3 server and a real Slurm cluster on this machine."""

@@ -1,38 +1,47 @@
-"""What the command lines of several tools take alike."""
+"""Arguments that several tools share on their command lines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+import typer
 from pydantic import ValidationError
 
 from configs.errors import ConfigError
 from configs.load import explained, load
 from configs.schema import Data, RunConfig
 
+ShardsOrConfig = Annotated[
+    list[str],
+    typer.Argument(
+        help="Shards (paths, URLs, globs, braces), or one config: all its sources.",
+        metavar="SHARDS...|CONFIG",
+    ),
+]
+CaptionKey = Annotated[str, typer.Option(help="Where the caption is (for SHARDS).")]
+Threads = Annotated[int, typer.Option(min=1, help="Shards at a time.")]
+
 
 def named_data(
-    what: Sequence[str], caption_key: str = "caption", index_dir: str | None = None
+    names: Sequence[str], caption_key: str = "caption", index_dir: str | None = None
 ) -> tuple[Data, RunConfig | None]:
-    """The data that SHARDS...|CONFIG names, and the config if it is one; caption_key and index_dir are for
-    shards named one by one.
+    """The data that SHARDS...|CONFIG names, and the config, if it is one.
 
-    Raises ConfigError.
+    caption_key and index_dir are for shards that are named one by one. Raises ConfigError.
     """
-    if len(what) == 1 and what[0].endswith((".yaml", ".yml")):
+    if len(names) == 1 and names[0].endswith((".yaml", ".yml")):
         if index_dir is not None:
             raise ConfigError(
                 f"--index-dir {index_dir}: is for SHARDS; a config says it itself, as data.index_dir"
             )
-        config = load(what[0])
+        config = load(names[0])
         return config.data, config
-    given = {} if index_dir is None else {"index_dir": index_dir}
+    source = {"name": "shards", "shards": list(names), "caption_key": caption_key}
+    values: dict[str, object] = {"sources": [source]}
+    if index_dir is not None:
+        values["index_dir"] = index_dir
     try:
-        return (
-            Data.model_validate(
-                {"sources": [{"name": "shards", "shards": list(what), "caption_key": caption_key}], **given}
-            ),
-            None,
-        )
+        return Data.model_validate(values), None
     except ValidationError as error:
         raise explained(error, "SHARDS") from None

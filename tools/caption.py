@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -33,7 +33,7 @@ def caption(
         str | None, typer.Option(help="The style prompt that the wanted source was trained with.")
     ] = None,
 ) -> None:
-    """Print path and caption of each file. Of files longer than the model's window the beginning is
+    """Print path and caption of each file. Of a file longer than the model's window, the beginning is
     captioned."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -41,36 +41,34 @@ def caption(
     failed = 0
     for path in _files(paths):
         try:
-            waveform = torch.from_numpy(decode(path.read_bytes(), path.suffix.lower().lstrip(".")))
+            waveform = torch.from_numpy(decode(path.read_bytes(), _ending(path)))
         except (BadSample, OSError) as error:
             failed += 1
-            print(
-                json.dumps({"path": str(path), "error": str(error)}) if as_json else f"{path}: {error}",
-                file=sys.stdout if as_json else sys.stderr,
-            )
+            if as_json:
+                _print_json(path=str(path), error=str(error))
+            else:
+                print(f"{path}: {error}", file=sys.stderr)
             continue
         seconds = len(waveform) / SAMPLE_RATE
         if seconds > captioner.seconds:
-            print(
-                f"{path}: has {seconds:.1f} s; its first {captioner.seconds:g} s are captioned",
-                file=sys.stderr,
-            )
+            notice = f"{path}: has {seconds:.1f} s; its first {captioner.seconds:g} s are captioned"
+            print(notice, file=sys.stderr)
         text = captioner(waveform)
-        print(
-            (
-                json.dumps(
-                    {"path": str(path), "caption": text, "seconds": round(seconds, 3)}, ensure_ascii=False
-                )
-                if as_json
-                else f"{path}\t{text}"
-            ),
-            flush=True,
-        )
+        if as_json:
+            _print_json(path=str(path), caption=text, seconds=round(seconds, 3))
+        else:
+            print(f"{path}\t{text}", flush=True)
     if failed:
         raise DataError(f"{failed} files could not be captioned")
 
 
+def _print_json(**values: object) -> None:
+    print(json.dumps(values, ensure_ascii=False), flush=True)
+
+
 class _Captioner:
+    """An exported model that captions one clip at a time."""
+
     def __init__(self, folder: Path, style: str | None) -> None:
         try:
             self.model = WhisperForConditionalGeneration.from_pretrained(folder).eval()
@@ -80,10 +78,10 @@ class _Captioner:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.frames = 2 * self.model.config.max_source_positions
         self.seconds = self.frames / 100
-        prompt = (
-            self.processor.get_prompt_ids(style, return_tensors="pt").to(self.model.device) if style else None
-        )
-        self.options = {"prompt_ids": prompt} if prompt is not None else {}
+        self.options: dict[str, Any] = {}
+        if style:
+            prompt = self.processor.get_prompt_ids(style, return_tensors="pt")
+            self.options["prompt_ids"] = prompt.to(self.model.device)
         if getattr(self.model.generation_config, "is_multilingual", False):
             self.options |= {"language": LANGUAGE, "task": TASK}
 
@@ -91,12 +89,8 @@ class _Captioner:
     def __call__(self, waveform: torch.Tensor) -> str:
         """(n,) int16 at 16 kHz -> caption."""
         clip = waveform[None, : self.frames * 160].to(self.model.device)
-        features = log_mel(
-            clip,
-            torch.tensor([clip.shape[1]], device=clip.device),
-            self.frames,
-            self.model.config.num_mel_bins,
-        )
+        length = torch.tensor([clip.shape[1]], device=clip.device)
+        features = log_mel(clip, length, self.frames, self.model.config.num_mel_bins)
         tokens = self.model.generate(features.to(self.model.dtype), **self.options)
         text: str = self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
         return text.strip()
@@ -106,15 +100,17 @@ def _files(paths: list[Path]) -> Iterator[Path]:
     for path in paths:
         if not path.exists():
             raise ConfigError(f"{path}: does not exist")
-        if path.is_dir():
-            found = sorted(
-                file for file in path.rglob("*") if file.suffix.lower().lstrip(".") in AUDIO_ENDINGS
-            )
-            if not found:
-                raise ConfigError(f"{path}: holds no audio file")
-            yield from found
-        else:
+        if not path.is_dir():
             yield path
+            continue
+        files = sorted(file for file in path.rglob("*") if _ending(file) in AUDIO_ENDINGS)
+        if not files:
+            raise ConfigError(f"{path}: holds no audio file")
+        yield from files
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""`make demo`: makes sounds and a small Whisper, and takes them the whole way on the CPU, by the commands
-that anybody types."""
+"""`make demo`: makes sounds and a small Whisper, and takes them all the way to captions on the CPU, with the
+commands that any user types."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +40,8 @@ def demo(
         bool, typer.Option("--data-only", help="Only make the clips, the shards and the model.")
     ] = False,
 ) -> None:
-    """Make, pack, index, train on two processes, stop, resume on one, export, and caption what was held
-    out."""
+    """Make clips, pack and index them, train on two processes, stop, resume on one, export, and caption what
+    was held out."""
     began = time.monotonic()
     os.chdir(ROOT)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on every machine
@@ -53,18 +54,11 @@ def demo(
         " without weights"
     )
     table = write_clips(FOLDER / "clips", TRAINING, HELD_OUT, SEED)
-    captions = {
-        split: {
-            row["file"]: row["caption"]
-            for row in csv.DictReader(table.open(encoding="utf-8"))
-            if row["split"] == split
-        }
-        for split in ("train", "held-out")
-    }
-    make_whisper(FOLDER / "model", captions["train"].values(), width=128, seconds=4)
+    references = _captions_by_split(table)
+    make_whisper(FOLDER / "model", references["train"].values(), width=128, seconds=4)
 
     _say("Packing them into shards, and looking at every sample once")
-    for split in captions:
+    for split in references:
         _run("tools.pack", table, FOLDER / "shards" / split, "--where", f"split={split}")
     _run("tools.index", CONFIG)
     if data_only:
@@ -79,40 +73,68 @@ def demo(
     _say("Exporting to a folder that transformers loads, and captioning what was held out")
     _run("tools.export", config.run.dir, FOLDER / "captioner")
     lines = _run("tools.caption", FOLDER / "captioner", FOLDER / "clips/held-out", "--json", quiet=True)
-    found = {
-        str(Path(line["path"]).relative_to(FOLDER / "clips")): line["caption"]
-        for line in map(json.loads, lines.splitlines())
-    }
-    rows = [(file, caption, found[file]) for file, caption in captions["held-out"].items()]
-    _show(sorted(rows, key=lambda row: row[1] == row[2])[:SHOWN])
+    captioned = [_Captioned.from_json(line, references["held-out"]) for line in lines.splitlines()]
+    right = [clip for clip in captioned if clip.is_right]
+    wrong = [clip for clip in captioned if not clip.is_right]
+    _show_captions([*wrong, *right][:SHOWN])
     print(
         f"\nAll this took {time.monotonic() - began:.0f} s. What to type next (after `source"
         " .venv/bin/activate`):"
     )
-    for command, meaning in (
-        ("tensorboard --logdir runs", "curves, and clips to listen to with their captions"),
-        (
-            f"python -m tools.caption {FOLDER}/captioner {FOLDER}/clips/held-out/00000.flac",
-            "caption a file; this model knows no other sounds",
-        ),
-        (
-            f"python -m tools.inspect {CONFIG}",
-            f"what is in the shards; with {config.run.dir}, in its checkpoints",
-        ),
-        (
-            "python -m launch train configs/finetune-clips.yaml",
-            'on your own clips: first README.md, "Your own data"',
-        ),
-        ("python -m launch doctor configs/turbo.yaml", "is this machine fit for a large model?"),
-        (
-            f"python -m launch submit {CONFIG} run.name=on-slurm",
-            "the same on a Slurm cluster, real or made here: docs/slurm.md",
-        ),
-    ):
-        print(f"  {command:<78}{meaning}")
-    print()
-    right = sum(reference == caption for _, reference, caption in rows)
-    print(f"held-out captions right: {100 * right / len(rows):.1f} %")
+    clip = FOLDER / "clips/held-out/00000.flac"
+    _show_command("tensorboard --logdir runs", "curves, and clips to listen to with their captions")
+    _show_command(
+        f"python -m tools.caption {FOLDER}/captioner {clip}",
+        "caption a file; this model knows no other sounds",
+    )
+    _show_command(
+        f"python -m tools.inspect {CONFIG}",
+        f"what is in the shards; with {config.run.dir}, in its checkpoints",
+    )
+    _show_command(
+        "python -m launch train configs/finetune-clips.yaml",
+        'on your own clips: first README.md, "Your own data"',
+    )
+    _show_command("python -m launch doctor configs/turbo.yaml", "is this machine fit for a large model?")
+    _show_command(
+        f"python -m launch submit {CONFIG} run.name=on-slurm",
+        "the same on a Slurm cluster, real or made here: docs/slurm.md",
+    )
+    print(f"\nheld-out captions right: {100 * len(right) / len(captioned):.1f} %")
+
+
+@dataclass(frozen=True)
+class _Captioned:
+    """A clip with the caption that it was made with, and the caption that the model gives it."""
+
+    file: str
+    reference: str
+    caption: str
+
+    @classmethod
+    def from_json(cls, line: str, references: dict[str, str]) -> _Captioned:
+        """From a line of `tools.caption --json`. references: by file."""
+        values = json.loads(line)
+        file = str(Path(values["path"]).relative_to(FOLDER / "clips"))
+        return cls(file, references[file], values["caption"])
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the two captions are equal, word for word."""
+        return self.caption == self.reference
+
+
+def _captions_by_split(table: Path) -> dict[str, dict[str, str]]:
+    """split -> file -> caption."""
+    captions: dict[str, dict[str, str]] = {"train": {}, "held-out": {}}
+    with table.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            captions[row["split"]][row["file"]] = row["caption"]
+    return captions
+
+
+def _show_command(command: str, meaning: str) -> None:
+    print(f"  {command:<78}{meaning}")
 
 
 def _say(text: str) -> None:
@@ -129,25 +151,27 @@ def _start(*arguments: object) -> subprocess.Popen[str]:
 def _run(*arguments: object, quiet: bool = False) -> str:
     """Run a command of this checkout; returns what it printed. Raises EarwitnessError if it fails."""
     process = _start(*arguments)
-    said, _ = process.communicate()
+    output, _ = process.communicate()
     if not quiet:
-        print(said, end="", flush=True)
+        print(output, end="", flush=True)
     _check(process, ExitCode.FINISHED)
-    return said
+    return output
 
 
 def _train(procs: int, stop_at: int | None = None) -> None:
     """Train to the end, or press Ctrl-C once that step is reported."""
     process = _start("launch", "train", CONFIG, "--procs", procs)
     assert process.stdout is not None
-    asked = False
+    stop_sent = False
     for line in process.stdout:
         print(line, end="", flush=True)
         step = re.match(r"step (\d+)/", line)
-        if step and stop_at and int(step[1]) >= stop_at and not asked:
+        if step is None or stop_at is None or stop_sent:
+            continue
+        if int(step[1]) >= stop_at:
             process.send_signal(signal.SIGINT)
-            asked = True
-    _check(process, ExitCode.SAVED if stop_at else ExitCode.FINISHED)
+            stop_sent = True
+    _check(process, ExitCode.FINISHED if stop_at is None else ExitCode.SAVED)
 
 
 def _check(process: subprocess.Popen[str], wanted: int) -> None:
@@ -157,7 +181,7 @@ def _check(process: subprocess.Popen[str], wanted: int) -> None:
         )
 
 
-def _show(rows: list[tuple[str, str, str]]) -> None:
+def _show_captions(clips: list[_Captioned]) -> None:
     table = Table(
         "",
         "held-out clip",
@@ -166,15 +190,14 @@ def _show(rows: list[tuple[str, str, str]]) -> None:
         title="Captions that were never trained on; wrong ones first",
         title_justify="left",
     )
-    for file, reference, caption in rows:
-        table.add_row(
-            "[green]right" if caption == reference else "[red]wrong", Path(file).name, reference, caption
-        )
+    for clip in clips:
+        verdict = "[green]right" if clip.is_right else "[red]wrong"
+        table.add_row(verdict, Path(clip.file).name, clip.reference, clip.caption)
     Console(width=110).print(table)
 
 
 def main() -> None:
-    """The demo, which Ctrl-C may end at any time."""
+    """Run the demo; Ctrl-C may end it at any time."""
     try:
         typer.run(demo)
     except KeyboardInterrupt:  # the commands that it runs have it from the terminal, too

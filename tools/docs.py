@@ -1,4 +1,4 @@
-"""`python -m tools.docs`: writes docs/configuration.md and configs/schema.json (for editors) anew from
+"""`python -m tools.docs`: writes docs/configuration.md and configs/schema.json (for editors) from
 configs/schema.py."""
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ ROOT = Path(__file__).parents[1]
 GUIDE, SCHEMA = ROOT / "docs/configuration.md", ROOT / "configs/schema.json"
 OPENING = """# Configuration
 
-Made from `configs/schema.py` by `python -m tools.docs`; change it there. `python -m launch config CONFIG
-[key=value ...]` prints all settings of a run, resolved.
+This page is made from `configs/schema.py` by `python -m tools.docs`; change it there. `python -m launch
+config CONFIG [key=value ...]` prints all settings of a run, resolved.
 
-A config is a YAML file with the sections below. `extends: other.yaml` takes over another file, relative to
-this one: sections are merged, key by key; lists and values are replaced. On the command line `optim.lr=1e-5`
-overrides a key; an item of a list is named by its `name` or number: `data.sources.speech.weight=2`. Unknown
-keys are refused with the nearest one that there is. The last column says whether a run that has begun may go
-on with another value ([resume.md](resume.md)). Editors that know YAML schemas (VS Code with the YAML
-extension, JetBrains) complete and check keys by the line `# yaml-language-server: $schema=schema.json` that
-each file in `configs/` has.
+A config is a YAML file with the sections below. With `extends: other.yaml` it begins with the settings of
+another file, whose path is relative to this one: sections are merged, key by key; lists and values are
+replaced. On the command line `optim.lr=1e-5` overrides a key; an item of a list is named by its `name` or
+number: `data.sources.speech.weight=2`. An unknown key is refused, and the nearest known one is named. The
+last column says whether a run that has begun may go on with another value ([resume.md](resume.md)). Editors
+that know YAML schemas (VS Code with the YAML extension, JetBrains) complete and check keys; the line
+`# yaml-language-server: $schema=schema.json` in each file of `configs/` tells them the schema.
 """
 
 
@@ -51,34 +51,45 @@ def guide() -> str:
 
 
 def _tables(section: type[Section], at: str) -> Iterator[str]:
-    inner = {
-        name: found for name, field in section.model_fields.items() if (found := section_in(field.annotation))
-    }
-    values = {
-        name: field for name, field in section.model_fields.items() if name not in inner or field.description
-    }
+    """The table of a section, then those of the sections in it. at: its key, as `data.sources[]`."""
+    inner: dict[str, type[Section]] = {}
+    rows: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        inner_section = section_in(field.annotation)
+        if inner_section is not None:
+            inner[name] = inner_section
+        if inner_section is None or field.description:
+            rows[name] = field
     if at:
         yield f"## {at}\n\n{section.__doc__}\n"
         yield "| key | value | default | | may change |\n|---|---|---|---|---|"
         changes = marks(section)
-        for name, field in values.items():
+        for name, field in rows.items():
             description, change = _cell(field.description or ""), changes[name].value
             yield f"| `{name}` | {_kind(field)} | {_default(field)} | {description} | {change} |"
         yield ""
-    for name, found in inner.items():
+    for name, inner_section in inner.items():
         is_list = typing.get_origin(section.model_fields[name].annotation) is list
-        yield from _tables(found, (f"{at}." if at else "") + name + ("[]" if is_list else ""))
+        key = f"{name}[]" if is_list else name
+        yield from _tables(inner_section, f"{at}.{key}" if at else key)
 
 
 def _kind(field: FieldInfo) -> str:
-    signs = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
-    limits = [
-        f"{signs[type(m)]} {getattr(m, type(m).__name__.lower()):g}"
-        for m in field.metadata
-        if type(m) in signs
-    ]
-    limits += ["not empty" for m in field.metadata if isinstance(m, MinLen)]
-    return _cell(", ".join([_type(field.annotation), *limits]))
+    """The type of a value, and its limits."""
+    parts = [_type(field.annotation)]
+    for limit in field.metadata:
+        match limit:
+            case Ge(ge=number):
+                parts.append(f"≥ {number:g}")
+            case Gt(gt=number):
+                parts.append(f"> {number:g}")
+            case Le(le=number):
+                parts.append(f"≤ {number:g}")
+            case Lt(lt=number):
+                parts.append(f"< {number:g}")
+            case MinLen():
+                parts.append("not empty")
+    return _cell(", ".join(parts))
 
 
 def _type(annotation: Any) -> str:
@@ -86,7 +97,7 @@ def _type(annotation: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(_type(a) for a in arguments if a is not types.NoneType)
+        return " or ".join(_type(argument) for argument in arguments if argument is not types.NoneType)
     if origin is list:
         return f"list of {_type(arguments[0])}"
     if origin is tuple:
@@ -102,7 +113,8 @@ def _default(field: FieldInfo) -> str:
         return "**required**"
     if value is None or isinstance(value, BaseModel):
         return ""
-    return f"`{str(value) if isinstance(value, Path) else json.dumps(value)}`"
+    text = str(value) if isinstance(value, Path) else json.dumps(value)
+    return f"`{text}`"
 
 
 def _cell(text: str) -> str:
@@ -110,8 +122,8 @@ def _cell(text: str) -> str:
 
 
 def editor_schema() -> str:
-    """configs/schema.json: a JSON schema of what may stand in a file; what it leaves out may come from the
-    file that it extends."""
+    """configs/schema.json: a JSON schema of a config file. Few keys are required, as the file that a config
+    extends may have them."""
     schema = RunConfig.model_json_schema()
     for definition in (schema, *schema["$defs"].values()):
         if definition["title"] != "Source":
@@ -131,14 +143,8 @@ def editor_schema() -> str:
     source["validation"] = {
         "anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, source["validation"]]
     }
-    return (
-        json.dumps(
-            {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema},
-            indent=1,
-            ensure_ascii=False,
-        )
-        + "\n"
-    )
+    document = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """`python -m tools.export RUN|CHECKPOINT OUT`: a checkpoint -> a folder (or s3://...) that `from_pretrained`
-loads. CPU only, tensor by tensor."""
+loads; on the CPU, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Dtype(StrEnum):
 
     @property
     def torch(self) -> torch.dtype:
-        """As torch names it."""
+        """The same precision, as torch names it."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
@@ -49,27 +49,25 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Export a checkpoint to safetensors, with processor and generation config; it is loaded and compared
-    before it is there."""
+    """Export a checkpoint to safetensors, with processor and generation config; OUT appears when the export
+    has been loaded and compared."""
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # comparing tensors with more takes 4 times as long where cores are shared
     run, folder = resolve(source, best=best)
     reader = checkpoint.Reader(folder)
-    with new_folder(out, last="config.json") as output:  # without which from_pretrained refuses
+    with new_folder(out, last="config.json") as output:  # without that file from_pretrained refuses it
         weights = Weights(run, reader)
         _write_weights(weights, output.folder / "model.safetensors", dtype.torch)
         _write_rest(run, reader, output.folder, dtype)
         _compare(weights, output.folder, dtype.torch)
         size = sum(file.stat().st_size for file in output.folder.iterdir())
-    print(
-        f"{out}: step {reader.manifest.step} of {run.path}, {dtype.value}, {size / 1e6:.0f} MB, loaded and"
-        " compared"
-    )
+    origin = f"step {reader.manifest.step} of {run.path}"
+    print(f"{out}: {origin}, {dtype.value}, {size / 1e6:.0f} MB, loaded and compared")
 
 
 def _write_weights(weights: Weights, path: Path, dtype: torch.dtype) -> None:
-    """Write a safetensors file with one tensor in memory at a time: length of the header, header, data
-    (safetensors' own writer wants all)."""
+    """Write a safetensors file (length of the header, header, data) with one tensor in memory at a time:
+    safetensors' own writer wants all of them."""
     with path.open("wb") as file:
         file.write(checkpoint.safetensors_header(weights.shapes, dtype))
         for name in weights.shapes:
@@ -79,6 +77,7 @@ def _write_weights(weights: Weights, path: Path, dtype: torch.dtype) -> None:
 
 
 def _write_rest(run: RunDir, reader: checkpoint.Reader, folder: Path, dtype: Dtype) -> None:
+    """Write processor, config and generation config."""
     WhisperProcessor.from_pretrained(run.base).save_pretrained(folder)
     config = WhisperConfig.from_pretrained(run.base)
     config.dtype = dtype.torch
@@ -88,9 +87,8 @@ def _write_rest(run: RunDir, reader: checkpoint.Reader, folder: Path, dtype: Dty
     generation = GenerationConfig.from_pretrained(run.base)
     # Whisper bans quotes, colons and brackets, which captions are full of.
     learnt = set(reader.manifest.caption_tokens)
-    generation.suppress_tokens = [
-        token for token in generation.suppress_tokens or [] if token not in learnt
-    ] or None
+    still_banned = [token for token in generation.suppress_tokens or [] if token not in learnt]
+    generation.suppress_tokens = still_banned or None
     generation.save_pretrained(folder)
 
 
@@ -102,16 +100,15 @@ def _compare(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
     model, info = loading
     WhisperProcessor.from_pretrained(folder)
     loaded = dict(model.named_parameters()) | dict(model.named_buffers())
-    wrong = [name for name in weights.shapes if not torch.equal(loaded[name], weights[name].to(dtype))]
+    different = [name for name in weights.shapes if not torch.equal(loaded[name], weights[name].to(dtype))]
     problems = {
-        "different": wrong,
+        "different": different,
         "missing": list(info["missing_keys"]),
         "unexpected": list(info["unexpected_keys"]),
     }
-    if (
-        any(problems.values())
-        or model.proj_out.weight.data_ptr() != model.model.decoder.embed_tokens.weight.data_ptr()
-    ):
+    embedding, projection = model.model.decoder.embed_tokens.weight, model.proj_out.weight
+    tied = projection.data_ptr() == embedding.data_ptr()
+    if any(problems.values()) or not tied:
         raise CheckpointError(
             f"{folder}: what from_pretrained loads is not what the checkpoint holds: {problems}"
         )

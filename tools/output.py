@@ -17,30 +17,29 @@ from fsspec.core import split_protocol
 from configs.errors import ConfigError, EarwitnessError
 from configs.schema import public
 from data.location import Location, open_filesystem
-from data.patience import Trouble
+from data.retry import Trouble
 from data.upload import upload
 
 ABANDONED = timedelta(days=1)
-"""After so long an upload to the same place counts as left by a run that was killed."""
+"""An upload to the same place that is older was left by a run that was killed."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """A temporary folder to write into, and what is to be called with a file of it that is complete, where
-    that may leave before the others."""
+    """A temporary folder to write into."""
 
     folder: Path
     complete: Callable[[Path], None]
+    """To be called with a file that is complete, if it may leave the folder before the others."""
 
 
 @contextmanager
 def new_folder(out: str, last: str = "") -> Iterator[Output]:
-    """A folder, or a prefix on S3, that is there when the block ends well, and leaves nothing when it does
-    not.
+    """A folder, or a prefix on S3, that is there when the block ends well; otherwise nothing is left of it.
 
-    A temporary folder beside `out` takes its name; to S3 files are copied from $TMPDIR when they are
-    complete, the one called `last` after all others. Raises ConfigError if `out` holds something already or
-    cannot be made, DataError if the bucket is missing or access is denied.
+    A temporary folder beside `out` is renamed to it. To S3, files are copied from $TMPDIR when they are
+    complete; the one called `last` goes after all others. Raises ConfigError if `out` holds something already
+    or cannot be made, DataError if the bucket is missing or access is denied.
     """
     try:
         public(out)
@@ -64,7 +63,8 @@ def new_folder(out: str, last: str = "") -> Iterator[Output]:
 
 @contextmanager
 def _folder(out: Path) -> Iterator[Path]:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    is_empty_folder = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not is_empty_folder:
         raise ConfigError(f"{out}: exists and is not empty; remove it or choose another folder")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -82,49 +82,77 @@ def _folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _prefix(url: str) -> Iterator[Callable[[Path], None]]:
-    """What moves a file below an empty prefix on S3; all such objects are removed again when the block does
-    not end well."""
-    filesystem, path = open_filesystem(Location(url))
-    bucket, prefix, _ = filesystem.split_path(path)
-    prefix = f"{prefix}/" if prefix else ""
+    """A function that moves a file below an empty prefix on S3; what it has moved is removed again when the
+    block does not end well."""
+    prefix = _Prefix(url)
+    prefix.check_empty()
+    prefix.check_writable()
+    try:
+        yield prefix.put
+    except BaseException:
+        prefix.clear()
+        raise
 
-    def call(what: str, method: str, **arguments: Any) -> Any:
-        return Trouble(Location(url), what).retry(
-            lambda filesystem, _: filesystem.call_s3(method, Bucket=bucket, **arguments)
-        )
 
-    def abort(wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Abort multipart uploads: nobody sees them, but they are paid for."""
-        for begun in filter(
-            wanted, call("list uploads", "list_multipart_uploads", Prefix=prefix).get("Uploads", [])
-        ):
-            call("abort an upload", "abort_multipart_upload", Key=begun["Key"], UploadId=begun["UploadId"])
+class _Prefix:
+    """A prefix on S3, and the files that were moved there."""
 
-    there = call("read what is there", "list_objects_v2", Prefix=prefix, MaxKeys=3)
-    if names := [found["Key"].removeprefix(prefix) for found in there.get("Contents", [])]:
-        raise ConfigError(
-            f"{url}: exists and is not empty ({', '.join(names)}, ...); choose another place, or remove it,"
-            f" perhaps of a run that was killed: aws s3 rm --recursive {url}/"
-        )
-    probe = call("write there", "create_multipart_upload", Key=f"{prefix}probe")[
-        "UploadId"
-    ]  # before the work of hours: may this be written?
-    abort(lambda begun: begun["UploadId"] == probe or datetime.now(UTC) - begun["Initiated"] > ABANDONED)
-    moved: list[str] = []
+    def __init__(self, url: str) -> None:
+        self.url = url
+        filesystem, path = open_filesystem(Location(url))
+        self._bucket, prefix, _ = filesystem.split_path(path)
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._moved: list[str] = []
 
-    def put(file: Path) -> None:
-        moved.append(file.name)
-        upload(file, Location(f"{url}/{file.name}"))
+    def check_empty(self) -> None:
+        """Raises ConfigError if the prefix holds anything."""
+        listed = self._call("read what is there", "list_objects_v2", Prefix=self._prefix, MaxKeys=3)
+        names = [self._name(item) for item in listed.get("Contents", [])]
+        if names:
+            raise ConfigError(
+                f"{self.url}: exists and is not empty ({', '.join(names)}, ...); choose another place, or"
+                f" remove it, perhaps of a run that was killed: aws s3 rm --recursive {self.url}/"
+            )
+
+    def check_writable(self) -> None:
+        """Raises DataError if nothing may be written: before the work of hours, an upload is begun and
+        aborted. Uploads that a killed run has left are aborted, too."""
+        probe = self._call("write there", "create_multipart_upload", Key=f"{self._prefix}probe")
+        oldest = datetime.now(UTC) - ABANDONED
+        self._abort(lambda item: item["UploadId"] == probe["UploadId"] or item["Initiated"] < oldest)
+
+    def put(self, file: Path) -> None:
+        """Upload a file and remove it here."""
+        self._moved.append(file.name)
+        upload(file, Location(f"{self.url}/{file.name}"))
         file.unlink()
 
-    try:
-        yield put
-    except BaseException:
+    def clear(self) -> None:
+        """Remove what was moved, as far as that is possible."""
+        urls = [f"{self.url}/{name}" for name in self._moved]
+        if not urls:
+            return
         with suppress(EarwitnessError):
-            written = [f"{url}/{name}" for name in moved]
-            Trouble(Location(url), "remove what was written").retry(
-                lambda filesystem, _: filesystem.rm(written) if written else None
+            Trouble(Location(self.url), "remove what was written").retry(
+                lambda filesystem, _: filesystem.rm(urls)
             )
         with suppress(EarwitnessError):
-            abort(lambda begun: begun["Key"].removeprefix(prefix) in moved)
-        raise
+            self._abort(lambda item: self._name(item) in self._moved)
+
+    def _abort(self, is_wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Abort multipart uploads: nobody sees them, but they are paid for."""
+        listed = self._call("list uploads", "list_multipart_uploads", Prefix=self._prefix)
+        for item in filter(is_wanted, listed.get("Uploads", [])):
+            self._call(
+                "abort an upload", "abort_multipart_upload", Key=item["Key"], UploadId=item["UploadId"]
+            )
+
+    def _call(self, action: str, method: str, **arguments: Any) -> Any:
+        return Trouble(Location(self.url), action).retry(
+            lambda filesystem, _: filesystem.call_s3(method, Bucket=self._bucket, **arguments)
+        )
+
+    def _name(self, item: dict[str, Any]) -> str:
+        """The file name of an object or an upload that S3 has listed."""
+        key: str = item["Key"]
+        return key.removeprefix(self._prefix)

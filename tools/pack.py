@@ -4,10 +4,11 @@ absent."""
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from webdataset import ShardWriter
@@ -43,90 +44,103 @@ def pack(
     if "." in caption_key:
         raise ConfigError(f"--caption-key {caption_key}: names one field of the JSON, without dots")
     with new_folder(out) as output:
-        packed, rejected, shards = _write(table, output, caption_key, shard_mb << 20, where)
-    print(
-        f"{out}: {packed} samples in {shards} shard{'s' * (shards != 1)}, {rejected} rows rejected"
-        + (f" (see {out}/{REJECTED})" if rejected else "")
-    )
+        packed = _write(table, output, caption_key, shard_mb << 20, where)
+    shards = "1 shard" if packed.shards == 1 else f"{packed.shards} shards"
+    hint = f" (see {out}/{REJECTED})" if packed.rejected else ""
+    print(f"{out}: {packed.samples} samples in {shards}, {packed.rejected} rows rejected{hint}")
 
 
-def _write(
-    table: Path, output: Output, caption_key: str, shard_bytes: int, where: str | None
-) -> tuple[int, int, int]:
-    """Write shards; (rows packed, rows rejected, shards)."""
-    seen: dict[str, str] = {}
+class _Packed(NamedTuple):
+    """How many rows became samples, how many were rejected, and in how many shards the samples are."""
+
+    samples: int
+    rejected: int
+    shards: int
+
+
+class _Rejected(Exception):
+    """A row cannot be a sample; the message is the reason."""
+
+
+def _write(table: Path, output: Output, caption_key: str, shard_bytes: int, where: str | None) -> _Packed:
+    """Write shards, and a table of the rows that were rejected."""
+    files: dict[str, str] = {}
     rejected = []
     pattern = str(output.folder).replace("%", "%%") + "/shard-%06d.tar"
     with ShardWriter(
         pattern, maxcount=10**9, maxsize=shard_bytes, verbose=0, mtime=0, user="", group=""
     ) as writer:
         for line, row in _rows(table, where):
-            sample = _sample(row, table.parent, caption_key, seen)
-            if isinstance(sample, str):
-                print(f"{table}, line {line}: {row.get('file') or '(no file)'}: {sample}")
-                rejected.append([line, row.get("file", ""), sample])
-            else:
-                shard = writer.fname
-                writer.write(sample)
-                if writer.fname != shard:  # that one is full
-                    output.complete(Path(shard))
+            try:
+                sample = _sample(row, table.parent, caption_key, files)
+            except _Rejected as reason:
+                print(f"{table}, line {line}: {row.get('file') or '(no file)'}: {reason}")
+                rejected.append([line, row.get("file", ""), str(reason)])
+                continue
+            shard = writer.fname
+            writer.write(sample)
+            if writer.fname != shard:  # that one is full
+                output.complete(Path(shard))
         shards = writer.shard
-    if not seen:
-        raise DataError(
-            f"{table}: no row could be packed: {len(rejected)} were rejected, of those"
-            f" {f'with {where}' if where else 'that it has'}"
-        )
+    if not files:
+        rows = f"with {where}" if where else "that it has"
+        raise DataError(f"{table}: no row could be packed: {len(rejected)} were rejected, of those {rows}")
     if rejected:
         with (output.folder / REJECTED).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["line", "file", "reason"], *rejected])
-    return len(seen), len(rejected), shards
+    return _Packed(len(files), len(rejected), shards)
 
 
 def _rows(table: Path, where: str | None) -> Iterator[tuple[int, dict[str, str]]]:
+    """The wanted rows of the CSV, each with the number of its line."""
     column, _, value = (where or "").partition("=")
+    needed = ["file", "caption"]
+    if where:
+        needed.append(column)
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = [
-                name
-                for name in ("file", "caption", *([column] if where else []))
-                if name not in (reader.fieldnames or [])
-            ]
+            columns = reader.fieldnames or []
+            missing = [name for name in needed if name not in columns]
             if missing:
-                raise DataError(
-                    f"{table}: no column {', '.join(missing)}; it has"
-                    f" {', '.join(reader.fieldnames or ['nothing'])}"
-                )
-            yield from ((reader.line_num, row) for row in reader if not where or row[column] == value)
+                present = ", ".join(columns or ["nothing"])
+                raise DataError(f"{table}: no column {', '.join(missing)}; it has {present}")
+            for row in reader:
+                if not where or row[column] == value:
+                    yield reader.line_num, row
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{table}: cannot read it as UTF-8 CSV: {error}") from None
 
 
-def _sample(row: dict[str, Any], root: Path, caption_key: str, seen: dict[str, str]) -> dict[str, Any] | str:
-    """A row as a WebDataset sample, or the reason why it cannot be one."""
+def _sample(row: dict[str, Any], root: Path, caption_key: str, files: dict[str, str]) -> dict[str, Any]:
+    """A row as a WebDataset sample. `files` holds the file of each key so far; this one is added.
+
+    Raises _Rejected.
+    """
     file, caption = (row.get("file") or "").strip(), (row.get("caption") or "").strip()
     if not file:
-        return "no file is named"
+        raise _Rejected("no file is named")
     if not caption:
-        return "the caption is empty"
+        raise _Rejected("the caption is empty")
     stem, _, ending = file.rpartition(".")
     if ending.lower() not in AUDIO_ENDINGS:
-        return f"{ending!r} is not an audio format that can be read ({', '.join(sorted(AUDIO_ENDINGS))})"
+        known = ", ".join(sorted(AUDIO_ENDINGS))
+        raise _Rejected(f"{ending!r} is not an audio format that can be read ({known})")
     key = re.sub(r"[./\\]", "_", stem.removeprefix("./"))
-    if not key.rpartition("/")[2]:
-        return "there is no name before the ending"
-    if key in seen:
-        return f"its key {key!r} is that of {seen[key]}"
+    if not key:
+        raise _Rejected("there is no name before the ending")
+    if key in files:
+        raise _Rejected(f"its key {key!r} is that of {files[key]}")
     try:
-        audio = (root / file).read_bytes()
+        audio = (root / os.fsdecode(file.encode())).read_bytes()  # in UTF-8, whatever the locale
         probe(audio, ending.lower())
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        raise _Rejected(f"cannot be read: {error.strerror}") from None
     except BadSample as error:
-        return str(error)
-    seen[key] = file
-    about = {name: value for name, value in row.items() if name not in ("file", "caption", None)}
-    return {"__key__": key, ending.lower(): audio, "json": {**about, caption_key: caption}}
+        raise _Rejected(str(error)) from None
+    files[key] = file
+    others = {name: value for name, value in row.items() if name not in ("file", "caption", None)}
+    return {"__key__": key, ending.lower(): audio, "json": {**others, caption_key: caption}}
 
 
 if __name__ == "__main__":

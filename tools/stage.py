@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
-from typing import Annotated, Any
+from typing import Annotated, TypedDict
 
 import typer
 from rich.progress import (
@@ -35,27 +35,20 @@ from configs.schema import RunConfig, Source
 from data import storage
 from data.index import Sidecar, load_sidecar
 from data.sources import Shard, expand
-from tools.arguments import named_data
+from tools.arguments import ShardsOrConfig, Threads, named_data
 
 BLOCK = 8 << 20
 LOCK = ".stage.lock"
 STAGED = ".staged.json"
-"""In each folder, what its complete copies are of: {file name: {"size": bytes, "tag": of the original,
-"crc32": of the bytes}}."""
+"""A file in each folder that notes its complete copies: {file name: _Staged}."""
 
 
 def stage(
-    shards: Annotated[
-        list[str],
-        typer.Argument(
-            help="Shards (paths, URLs, globs, braces), or one config: all its sources.",
-            metavar="SHARDS...|CONFIG",
-        ),
-    ],
+    shards: ShardsOrConfig,
     folder: Annotated[
         Path, typer.Argument(help="Where the copies go: a config's into a folder per source.", metavar="DIR")
     ],
-    threads: Annotated[int, typer.Option(min=1, help="Shards at a time.")] = 8,
+    threads: Threads = 8,
 ) -> None:
     """Copy shards, verify every copy, and say what to put into the config. What is there already and current
     is not copied again."""
@@ -63,56 +56,69 @@ def stage(
         raise ConfigError(f"{folder}: is no folder; copies go to a disk")
     data, config = named_data(shards)
     folder = folder.absolute()
-    stop = Event()
     with ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
+        stop = Event()
         try:
-            copies = [
-                copy
-                for source in data.sources
-                for copy in _copies(source, folder / source.name if config else folder, data.index_dir)
-            ]
+            copies = []
+            for source in data.sources:
+                copies += _copies(source, folder / source.name if config else folder, data.index_dir)
             stack.enter_context(_alone(folder))
-            todo = [
-                copy
-                for copy, current in zip(copies, pool.map(_Copy.look, copies), strict=True)
-                if not current
-            ]
-            _check_space(todo, folder)
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns) as progress:
-                task = progress.add_task(f"{len(todo)} shards", total=sum(copy.stat.size for copy in todo))
-                for done in as_completed(
-                    [
-                        pool.submit(copy.make, lambda count: progress.advance(task, count), stop)
-                        for copy in todo
-                    ]
-                ):
-                    done.result()
+            current = pool.map(_Copy.look, copies)
+            missing = [copy for copy, is_current in zip(copies, current, strict=True) if not is_current]
+            _check_space(missing, folder)
+            _copy_all(missing, pool, stop)
         except KeyboardInterrupt:
             print(
                 "stopped; what is complete stays, and the same command goes on", file=sys.stderr, flush=True
             )
             os._exit(130)  # the threads would wait for what a silent endpoint does not send
-        except BaseException as error:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, OSError):
-                raise ShardError(
-                    f"{error.filename or folder}: cannot be written: {error.strerror}; mend it and start"
-                    " again: what is complete stays"
-                ) from None
+        except OSError as error:
+            _end_threads(pool, stop)
+            raise ShardError(
+                f"{error.filename or folder}: cannot be written: {error.strerror}; mend it and start again:"
+                " what is complete stays"
+            ) from None
+        except BaseException:
+            _end_threads(pool, stop)
             raise
-    print(
-        f"{folder}: {len(copies)} shards, {sum(copy.stat.size for copy in copies) / 1e9:.2f} GB; {len(todo)}"
-        " copied now and verified"
-    )
+    gigabytes = sum(copy.stat.size for copy in copies) / 1e9
+    print(f"{folder}: {len(copies)} shards, {gigabytes:.2f} GB; {len(missing)} copied now and verified")
     print(_advice(shards, copies, config))
+
+
+def _end_threads(pool: ThreadPoolExecutor, stop: Event) -> None:
+    stop.set()
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _copy_all(copies: Sequence[_Copy], pool: ThreadPoolExecutor, stop: Event) -> None:
+    """Make copies, and show how far they are. Raises what the first one that fails raises."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task(f"{len(copies)} shards", total=sum(copy.stat.size for copy in copies))
+
+        def advance(size: int) -> None:
+            progress.advance(task, size)
+
+        for future in as_completed([pool.submit(copy.make, advance, stop) for copy in copies]):
+            future.result()
+
+
+class _Staged(TypedDict):
+    """What a complete copy is of."""
+
+    size: int
+    """Bytes."""
+    tag: str
+    """ETag or modification time of the original."""
+    crc32: int
+    """Of the bytes."""
 
 
 @dataclass
@@ -123,27 +129,27 @@ class _Copy:
     folder: Path
     index_dir: str
     stat: storage.Stat = field(init=False)
-    """When it was looked at."""
+    """Size and tag of the shard, as `look` has found them."""
 
     @property
     def path(self) -> Path:
+        """Where the copy is."""
         return self.folder / self.shard.location.name
 
     def look(self) -> bool:
-        """Whether it is there and current; takes the shard's size and tag, and removes what a copy that was
-        cut off has left."""
+        """Whether the copy is there and current. Asks for the shard's size and tag, and removes what a copy
+        that was cut off has left."""
         self.stat = storage.stat(self.shard.location)
         self._part.unlink(missing_ok=True)
-        known = _staged(self.folder).get(self.path.name, {})
-        if known and (known["size"], known["tag"]) != (self.stat.size, self.stat.tag):
+        staged = _staged(self.folder).get(self.path.name)
+        if staged is None:
+            return False
+        if staged["size"] != self.stat.size or staged["tag"] != self.stat.tag:
             print(
                 f"{self.shard.location.url}: was replaced since it was copied; it is copied anew", flush=True
             )
-        return self.path.is_file() and (self.path.stat().st_size, known.get("size"), known.get("tag")) == (
-            self.stat.size,
-            self.stat.size,
-            self.stat.tag,
-        )
+            return False
+        return self.path.is_file() and self.path.stat().st_size == self.stat.size
 
     def make(self, advance: Callable[[int], object], stop: Event) -> None:
         """Read, write, sync, verify, rename.
@@ -163,19 +169,19 @@ class _Copy:
                 advance(len(block))
             file.flush()
             os.fsync(file.fileno())
-            os.posix_fadvise(
-                file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
-            )  # so that the disk is read, not the memory
-        if storage.stat(location) != self.stat:  # what has no If-Match is found here
+            # So that what is read back comes from the disk, not from memory.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if storage.stat(location) != self.stat:  # for file systems that have no If-Match
             raise DataError(f"{location.url}: was replaced while it was copied; start again")
         if _crc32(self._part) != crc:
             raise ShardError(
                 f"{self._part}: does not hold what was written to it; look over this disk and start again"
             )
-        if (sidecar := load_sidecar(self.shard, self.index_dir)) and sidecar.full:
+        sidecar = load_sidecar(self.shard, self.index_dir)
+        if sidecar is not None and sidecar.full:
             _check_samples(self._part, sidecar, location.url)
         self._part.replace(self.path)
-        _note(self.folder, {self.path.name: {"size": self.stat.size, "tag": self.stat.tag, "crc32": crc}})
+        _note(self.path, _Staged(size=self.stat.size, tag=self.stat.tag, crc32=crc))
 
     @property
     def _part(self) -> Path:
@@ -205,7 +211,8 @@ def _check_samples(path: Path, sidecar: Sidecar, url: str) -> None:
             for part in ("audio", "text"):
                 file.seek(row[f"{part}_offset"])
                 crc = zlib.crc32(file.read(row[f"{part}_size"]), crc)
-            if row["crc32"] not in (-1, crc):
+            known = row["crc32"] >= 0  # -1 where the sample could not be read
+            if known and row["crc32"] != crc:
                 raise DataError(
                     f"{url}: sample {row['key']!r} did not come as it was indexed (CRC32 differs); start"
                     " again: what is complete stays"
@@ -219,24 +226,25 @@ def _copies(source: Source, folder: Path, index_dir: str) -> list[_Copy]:
         _Copy(shard, folder / "validation" if shard.validation else folder, index_dir)
         for shard in expand(source)
     ]
-    for place in {copy.folder for copy in copies}:
+    for subfolder in {copy.folder for copy in copies}:
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            subfolder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{place}: cannot be made: {error.strerror}") from None
-        if others := sorted(
-            {path.name for path in place.glob("*.tar")}
-            - {copy.path.name for copy in copies if copy.folder == place}
-        ):
+            raise ConfigError(f"{subfolder}: cannot be made: {error.strerror}") from None
+        expected = {copy.path for copy in copies}
+        strangers = sorted(path.name for path in subfolder.glob("*.tar") if path not in expected)
+        if strangers:
             raise ConfigError(
-                f"{place}: holds {', '.join(others[:3])}, not of source {source.name}, which a glob would"
-                " take, too; remove it or choose another DIR"
+                f"{subfolder}: holds {', '.join(strangers[:3])}, not of source {source.name}, which a glob"
+                " would take, too; remove it or choose another DIR"
             )
     return copies
 
 
-def _check_space(todo: Sequence[_Copy], folder: Path) -> None:
-    needed, free = sum(copy.stat.size for copy in todo), shutil.disk_usage(folder).free
+def _check_space(copies: Sequence[_Copy], folder: Path) -> None:
+    """Raises ConfigError if the disk has too little room for the copies."""
+    needed = sum(copy.stat.size for copy in copies)
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
             f"{folder}: {needed / 1e9:.2f} GB are to be copied, {free / 1e9:.2f} GB are free; make room or"
@@ -248,17 +256,17 @@ def _advice(shards: Sequence[str], copies: Sequence[_Copy], config: RunConfig | 
     """What to type or write to train on the copies, in one line."""
     if config is None:
         return f"in the config: shards: {copies[0].folder}/*.tar"
-    keys = []
+    overrides: list[str] = []
     for copy in copies:
-        part = "validation.shards" if copy.shard.validation else "shards"
-        keys.append(f"data.sources.{copy.shard.source.name}.{part}=[{copy.folder}/*.tar]")
-    return " ".join([f"python -m launch train {shards[0]}", *map(shlex.quote, dict.fromkeys(keys))])
+        key = "validation.shards" if copy.shard.validation else "shards"
+        override = f"data.sources.{copy.shard.source.name}.{key}=[{copy.folder}/*.tar]"
+        if override not in overrides:
+            overrides.append(override)
+    return f"python -m launch train {shards[0]} {shlex.join(overrides)}"
 
 
-_noting = Lock()
-
-
-def _staged(folder: Path) -> dict[str, dict[str, Any]]:
+def _staged(folder: Path) -> dict[str, _Staged]:
+    """What is noted of the complete copies in a folder, by file name."""
     path = folder / STAGED
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -266,9 +274,14 @@ def _staged(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _note(folder: Path, entry: dict[str, Any]) -> None:
+_noting = Lock()
+
+
+def _note(path: Path, staged: _Staged) -> None:
+    """Note that a copy is complete."""
     with _noting:
-        write_atomic(folder / STAGED, json.dumps(_staged(folder) | entry, indent=1))
+        notes = _staged(path.parent) | {path.name: staged}
+        write_atomic(path.parent / STAGED, json.dumps(notes, indent=1))
 
 
 def _crc32(path: Path) -> int:

@@ -76,37 +76,59 @@ class World:
         dist.barrier()
 
 
-def start(nodes: Sequence[str]) -> World:
-    """Join the job that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe. nodes: that of
-    each rank.
+def choose_device(local_rank: int, node: str, gpus_per_node: int | None) -> torch.device:
+    """The device that a rank takes.
+
+    gpus_per_node: how many GPUs a job has asked for on each node, 0 for the CPU; None outside of a job.
+    Raises UnfitNode if too few of them answer here, ConfigError if this machine has too few.
+    """
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus_per_node is None:
+        return _device_outside_of_jobs(local_rank, visible)
+    if gpus_per_node == 0:
+        return torch.device("cpu")
+    if visible == 1:
+        return torch.device("cuda", 0)  # sites may bind a GPU to each task, which then sees no other one
+    if local_rank >= visible:
+        raise UnfitNode(node, f"{node}: only {visible} of {gpus_per_node} GPUs answer")
+    return torch.device("cuda", local_rank)
+
+
+def _device_outside_of_jobs(local_rank: int, visible: int) -> torch.device:
+    if visible == 0:
+        return torch.device("cpu")
+    if local_rank >= visible:
+        raise ConfigError(
+            f"this machine has {visible} GPUs, and each process needs one; leave --procs out, or set"
+            " CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def start(nodes: Sequence[str], device: torch.device) -> World:
+    """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe. nodes: that of each rank;
+    device: what this rank computes on.
 
     Raises ConfigError for a GPU without BF16, EarwitnessError if the ranks cannot meet, UnfitNode if those of
-    one node do not come.
+    one node do not come, or have one GPU between them.
     """
-    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"--procs {size}: this machine has {torch.cuda.device_count()} GPUs, and each process needs"
-                " one; leave --procs out, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name(device)
             raise ConfigError(
                 f"{name}: this GPU has no BF16 arithmetic, which training uses; take one of the Ampere"
                 " generation or newer (A100, H100)"
             )
-    else:
-        device = torch.device("cpu")
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=meet(rank, nodes),
+            "nccl" if on_gpu else "gloo",
+            store=meet(rank, nodes, gpu=_uuid(device)),
             rank=rank,
             world_size=size,
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if on_gpu else None,
             timeout=PATIENCE,
         )
     except dist.DistError as error:
@@ -118,29 +140,61 @@ def start(nodes: Sequence[str]) -> World:
     return World(rank, size, device)
 
 
-def meet(rank: int, nodes: Sequence[str], patience: timedelta = MEETING) -> Any:
-    """The store of rank 0, once all ranks have come to it. Raises DistError; on rank 0 UnfitNode or
-    EarwitnessError for those that did not come."""
+def _uuid(device: torch.device) -> str:
+    """What no other GPU is called; empty for the CPU."""
+    if device.type != "cuda":
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+
+
+def meet(rank: int, nodes: Sequence[str], patience: timedelta = MEETING, *, gpu: str = "") -> Any:
+    """The store of rank 0, once all ranks have come to it. gpu: the UUID of the one that this rank takes.
+
+    Raises DistError; on rank 0 UnfitNode or EarwitnessError for ranks that did not come, or that share a GPU.
+    """
     place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store_at: Any = dist.TCPStore  # type: ignore[attr-defined]
     store = store_at(place, port, len(nodes), rank == 0, patience, wait_for_workers=False)
     signs = [f"arrived/{number}" for number in range(len(nodes))]
-    store.set(signs[rank], "")
+    store.set(signs[rank], gpu)
     try:
         store.wait(signs, patience)
     except dist.DistError:
         if rank != 0:
             raise
-        absent = [number for number, sign in enumerate(signs) if not store.check([sign])]
-        of_nodes = list(dict.fromkeys(nodes[number] for number in absent))
+        absent = [nodes[number] for number, sign in enumerate(signs) if not store.check([sign])]
+        silent = list(dict.fromkeys(absent))
         said = (
             f"{len(absent)} of {len(nodes)} ranks did not come within {patience.total_seconds():.0f} s: those"
-            f" of {', '.join(of_nodes)}"
+            f" of {', '.join(silent)}"
         )
-        raise (
-            UnfitNode(of_nodes[0], said) if len(of_nodes) == 1 < len(set(nodes)) else EarwitnessError(said)
-        ) from None
+        if len(silent) == 1 and len(set(nodes)) > 1:
+            raise UnfitNode(silent[0], said) from None
+        raise EarwitnessError(said) from None
+    if rank == 0:
+        # Before NCCL begins, which refuses two ranks on one GPU, and does not say on which node.
+        _check_gpus([store.get(sign).decode() for sign in signs], nodes)
     return store
+
+
+def _check_gpus(gpus: Sequence[str], nodes: Sequence[str]) -> None:
+    """Raise UnfitNode or, where all of several nodes are like that, EarwitnessError if ranks have one GPU
+    between them. gpus: UUIDs by rank, empty for none.
+
+    A node all of whose other GPUs have died looks like one that binds a GPU to each task.
+    """
+    ranks_by_gpu: dict[str, list[int]] = {}
+    for rank, gpu in enumerate(gpus):
+        ranks_by_gpu.setdefault(gpu, []).append(rank)
+    shared = {gpu: ranks for gpu, ranks in ranks_by_gpu.items() if gpu and len(ranks) > 1}
+    if not shared:
+        return
+    gpu, ranks = next(iter(shared.items()))
+    node, at_fault = nodes[ranks[0]], {nodes[sharing[0]] for sharing in shared.values()}
+    said = f"ranks {', '.join(map(str, ranks))} have one GPU between them ({gpu}); each needs its own"
+    if len(at_fault) > 1 and at_fault == set(nodes):
+        raise EarwitnessError(f"on all nodes, as on {node}: {said}")
+    raise UnfitNode(node, f"{node}: {said}")
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -45,7 +45,7 @@ class Evaluator:
     loaders: Loaders
     records: SampleRecords
     dtype: torch.dtype
-    """Of the weights that compute."""
+    """Type of the weights that compute."""
 
     @torch.no_grad()
     def loss(self, module: torch.nn.Module, take: Take) -> dict[str, float] | None:

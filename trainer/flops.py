@@ -49,5 +49,10 @@ def peak_flops(setting: float | None, device: torch.device) -> float | None:
         return setting * 1e12
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    tflops = data_sheet_tflops(torch.cuda.get_device_name(device))
+    return tflops and tflops * 1e12
+
+
+def data_sheet_tflops(name: str) -> float | None:
+    """Peak TFLOP/s of the card that a device's name names; None if it is not known."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)

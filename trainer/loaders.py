@@ -17,7 +17,7 @@ from data.captions import CaptionEncoder
 from data.dataset import Dataset
 from data.loader import Loader, Read
 from data.order import Listed, Order, Plan, rank_lanes
-from data.samples import Samples
+from data.samples import SampleReader
 from trainer.distributed import World
 
 VALIDATION_AHEAD_MB = 64
@@ -42,14 +42,14 @@ class Loaders:
         """Steps of training, for this rank's lanes of the global batch."""
         lanes = rank_lanes(self.world.rank, self.world.size, self.config.batch.global_size)
         ahead = self.config.data.read_ahead_mb
-        return self._loader(self._samples(validation=False), self.order, lanes, steps, ahead)
+        return self._loader(self._reader(validation=False), self.order, lanes, steps, ahead)
 
     def validation(self, rows: Sequence[int], per_rank: int) -> Loader:
         """Validation samples: each step has the next `per_rank` for each rank, on all ranks as many steps."""
         listed = Listed(rows, per_rank * self.world.size)
         lanes = range(self.world.rank * per_rank, (self.world.rank + 1) * per_rank)
         ahead = min(self.config.data.read_ahead_mb, VALIDATION_AHEAD_MB)
-        return self._loader(self._samples(validation=True), listed, lanes, range(listed.steps), ahead)
+        return self._loader(self._reader(validation=True), listed, lanes, range(listed.steps), ahead)
 
     def validation_rows(self, per_source: int) -> list[list[int]]:
         """Up to `per_source` samples of each source's validation part, spread evenly over it, by source."""
@@ -61,23 +61,23 @@ class Loaders:
             by_source.append(rows[np.linspace(0, len(rows) - 1, count).astype(int)].tolist())
         return by_source
 
-    def _samples(self, *, validation: bool) -> Samples:
+    def _reader(self, *, validation: bool) -> SampleReader:
         data = self.config.data
         window_seconds = self.order.frames / 100
-        return Samples(
+        return SampleReader(
             self.dataset.validation if validation else self.dataset.training,
             self.encoder,
             max_seconds=min(window_seconds, data.max_seconds or window_seconds),
             overlong=data.overlong,
             seed=self.config.run.seed,
-            in_hand=self.crash_journal,
+            crash_journal=self.crash_journal,
             poisoned=self.poisoned,
             same_crops=validation,
         )
 
-    def _loader(self, samples: Samples, plan: Plan, lanes: range, steps: range, ahead_mb: int) -> Loader:
+    def _loader(self, reader: SampleReader, plan: Plan, lanes: range, steps: range, ahead_mb: int) -> Loader:
         threads = decoding_threads(self.config.data)
-        return Loader(samples, plan, lanes, steps, threads=threads, read_ahead_mb=ahead_mb, read=self._read)
+        return Loader(reader, plan, lanes, steps, threads=threads, read_ahead_mb=ahead_mb, read=self._read)
 
     @cached_property
     def _read(self) -> Read:

@@ -15,7 +15,7 @@ from configs.run.events import Evaluated, Skipped, Spike
 from configs.run.goodput import Phase
 from data.batch import Batch, micro_batches
 from data.loader import Loader, Step
-from data.patience import received
+from data.retry import received
 from trainer.engines import Update
 from trainer.evaluate import Evaluator, PanelClip
 from trainer.flops import step_flops

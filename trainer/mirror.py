@@ -13,25 +13,23 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from aiohttp import ClientError
-from botocore.exceptions import BotoCoreError
-from botocore.exceptions import ClientError as BotoClientError
-
-from configs.errors import CheckpointError, ConfigError
+from configs.errors import CheckpointError, ConfigError, DataError, ShardError
 from configs.run.events import Damaged, Mirrored, MirrorFailed, Restored
 from configs.run.folder import RunDir
 from configs.run.lease import Lease, Superseded
 from configs.schema import RunConfig
-from data.location import Location, open_filesystem
-from data.upload import upload
+from data.location import Location
+from data.retry import Trouble
+from data.upload import download, upload
 from trainer import checkpoint
 from trainer.checkpoint import MANIFEST, NAME, Manifest, Reader
 
-FAULTS = (OSError, BotoCoreError, BotoClientError, ClientError)
+T = TypeVar("T")
 
 
 class Mirror:
@@ -41,14 +39,12 @@ class Mirror:
         """lease: the right of this attempt to write, which copies and deletes only as long as it lasts."""
         self.url = f"{(config.checkpoint.mirror or '').rstrip('/')}/{config.run.name}"
         self._run, self._settings, self._metric = run, config.checkpoint, config.evaluate.best_metric
-        self._filesystem, self._root = open_filesystem(Location(self.url))
         self._fence, self._attempt = lease.check, lease.attempt
         self._begun_at: int | None = None
         self.copying: Path | None = None
         """What must not be deleted now."""
-        self._waiting: queue.LifoQueue[Path] = (
-            queue.LifoQueue()
-        )  # the newest first: while it is copied, others may become superfluous
+        # The newest first: while it is copied, others may become superfluous.
+        self._waiting: queue.LifoQueue[Path] = queue.LifoQueue()
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
 
     def begin(self, step: int) -> None:
@@ -77,10 +73,11 @@ class Mirror:
             _, best = checkpoint.best(self._manifests(names), self._metric)
             if newest and best and best < newest:
                 self._bring_back(best)
-        except FAULTS as error:
+        except (DataError, ShardError, OSError) as error:
+            said = str(error).rstrip(".")
             raise CheckpointError(
                 f"{self.url}: {self._run.path} has no checkpoint, and this mirror of it cannot be read:"
-                f" {error}. Mend the access, or leave checkpoint.mirror out (checkpoint.mirror=null) to start"
+                f" {said}. Mend the access, or leave checkpoint.mirror out (checkpoint.mirror=null) to start"
                 " from the beginning."
             ) from error
         if names and not newest:
@@ -176,50 +173,61 @@ class Mirror:
         self._put(self._run.config, "config.yaml")
 
     def _retain(self, names: set[str]) -> None:
-        """Of the complete copies keep those that the run's own folder would, and delete what broken ones have
-        left."""
+        """Keep the complete copies that the run's own folder would keep, and delete all else."""
         self._fence()
         manifests = self._manifests(names)
         kept = names - set(checkpoint.superfluous(manifests, self._settings, self._metric))
-        for path in self._filesystem.ls(f"{self._root}/checkpoints", detail=False):
-            if (name := path.rstrip("/").rsplit("/", 1)[-1]) not in kept:
+        for name in self._list("checkpoints"):
+            if name not in kept:
                 self._remove(name)
 
     def _manifests(self, names: Iterable[str]) -> dict[str, Manifest]:
-        """Of those copies whose manifest can be read: others are damaged, or of another version."""
-        found = {}
+        """Manifests of those copies where it can be read: others are damaged, or of another version."""
+        manifests = {}
         for name in names:
+            path = f"checkpoints/{name}/{MANIFEST}"
+            content = self._try("read it", path, lambda filesystem, path: filesystem.cat_file(path))
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                found[name] = Manifest.of(
-                    json.loads(self._filesystem.cat_file(f"{self._root}/checkpoints/{name}/{MANIFEST}"))
-                )
-        return found
+                manifests[name] = Manifest.of(json.loads(content))
+        return manifests
 
     def _remove(self, name: str) -> None:
-        folder = f"{self._root}/checkpoints/{name}"
-        for path in (f"{folder}/{MANIFEST}", folder):
-            if self._filesystem.exists(path):
-                self._filesystem.rm(path, recursive=True)
+        def remove(filesystem: Any, path: str) -> None:
+            if filesystem.exists(path):
+                filesystem.rm(path, recursive=True)
+
+        for path in (f"checkpoints/{name}/{MANIFEST}", f"checkpoints/{name}"):
+            self._try("delete it", path, remove)
 
     def _names(self) -> list[str]:
         """Complete checkpoints there, newest first."""
-        self._filesystem.invalidate_cache()
-        found = [
-            path.split("/")[-2:]
-            for path in self._filesystem.glob(f"{self._root}/checkpoints/step-*/{MANIFEST}")
-        ]
-        return sorted((name for name, _ in found if NAME.fullmatch(name)), reverse=True)
+        manifests = f"checkpoints/step-*/{MANIFEST}"
+        paths = self._try("read its list", manifests, lambda filesystem, path: filesystem.glob(path))
+        names = [path.split("/")[-2] for path in paths]
+        return sorted((name for name in names if NAME.fullmatch(name)), reverse=True)
+
+    def _list(self, folder: str) -> list[str]:
+        """Names of what is in a folder there."""
+        paths = self._try("read its list", folder, lambda filesystem, path: filesystem.ls(path, detail=False))
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+
+    def _try(self, what: str, name: str, action: Callable[[Any, str], T]) -> T:
+        """What an action gives with the file system and a path there, which are asked anew, tried again, and
+        with other keys where these have expired. what: in words, as `delete it`."""
+
+        def asked_anew(filesystem: Any, path: str) -> T:
+            filesystem.invalidate_cache()
+            return action(filesystem, path)
+
+        return Trouble(Location(f"{self.url}/{name}"), what).retry(asked_anew)
 
     def _put(self, file: Path, name: str) -> None:
         upload(file, Location(f"{self.url}/{name}"))
 
     def _get(self, name: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(
-            self._filesystem.ls(f"{self._root}/{name}", detail=False),
-            key=lambda path: path.endswith("/config.json"),
-        ):
-            self._filesystem.get_file(path, str(folder / path.rsplit("/", 1)[-1]))
+        for file in sorted(self._list(name), key=lambda file: file == "config.json"):
+            download(Location(f"{self.url}/{name}/{file}"), folder / file)
 
 
 def _damage(folder: Path) -> str:

@@ -25,7 +25,7 @@ from configs.schema import RunConfig
 from data.batch import Batch
 from data.decode import SAMPLE_RATE
 from data.loader import Step
-from data.patience import STATS
+from data.retry import STATS
 from trainer.curves import open_curves
 from trainer.distributed import World
 from trainer.engines import Update

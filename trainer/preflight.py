@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -14,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,6 +26,7 @@ from configs.schema import RunConfig
 from data import storage
 from data.sources import expand
 from trainer.distributed import World
+from trainer.flops import data_sheet_tflops
 
 CODE = Path(__file__).parents[1]
 LEAST_FREE = 1 << 30
@@ -34,20 +35,41 @@ LARGEST_SKEW = 30.0
 """Seconds that a clock may be off that of the run's file system; S3 refuses requests that are 15 minutes
 off."""
 SLOWEST = 0.7
-"""Share of the median speed of all GPUs below which one counts as broken."""
+"""Share of the median speed of all GPUs of the same name below which one is slow."""
+EXPECTED = 1 / 3
+"""Share of the data sheet's speed that any sound GPU reaches; one that does is not slow."""
 MATRIX = 4096
+"""Rows and columns of the matrices whose product is timed."""
+WARM_UP = 20
+"""Products before time is taken: libraries load, and clocks rise."""
+MEASURED_SECONDS = 0.2
+"""Least time that the products must take together."""
+CHECKED_ROWS = 16
+"""Rows of a product that are compared with the CPU's."""
+TOLERANCE = 2**-6
+"""Of a product in BF16, which has 8 significant bits and may round partial sums, too."""
 ALL_REDUCE_BYTES = 16 << 20
 PATIENCE = 10.0
 """Seconds that a file written elsewhere may take to appear."""
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """The GPU of a rank. tflops: TFLOP/s in a matrix product."""
+
+    name: str
+    tflops: float
+
+
+@dataclass(frozen=True)
 class Finding:
-    """What a rank found. problems: by check; values: to be compared with those of the others."""
+    """What a rank found. problems: by check; code, versions, gpu: to be compared with those of the others."""
 
     node: str
     problems: dict[str, str]
-    values: dict[str, Any]
+    code: str
+    versions: str
+    gpu: Gpu | None = None
     error_type: type[EarwitnessError] = EarwitnessError
     """Of a problem that would be the same on any node: DataError for credentials."""
 
@@ -55,6 +77,11 @@ class Finding:
     def is_fatal(self) -> bool:
         """Whether another node would not help."""
         return self.error_type is not EarwitnessError
+
+    @property
+    def words(self) -> str:
+        """All its problems in a line."""
+        return "; ".join(f"{check}: {problem}" for check, problem in self.problems.items())
 
 
 def look_over(config: RunConfig, run: RunDir, attempt: int, node: str, world: World) -> None:
@@ -70,7 +97,6 @@ def look_over(config: RunConfig, run: RunDir, attempt: int, node: str, world: Wo
         token.write_text(str(attempt), encoding="utf-8")
     world.barrier()
     problems: dict[str, str] = {}
-    values: dict[str, Any] = {"code": _code_digest(), "versions": _versions()}
     error_type = EarwitnessError
     checks: dict[str, Callable[[], None]] = {
         "file system": lambda: _sees(token, str(attempt)),
@@ -80,66 +106,117 @@ def look_over(config: RunConfig, run: RunDir, attempt: int, node: str, world: Wo
     }
     if int(os.environ["LOCAL_RANK"]) == 0:
         checks["storage"] = lambda: _check_storage(config)
-    if world.device.type == "cuda":
-        checks["GPU"] = lambda: values.update(tflops=_matmul_tflops(world.device))
     for name, check in checks.items():
         try:
             check()
         except Exception as error:
-            problems[name] = str(error) or type(error).__name__
+            problems[name] = _words(error)
             if isinstance(error, ConfigError | DataError):
                 error_type = type(error)
-    reduced, seconds = _all_reduce(world)
-    if reduced is not None:
-        problems["all-reduce"] = reduced
-    findings: Any = world.gather(Finding(node, problems, values, error_type))
-    worst = _compare(findings) if findings is not None else None
+    gpu = None
+    if world.device.type == "cuda":
+        try:
+            gpu = Gpu(torch.cuda.get_device_name(world.device), matmul_tflops(world.device))
+        except Exception as error:
+            problems["GPU"] = _words(error)
+    all_reduce_seconds = math.inf
+    try:
+        all_reduce_seconds = _all_reduce(world)
+    except ArithmeticError as error:
+        problems["all-reduce"] = _words(error)
+    findings = world.gather(Finding(node, problems, _code_digest(), _versions(), gpu, error_type))
+    worst = _compare(findings) if findings else None
     if world.share(worst is not None):
         raise worst or PeerFailed("a node is unfit; rank 0 names it")
-    if world.rank == 0:
+    if findings:
         token.unlink(missing_ok=True)
-        speeds = [round(f.values["tflops"], 1) for f in findings if "tflops" in f.values]
-        gigabytes = ALL_REDUCE_BYTES / 1e9 / seconds
+        notes = _notes(findings)
+        for note in notes:
+            print(note, flush=True)
         run.ledger.record(
             Preflight(
                 attempt=attempt,
                 seconds=round(time.monotonic() - began, 2),
-                all_reduce_gb_per_second=round(gigabytes, 3),
-                tflops=speeds,
+                all_reduce_gb_per_second=round(ALL_REDUCE_BYTES / 1e9 / all_reduce_seconds, 3),
+                tflops=[round(finding.gpu.tflops, 1) for finding in findings if finding.gpu],
+                notes=notes,
             )
         )
 
 
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
 def _compare(findings: list[Finding]) -> EarwitnessError | None:
     """What is wrong with a node, or with all."""
+    return _with_problems(findings) or _unlike_most(findings) or _with_slow_gpu(findings)
+
+
+def _with_problems(findings: list[Finding]) -> EarwitnessError | None:
+    troubled = [finding for finding in findings if finding.problems]
+    if not troubled:
+        return None
+    worst = troubled[0]
     nodes = {finding.node for finding in findings}
-    bad = [finding for finding in findings if finding.problems]
-    if bad and {finding.node for finding in bad} == nodes and (len(nodes) > 1 or bad[0].is_fatal):
-        return bad[0].error_type(f"before the start, on all nodes: {_words(bad[0])}")
-    if bad:
-        return UnfitNode(bad[0].node, f"{bad[0].node} is unfit: {_words(bad[0])}")
+    on_all_nodes = nodes == {finding.node for finding in troubled}
+    # Of a single node nobody knows whether another one would do.
+    if on_all_nodes and (len(nodes) > 1 or worst.is_fatal):
+        return worst.error_type(f"before the start, on all nodes: {worst.words}")
+    return UnfitNode(worst.node, f"{worst.node} is unfit: {worst.words}")
+
+
+def _unlike_most(findings: list[Finding]) -> UnfitNode | None:
     for what in ("code", "versions"):
-        common = statistics.mode(str(finding.values[what]) for finding in findings)
+        common = statistics.mode(getattr(finding, what) for finding in findings)
         for finding in findings:
-            if str(finding.values[what]) != common:
+            own = getattr(finding, what)
+            if own != common:
                 return UnfitNode(
-                    finding.node,
-                    f"{finding.node} has other {what} than most: {finding.values[what]} instead of {common}",
+                    finding.node, f"{finding.node} has other {what} than most: {own} instead of {common}"
                 )
-    speeds = [finding.values["tflops"] for finding in findings if "tflops" in finding.values]
-    for finding in findings if speeds else []:
-        if finding.values["tflops"] < SLOWEST * statistics.median(speeds):
-            speed, usual = finding.values["tflops"], statistics.median(speeds)
-            return UnfitNode(
-                finding.node,
-                f"{finding.node}: a GPU does {speed:.0f} TFLOP/s in a matrix product, {usual:.0f} are usual"
-                " here",
-            )
     return None
 
 
-def _words(finding: Finding) -> str:
-    return "; ".join(f"{name}: {problem}" for name, problem in finding.problems.items())
+def _with_slow_gpu(findings: list[Finding]) -> UnfitNode | None:
+    """The node of a GPU that is slow beside others of its name, and by what is known of such a card."""
+    for name, speeds in _speeds_by_card(findings).items():
+        usual = statistics.median(speeds)
+        limit = SLOWEST * usual
+        known = data_sheet_tflops(name)
+        if known:
+            limit = min(limit, EXPECTED * known)
+        for finding in findings:
+            if finding.gpu and finding.gpu.name == name and finding.gpu.tflops < limit:
+                return UnfitNode(
+                    finding.node,
+                    f"{finding.node}: a GPU ({name}) does {finding.gpu.tflops:.0f} TFLOP/s in a matrix"
+                    f" product, {usual:.0f} are usual here",
+                )
+    return None
+
+
+def _notes(findings: list[Finding]) -> list[str]:
+    """What should be looked at, though no node is worse than the others: cards all of which are slow."""
+    notes = []
+    for name, speeds in _speeds_by_card(findings).items():
+        known = data_sheet_tflops(name)
+        if known and max(speeds) < EXPECTED * known:
+            notes.append(
+                f"all GPUs are slow: {name} does {max(speeds):.0f} TFLOP/s at most in a matrix product,"
+                f" {known:.0f} by its data sheet; are their clocks or their power limited, or others at work"
+                " on them?"
+            )
+    return notes
+
+
+def _speeds_by_card(findings: list[Finding]) -> dict[str, list[float]]:
+    """TFLOP/s of all GPUs, by their name."""
+    speeds: dict[str, list[float]] = {}
+    for finding in findings:
+        if finding.gpu:
+            speeds.setdefault(finding.gpu.name, []).append(finding.gpu.tflops)
+    return speeds
 
 
 def _sees(token: Path, content: str) -> None:
@@ -199,25 +276,47 @@ def _versions() -> str:
     )
 
 
-def _matmul_tflops(device: torch.device) -> float:
-    """Speed of a matrix product, whose result must be right."""
-    ones = torch.ones(MATRIX, MATRIX, dtype=torch.bfloat16, device=device)
-    product = ones @ ones
-    if not bool((product == MATRIX).all()):
-        raise ArithmeticError(f"{torch.cuda.get_device_name(device)}: a matrix product is wrong")
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(20):
-        torch.mm(ones, ones, out=product)
-    torch.cuda.synchronize(device)
-    return 20 * 2 * MATRIX**3 / (time.perf_counter() - began) / 1e12
+def matmul_tflops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """TFLOP/s of a device that is warm, in a product of random matrices. Raises ArithmeticError if the result
+    is wrong."""
+    numbers = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(MATRIX, MATRIX, generator=numbers, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+
+    def seconds_of(products: int) -> float:
+        _synchronize(device)
+        began = time.perf_counter()
+        for _ in range(products):
+            torch.mm(left, right, out=product)
+        _synchronize(device)
+        return time.perf_counter() - began
+
+    seconds_of(WARM_UP)
+    products = WARM_UP
+    while (seconds := seconds_of(products)) < MEASURED_SECONDS:
+        products *= 2
+    rows = torch.arange(0, MATRIX, max(1, MATRIX // CHECKED_ROWS))
+    exact = left.cpu()[rows].float() @ right.cpu().float()
+    typical = MATRIX**0.5  # standard deviation of an element of the product
+    if not torch.allclose(product.cpu()[rows].float(), exact, rtol=TOLERANCE, atol=TOLERANCE * typical):
+        raise ArithmeticError("a matrix product is wrong")
+    return products * 2 * MATRIX**3 / seconds / 1e12
 
 
-def _all_reduce(world: World) -> tuple[str | None, float]:
-    """A problem, if the sum over all ranks is wrong, and the seconds that it took."""
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _all_reduce(world: World) -> float:
+    """Seconds of a sum over all ranks, of ALL_REDUCE_BYTES. Raises ArithmeticError if it is wrong."""
     content = torch.full((ALL_REDUCE_BYTES // 4,), float(world.rank + 1), device=world.device)
     torch.distributed.all_reduce(content[:1])
+    _synchronize(world.device)
     began = time.perf_counter()
     torch.distributed.all_reduce(content)
-    right = bool((content[1:] == world.size * (world.size + 1) / 2).all())
-    return None if right else "the sum over all ranks is wrong", time.perf_counter() - began
+    _synchronize(world.device)
+    seconds = time.perf_counter() - began
+    if not bool((content[1:] == world.size * (world.size + 1) / 2).all()):
+        raise ArithmeticError("the sum over all ranks is wrong")
+    return seconds

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ REPLACE_BELOW = 0.5
 """Written share of a checkpoint under way below which an urgent save replaces it. Above, it is waited for:
 that costs less than half a save, and should the time run out after all, that one is durable."""
 
+PIECE_BYTES = 1 << 30
+"""Host memory of a snapshot is taken in pieces of at most this size: pinned ones are rounded up to a power of
+two, 9.7 GB in one piece to 16."""
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -66,23 +71,42 @@ class Snapshot:
         self.entries = [[f.name, f.start, f.end] for f in fragments]
         # All weights, then all moments: an export reads a third of the file, and neighbours stay neighbours.
         shapes = {f"{f.name}:{kind}": [f.end - f.start] for kind in KINDS for f in fragments}
-        self.header = safetensors_header(shapes, torch.float32)
+        self._header = safetensors_header(shapes, torch.float32)
         on_gpu = any(tensor.is_cuda for f in fragments for tensor in f.tensors.values())
-        self.buffer = torch.empty(sum(count for (count,) in shapes.values()), pin_memory=on_gpu)
-        self.buffer.fill_(0)  # so that no page is touched for the first time while training waits
+        elements = len(KINDS) * sum(f.end - f.start for f in fragments)
+        self._piece_elements = PIECE_BYTES // torch.float32.itemsize
+        self._pieces = [
+            torch.empty(min(self._piece_elements, elements - start), pin_memory=on_gpu)
+            for start in range(0, elements, self._piece_elements)
+        ]
+        for piece in self._pieces:
+            piece.fill_(0)  # so that no page is touched for the first time while training waits
         self._stream = torch.cuda.Stream() if on_gpu else None
 
     def take(self, fragments: Sequence[Fragment]) -> None:
         """Copy the state, off the main thread."""
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            at = 0
+            position = 0
             for kind in KINDS:
                 for fragment in fragments:
-                    count = fragment.end - fragment.start
-                    self.buffer[at : at + count].copy_(fragment.tensors[kind], non_blocking=True)
-                    at += count
+                    self._copy(fragment.tensors[kind], position)
+                    position += fragment.end - fragment.start
             if self._stream:
                 self._stream.synchronize()
+
+    def _copy(self, source: torch.Tensor, position: int) -> None:
+        """Begin to copy elements, (n,) float32, to a position among all elements."""
+        while len(source):
+            number, start = divmod(position, self._piece_elements)
+            target = self._pieces[number][start : start + len(source)]
+            target.copy_(source[: len(target)], non_blocking=True)
+            source = source[len(target) :]
+            position += len(target)
+
+    def contents(self) -> list[memoryview]:
+        """The bytes of the file, in order."""
+        pieces = [piece.view(torch.uint8).numpy().data for piece in self._pieces]
+        return [memoryview(self._header), *pieces]
 
     def follow(self) -> None:
         """On a GPU, let the next copy wait for all that has been asked of it up to now."""
@@ -171,7 +195,8 @@ class Writer:
     def _fail(self, job: _Job) -> None:
         """Give up the checkpoint under way, and raise why: that another attempt has taken over comes before
         what follows from it."""
-        cause, superseded = job.error, None
+        cause = job.error
+        superseded: Superseded | None = None
         self._abandon()
         if self.world.rank == 0:
             try:
@@ -209,13 +234,8 @@ class _Job:
         manifest: Manifest,
         began: float,
     ) -> None:
-        self.writer, self.snapshot, self.fragments, self.manifest, self.began = (
-            writer,
-            snapshot,
-            fragments,
-            manifest,
-            began,
-        )
+        self.writer, self.snapshot, self.fragments = writer, snapshot, fragments
+        self.manifest, self.began = manifest, began
         self.blocking = time.perf_counter() - began
         self.final = writer.root / name_of(manifest.step)
         self.temporary = writer.root / name_of(manifest.step, unfinished=writer.attempt)
@@ -231,12 +251,16 @@ class _Job:
         self.thread.start()
 
     def _run(self) -> None:
+        world = self.writer.world
         try:
+            if world.device.type == "cuda":
+                # A thread begins with GPU 0, where this rank would take up memory if it used it.
+                torch.cuda.set_device(world.device)
             self.snapshot.take(self.fragments)
             self.taken.set()
             self._write()
             self.written.set()
-            if self.writer.world.rank == 0:
+            if world.rank == 0:
                 self._commit()
         except Exception as error:
             self.error = error
@@ -244,58 +268,59 @@ class _Job:
             event.set()
 
     def _write(self) -> None:
-        """This rank's file, hashed block by block on the way, then its done-file."""
+        """Write this rank's file, and then its done-file, which says what is in it."""
         self.temporary.mkdir(parents=True, exist_ok=True)
-        file = self.temporary / self._name(self.writer.world.rank)
-        parts = [
-            memoryview(self.snapshot.header),
-            memoryview(self.snapshot.buffer.view(torch.uint8).numpy().data),
-        ]
-        size, digests, digest, filled = sum(map(len, parts)), [], xxh3_128(), 0
+        file = self.temporary / self._file_name(self.writer.world.rank)
+        contents = self.snapshot.contents()
+        size = sum(len(content) for content in contents)
         with file.open("wb", buffering=0) as out:
-            for part in parts:
-                while part:
-                    if self.abandoned.is_set():
-                        raise CheckpointError("given up for a newer one")
-                    taken = part[: DIGEST_BLOCK - filled]
-                    taken = taken[: out.write(taken)]
-                    part = part[len(taken) :]
-                    digest.update(taken)
-                    filled += len(taken)
-                    self.progress += len(taken) / size
-                    if filled == DIGEST_BLOCK:
-                        digests.append(digest.hexdigest())
-                        digest, filled = xxh3_128(), 0
-                        if len(digests) % SYNC_BLOCKS == 0:
-                            os.fdatasync(out.fileno())
-            if filled:
-                digests.append(digest.hexdigest())
+            digests = self._write_blocks(out, contents, size)
             os.fsync(out.fileno())
+        done = {"file": {file.name: {"size": size, "xxh3_128": digests}}, "fragments": self.snapshot.entries}
         unfinished = file.with_suffix(".json.tmp")
-        write_synced(
-            unfinished,
-            {"file": {file.name: {"size": size, "xxh3_128": digests}}, "fragments": self.snapshot.entries},
-        )
+        write_synced(unfinished, done)
         unfinished.replace(file.with_suffix(".json"))
 
+    def _write_blocks(self, out: FileIO, contents: list[memoryview], size: int) -> list[str]:
+        """Write contents of `size` bytes together; returns the digest of each block."""
+        digests: list[str] = []
+        digest, room = xxh3_128(), DIGEST_BLOCK
+        for content in contents:
+            while content:
+                in_block = content[:room]
+                self._write_all(out, in_block, size)
+                digest.update(in_block)
+                content = content[len(in_block) :]
+                room -= len(in_block)
+                if room == 0:
+                    digests.append(digest.hexdigest())
+                    digest, room = xxh3_128(), DIGEST_BLOCK
+                    if len(digests) % SYNC_BLOCKS == 0:
+                        os.fdatasync(out.fileno())
+        if room < DIGEST_BLOCK:
+            digests.append(digest.hexdigest())
+        return digests
+
+    def _write_all(self, out: FileIO, content: memoryview, size: int) -> None:
+        """Write a part of a file of `size` bytes, unless the checkpoint is given up meanwhile."""
+        while content:
+            if self.abandoned.is_set():
+                raise CheckpointError("given up for a newer one")
+            count = out.write(content)
+            content = content[count:]
+            self.progress += count / size
+
     def _commit(self) -> None:
-        """Rank 0: wait for all done-files, write the manifest, and give the folder its name."""
-        manifest, ranks = self.manifest, range(self.writer.world.size)
-        # On NFS a listing may be old by half a minute; a name that nobody has asked for yet is looked up
-        # anew.
-        while not self.all_written.is_set() and len(list(self.temporary.glob("rank-*.json"))) < len(ranks):
-            if self.abandoned.wait(POLL):
-                raise CheckpointError("given up, or another rank failed")
-        for done_file in ((self.temporary / self._name(rank)).with_suffix(".json") for rank in ranks):
-            done: dict[str, Any] = json.loads(done_file.read_text(encoding="utf-8"))
-            manifest.files |= done["file"]
-            for name, start, end in done["fragments"]:
-                entry = manifest.parameters.setdefault(
-                    name, {"shape": self.writer.shapes[name], "fragments": []}
-                )
-                entry["fragments"].append([start, end, next(iter(done["file"]))])
+        """On rank 0, wait for all done-files, write the manifest, and give the folder its name."""
+        done_files = [
+            (self.temporary / self._file_name(rank)).with_suffix(".json")
+            for rank in range(self.writer.world.size)
+        ]
+        self._await(done_files)
+        for done_file in done_files:
+            self._take_in(json.loads(done_file.read_text(encoding="utf-8")))
             done_file.unlink()
-        write_synced(self.temporary / MANIFEST, asdict(manifest))
+        write_synced(self.temporary / MANIFEST, asdict(self.manifest))
         sync(self.temporary)
         self.writer.fence()
         former = self.temporary.with_suffix(".former.tmp")
@@ -304,16 +329,37 @@ class _Job:
         self.temporary.rename(self.final)
         sync(self.writer.root)
         shutil.rmtree(former, ignore_errors=True)
-        size = sum(file["size"] for file in manifest.files.values())
+        self._tell()
+
+    def _await(self, done_files: list[Path]) -> None:
+        """Wait until all ranks have written, by their done-files or by what they agree on in `finish`: on NFS
+        a listing may be old by half a minute, but a name that nobody has asked for yet is looked up anew."""
+        while not self.all_written.is_set():
+            if len(list(self.temporary.glob("rank-*.json"))) == len(done_files):
+                return
+            if self.abandoned.wait(POLL):
+                raise CheckpointError("given up, or another rank failed")
+
+    def _take_in(self, done: dict[str, Any]) -> None:
+        """Add a rank's file to the manifest, and its fragments."""
+        (file,) = done["file"]
+        self.manifest.files |= done["file"]
+        for name, start, end in done["fragments"]:
+            unseen = {"shape": self.writer.shapes[name], "fragments": []}
+            parameter = self.manifest.parameters.setdefault(name, unseen)
+            parameter["fragments"].append([start, end, file])
+
+    def _tell(self) -> None:
+        """Tell of the checkpoint, which is durable whatever comes of that."""
+        size = sum(file["size"] for file in self.manifest.files.values())
+        total = time.perf_counter() - self.began
         try:
-            self.writer.committed(
-                Commit(self.final, manifest, self.blocking, time.perf_counter() - self.began, size)
-            )
-        except Exception as error:  # it is durable all the same
+            self.writer.committed(Commit(self.final, self.manifest, self.blocking, total, size))
+        except Exception as error:
             print(
                 f"{self.final}: is complete, but what follows a save failed: {type(error).__name__}: {error}",
                 flush=True,
             )
 
-    def _name(self, rank: int) -> str:
+    def _file_name(self, rank: int) -> str:
         return f"rank-{rank:05d}-of-{self.writer.world.size:05d}.safetensors"

@@ -95,6 +95,8 @@ class Preflight(Event, name="preflight"):
     all_reduce_gb_per_second: float
     tflops: list[float] = field(default_factory=list)
     """Of a matrix product, by rank; empty without GPUs."""
+    notes: list[str] = field(default_factory=list)
+    """What nobody is unfit for, but somebody should look at."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""A benchmark of checkpoints and exports: `python -m tools.bench`."""
+"""Benchmarks of checkpoints, exports, data and the start of a run: `python -m tools.bench`."""

@@ -1,56 +1,55 @@
-"""`python -m tools.bench checkpoint|export|data|index`: what checkpoints, data and starts cost here, in turn
-with what others offer.
+"""`python -m tools.bench checkpoint|export|data|index`: measures here what checkpoints, exports, data and the
+start of a run cost, in turn with what the same costs with other programs.
 
-`checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2 and save the same state, the fp32
-weights and AdamW's two moments, in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds the
-BF16 weights) and PyTorch's DCP async_save (each rank's fragments as tensors, with a stager that keeps its
-memory and a process group of its own). Then fresh processes load a checkpoint whose files are in the page
-cache: as many ranks as saved it, and one more, which DeepSpeed refuses.
+`checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2. They save the same state, the
+fp32 weights and AdamW's two moments, in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds
+the BF16 weights) and PyTorch's DCP async_save (the fragments of each rank as tensors, with a stager that
+keeps its memory and a process group of its own). Then fresh processes load a checkpoint whose files are in
+the page cache: as many ranks as saved it, and one rank more, which DeepSpeed refuses.
 
-    blocking   until training may go on, on the slowest rank
-    hidden     by how much longer the steps take while it is written, all together, than undisturbed ones just
+    blocking   seconds until training may go on, on the slowest rank
+    hidden     seconds by which all steps taken while it is written are longer than undisturbed ones just
                before
-    total      until it is durable. Writer and DCP fsync their files, DeepSpeed does not: here that is done
-               after it and counted
-    cpu        user and system time of all ranks, from beginning to durable, where no step is taken in between
-               ("sync", and DeepSpeed)
-    first      a process's first save, left out of the medians
+    total      seconds until it is durable. Writer and DCP fsync their files, DeepSpeed does not: here that is
+               done after it, and counted
+    cpu        user and system time of all ranks, from the beginning until it is durable, where no step is
+               taken in between ("sync", and DeepSpeed)
+    first      the first save of a process, left out of the medians
 
-`export`: tools.export and DeepSpeed's zero_to_fp32, each in a fresh process, with the checkpoint's files in
-the page cache. total is the whole process, work what is left without start, imports and exit; peak is VmHWM,
-mapped files included. Ours also checks digests, fsyncs, loads what it has written and compares it.
-zero_to_fp32 writes pytorch_model.bin: its --safe_serialization fails on Whisper's tied weights.
+`export`: tools.export and DeepSpeed's zero_to_fp32, each in a fresh process, with the files of the checkpoint
+in the page cache. total: the whole process; work: without start, imports and exit; peak: VmHWM, mapped files
+included. tools.export also checks digests, fsyncs, loads what it has written, and compares it. zero_to_fp32
+writes pytorch_model.bin: its --safe_serialization fails on Whisper's tied weights.
 
-`data`: from shards to shuffled batches of 16 (log-mel of 30 s windows, 128 bins, on the CPU by one thread,
-and labels), each reader in a fresh process on the same clips. A first pass is left out, the second one is
-measured. The shards have their index, and litdata its chunks, before. So few clips are read by a request for
-each or a few of them, large sets in runs of 5 MB: that costs Earwitness more here. "waveforms" is Earwitness
-without log-mel, which a GPU computes from the waveforms where there is one: no reader to compare, but what is
-left to the CPUs of a node.
+`data`: from shards to shuffled batches of 16 (labels, and log-mel of 30 s windows with 128 bins, on the CPU
+by one thread), each reader in a fresh process on the same clips. A first pass does not count, the second one
+is measured. The index of the shards, and the chunks of litdata, are made before. With so few clips a request
+brings one or a few of them, where large sets are read in runs of 5 MB: here that costs Earwitness more.
+"waveforms" is Earwitness without log-mel, which a GPU computes from the waveforms where there is one: it is
+not to be compared with the others, but shows what is left to the CPUs of a node.
 
-    samples per core second   samples by CPU second, user and system, of all threads and processes of the
-                              reader; not of servers and proxy
+    samples per core second   samples per CPU second, user and system, of all threads and processes of the
+                              reader, without servers and proxy
     samples per second        by the clock, on a machine that the servers share
-    first batch               seconds from the construction (imports are done) to the first batch
-    distinct samples          in the first pass, of as many as there are
-    largest mel difference    to WhisperFeatureExtractor fed by soundfile and soxr, on one clip. Ours keeps
-                              waveforms as int16: what a file of 16 bits and 16 kHz holds stays as it is,
-                              where a clip is resampled or was MP3 it differs; so do other decoders
+    first batch               seconds from the construction (after the imports) to the first batch
+    distinct samples          in the first pass, which has as many samples as there are clips
+    largest mel difference    to WhisperFeatureExtractor fed by soundfile and soxr, on one clip. Earwitness
+                              keeps waveforms as int16: a file of 16 bits and 16 kHz stays as it is; a clip
+                              that is resampled, or was MP3, differs; so do other decoders
 
-`index`: sidecars of empty shards, as full indexes have them, of seven sources; then, in fresh processes that
-have imported what they need, the first start of a run, which merges them, and later ones, with one rank and
-with several at a time. The files are in the page cache.
+`index`: sidecars of empty shards of seven sources, as full indexes have them. Then, in fresh processes that
+have imported what they need: the first start of a run, which merges the sidecars, and later starts, with one
+rank and with several at a time. The files are in the page cache.
 
-    merge         from the list of shards to the merged indexes; peak is VmHWM, less what there was after the
+    merge         from the list of shards to the merged indexes; peak is VmHWM, less the memory after the
                   imports
-    check         the same at a later start: rank 0 looks whether shards, sidecars and settings are what they
-                  were
-    open          every rank maps the merged indexes, and cuts the samples into runs; the slowest one
+    check         the same at a later start: rank 0 looks whether shards, sidecars and settings have changed
+    open          every rank maps the merged indexes, and cuts the samples into runs; the slowest rank
     plan          the first batch from the start, the middle and the end of an epoch, with all that is to be
                   read for it
     first batch   check, open and the slowest plan
-    memory        of all ranks together, more than after the imports: private, and PSS, which counts once what
-                  ranks share; peak: of one rank but rank 0
+    memory        of all ranks together, beyond that after the imports: private, and PSS, which counts once
+                  what ranks share; peak: of one rank other than rank 0
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -72,18 +70,19 @@ from typing import Annotated, Any
 import typer
 
 from configs.errors import EarwitnessError, run_command
+from configs.ports import free_ports
 from tools.bench import data, starts
-from tools.bench.data import Form, Place, Reader
+from tools.bench.data import Form, Pipeline, Store
 from tools.bench.ranks import SECONDS
-from tools.bench.report import ROOT, Figures, describe, environment, report, say, summary
+from tools.bench.report import ROOT, Figures, Summary, aims, describe, environment, report, say, summary
 from tools.sandbox import s3
 from tools.sandbox.whisper import make_whisper
 
 SAVERS = ("earwitness", "deepspeed", "dcp", "earwitness sync", "dcp sync")
 AIMS = {"blocking": 0.05, "load": 1.0, "export time": 0.5, "export work": 0.5, "export memory": 0.5}
-"""Largest share of what DeepSpeed takes."""
+"""The most that Earwitness may take, as a share of what DeepSpeed takes."""
 INDEX_AIMS = {"ready_seconds": 2.0, "first_batch_seconds": 2.0, "node_megabytes": 500.0}
-"""Of a later start: check and open; check, open and plan; PSS of all ranks."""
+"""The most that a later start may take: check and open; check, open and plan; PSS of all ranks."""
 OF_DEEPSPEED = " of DeepSpeed's"
 EXPORT = """
 import json, time
@@ -92,17 +91,21 @@ began = time.perf_counter()
 {imports}
 imported = time.perf_counter()
 {work}
-ended, status = time.perf_counter(), Path("/proc/self/status").read_text()
+ended = time.perf_counter()
+status = Path("/proc/self/status").read_text(encoding="utf-8")
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 seconds = {{"import_seconds": imported - began, "work_seconds": ended - imported}}
 print(json.dumps({{**seconds, "peak_gigabytes": peak / 1e9}}))
 """
-EXPORTS = {
-    "earwitness": ("from tools.export import export", "export(Path({source!r}), {out!r})"),
+EXPORT_IMPORTS = {
+    "earwitness": "from tools.export import export",
     "deepspeed": (
-        "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert",
-        "convert({source!r}, {out!r})",
+        "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert"
     ),
+}
+EXPORT_WORK = {
+    "earwitness": "export(Path({source!r}), {out!r})",
+    "deepspeed": "convert({source!r}, {out!r})",
 }
 
 
@@ -116,11 +119,13 @@ class Shape(StrEnum):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """As `make_whisper` takes them."""
-        width, layers = {"sandbox": (64, 2), "base": (512, 6), "small": (768, 12), "medium": (1024, 24)}[
-            self.value
-        ]
-        return {"width": width, "layers": layers, "vocabulary": 400 if self.value == "sandbox" else 51_865}
+        """The sizes, as `make_whisper` takes them."""
+        return {
+            Shape.sandbox: {"width": 64, "layers": 2, "vocabulary": 400},
+            Shape.base: {"width": 512, "layers": 6, "vocabulary": 51_865},
+            Shape.small: {"width": 768, "layers": 12, "vocabulary": 51_865},
+            Shape.medium: {"width": 1024, "layers": 24, "vocabulary": 51_865},
+        }[self]
 
 
 app = typer.Typer(
@@ -138,40 +143,43 @@ Dir = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-ALL_FORMS, ALL_PLACES, ALL_READERS = list(Form), list(Place), list(Reader)
+ALL_FORMS, ALL_PLACES, ALL_READERS = list(Form), list(Store), list(Pipeline)
 
 
 @app.command("checkpoint")
 def bench_checkpoint(
     procs: Procs = 2, model: Model = Shape.small, rounds: Rounds = 3, dir: Dir = Path(), as_json: Json = False
 ) -> None:
-    """Saving and loading."""
+    """Measure saving and loading."""
+    loading = [("earwitness", procs), ("deepspeed", procs), ("earwitness", procs + 1)]
+    load_rounds: dict[str, list[Figures]] = {}
     with _workspace(dir, model) as work:
-        saved = _ranks(work, procs, "save", str(1 + rounds), *SAVERS)
-        loads: dict[str, list[Figures]] = {}
+        result = _run_ranks(work, procs, "save", str(1 + rounds), *SAVERS)
         for _ in range(rounds):
-            for method, ranks in (("earwitness", procs), ("deepspeed", procs), ("earwitness", procs + 1)):
+            for method, ranks in loading:
                 _warm(work / method)
-                loads.setdefault(f"{method} {procs} -> {ranks}", []).append(
-                    {"seconds": _ranks(work, ranks, "load", method)["load"]}
-                )
-    saves = {method: summary(rows[1:]) | {"first": rows[0]} for method, rows in saved["save"].items()}
-    loading = {name: summary(rows) for name, rows in loads.items()}
-    native = loading[f"deepspeed {procs} -> {procs}"]["median"]["seconds"]
-    ratios = {
-        "blocking": (
-            saves["earwitness"]["median"]["blocking_seconds"]
-            / saves["deepspeed"]["median"]["blocking_seconds"]
-        ),
-        "load": (
-            max(
-                loading[f"earwitness {procs} -> {ranks}"]["median"]["seconds"] for ranks in (procs, procs + 1)
-            )
-            / native
-        ),
-    }
+                seconds = _run_ranks(work, ranks, "load", method)["load"]
+                load_rounds.setdefault(f"{method} {procs} -> {ranks}", []).append({"seconds": seconds})
+    saves: dict[str, Summary] = {}
+    for method, (first, *counted) in result["save"].items():
+        saves[method] = {**summary(counted), "first": first}
+    loads = {name: summary(figures) for name, figures in load_rounds.items()}
+    same_ranks, more_ranks, deepspeed = (
+        loads[name]["median"]["seconds"]
+        for name in (
+            f"earwitness {procs} -> {procs}",
+            f"earwitness {procs} -> {procs + 1}",
+            f"deepspeed {procs} -> {procs}",
+        )
+    )
+    ours, theirs = (saves[method]["median"]["blocking_seconds"] for method in ("earwitness", "deepspeed"))
+    shares = {"blocking": ours / theirs, "load": max(same_ranks, more_ranks) / deepspeed}
     report(
-        _about(model, saved, procs), {"save": saves, "load": loading}, _aims(ratios), OF_DEEPSPEED, as_json
+        _conditions(model, result, procs),
+        {"save": saves, "load": loads},
+        aims(shares, AIMS),
+        unit=OF_DEEPSPEED,
+        as_json=as_json,
     )
 
 
@@ -179,23 +187,32 @@ def bench_checkpoint(
 def bench_export(
     procs: Procs = 2, model: Model = Shape.small, rounds: Rounds = 3, dir: Dir = Path(), as_json: Json = False
 ) -> None:
-    """From a checkpoint to fp32 weights."""
+    """Measure the way from a checkpoint to fp32 weights."""
     with _workspace(dir, model) as work:
-        saved = _ranks(work, procs, "save", "1", "earwitness sync", "deepspeed")
-        sources = {
+        result = _run_ranks(work, procs, "save", "1", "earwitness sync", "deepspeed")
+        checkpoints = {
             "earwitness": next((work / "earwitness/checkpoints").iterdir()),
             "deepspeed": work / "deepspeed",
         }
-        rows: dict[str, list[Figures]] = {name: [] for name in sources}
+        export_rounds: dict[str, list[Figures]] = {method: [] for method in checkpoints}
         for _ in range(rounds):
-            for name, source in sources.items():
-                _warm(source)
-                rows[name].append(_export(name, source, work / "out"))
-    exports = {name: summary(found) for name, found in rows.items()}
-    ours, theirs = (exports[name]["median"] for name in ("earwitness", "deepspeed"))
-    measures = {"time": "total_seconds", "work": "work_seconds", "memory": "peak_gigabytes"}
-    ratios = {f"export {name}": ours[measure] / theirs[measure] for name, measure in measures.items()}
-    report(_about(model, saved, procs), {"export": exports}, _aims(ratios), OF_DEEPSPEED, as_json)
+            for method, checkpoint in checkpoints.items():
+                _warm(checkpoint)
+                export_rounds[method].append(_export(method, checkpoint, work / "out"))
+    exports = {method: summary(figures) for method, figures in export_rounds.items()}
+    ours, theirs = exports["earwitness"]["median"], exports["deepspeed"]["median"]
+    shares = {
+        "export time": ours["total_seconds"] / theirs["total_seconds"],
+        "export work": ours["work_seconds"] / theirs["work_seconds"],
+        "export memory": ours["peak_gigabytes"] / theirs["peak_gigabytes"],
+    }
+    report(
+        _conditions(model, result, procs),
+        {"export": exports},
+        aims(shares, AIMS),
+        unit=OF_DEEPSPEED,
+        as_json=as_json,
+    )
 
 
 @app.command("data")
@@ -205,29 +222,23 @@ def bench_data(
     ] = 256,
     format: Annotated[list[Form], typer.Option(help="Of the clips; may be given several times.")] = ALL_FORMS,
     place: Annotated[
-        list[Place], typer.Option(help="Where they lie; may be given several times.")
+        list[Store], typer.Option(help="Where they lie; may be given several times.")
     ] = ALL_PLACES,
     reader: Annotated[
-        list[Reader], typer.Option(help="What reads them; may be given several times.")
+        list[Pipeline], typer.Option(help="What reads them; may be given several times.")
     ] = ALL_READERS,
     rounds: Rounds = 3,
     dir: Dir = Path(),
     as_json: Json = False,
 ) -> None:
-    """From shards to batches, in turn with webdataset, datasets and litdata."""
+    """Measure the way from shards to batches, in turn with webdataset, datasets and litdata."""
     skipped = data.missing(reader)
-    readers = [one for one in reader if one not in skipped]
-    found = data.measure(dir, clips // 16 * 16, rounds, format, place, readers)
-    about = describe("torch", "transformers", *(one for one in readers if one in data.NEEDED)) | {
-        "clips": clips
-    }
-    report(
-        about | {f"skipped {name}": f"({line})" for name, line in skipped.items()},
-        {"data": found},
-        {},
-        "",
-        as_json,
-    )
+    readers = [name for name in reader if name not in skipped]
+    summaries = data.measure(dir, clips // 16 * 16, rounds, format, place, readers)
+    conditions = describe("torch", "transformers", *(name for name in readers if name in data.NEEDED))
+    conditions["clips"] = clips
+    conditions |= {f"skipped {name}": f"({command})" for name, command in skipped.items()}
+    report(conditions, {"data": summaries}, {}, as_json=as_json)
 
 
 @app.command("index")
@@ -245,7 +256,7 @@ def bench_index(
     dir: Dir = Path(),
     as_json: Json = False,
 ) -> None:
-    """The first and later starts, up to the first batch that is planned."""
+    """Measure the first start of a run and later ones, up to the first batch that is planned."""
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=dir))).resolve()
         root = f"{work}/shards"
@@ -256,23 +267,17 @@ def bench_index(
             root = f"s3://{data.BUCKET}"
         say(f"sidecars of {samples:,} samples in {shards:,} shards")
         starts.make(work, samples, shards, held_out, root)
-        found: dict[str, list[Figures]] = {}
+        merge_rounds: list[Figures] = []
+        start_rounds: dict[int, list[Figures]] = {1: [], procs: []}
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
-            found.setdefault("merge", []).append(starts.measure_merge(work))
-            for ranks in dict.fromkeys((1, procs)):
-                found.setdefault(f"ranks {ranks}", []).append(starts.measure_start(work, ranks))
+            merge_rounds.append(starts.measure_merge(work))
+            for ranks, figures in start_rounds.items():
+                figures.append(starts.measure_start(work, ranks))
         megabytes = sum(file.stat().st_size for file in (work / "run").iterdir()) / 1e6
-    tables = {name: summary(rows) for name, rows in found.items()}
-    worst = {
-        aim: max(about["median"][aim] for name, about in tables.items() if name != "merge")
-        for aim in INDEX_AIMS
-    }
-    aims = {
-        name: {"value": value, "at_most": INDEX_AIMS[name], "met": value <= INDEX_AIMS[name]}
-        for name, value in worst.items()
-    }
-    about = describe("pyarrow", "numpy") | {
+    later = {f"ranks {ranks}": summary(figures) for ranks, figures in start_rounds.items()}
+    worst = {name: max(start["median"][name] for start in later.values()) for name in INDEX_AIMS}
+    conditions = describe("pyarrow", "numpy") | {
         "samples": samples,
         "shards": shards,
         "held_out": held_out,
@@ -280,7 +285,8 @@ def bench_index(
         "on_s3": on_s3,
         "file_megabytes": round(megabytes, 1),
     }
-    report(about, {"first start": {"merge": tables.pop("merge")}, "later start": tables}, aims, "", as_json)
+    tables = {"first start": {"merge": summary(merge_rounds)}, "later start": later}
+    report(conditions, tables, aims(worst, INDEX_AIMS), as_json=as_json)
 
 
 @contextmanager
@@ -292,39 +298,48 @@ def _workspace(folder: Path, shape: Shape) -> Iterator[Path]:
         yield work
 
 
-def _ranks(work: Path, procs: int, *arguments: str) -> dict[str, Any]:
-    """What rank 0 of `procs` fresh processes finds (tools/bench/ranks.py). Raises EarwitnessError if one of
-    them fails."""
+def _run_ranks(work: Path, procs: int, *arguments: str) -> dict[str, Any]:
+    """Run `procs` ranks of tools/bench/ranks.py; returns the result that rank 0 writes.
+
+    Raises EarwitnessError if one of them fails.
+    """
     say(f"{procs} ranks: {' '.join(arguments)}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        job = {"WORLD_SIZE": procs, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
-    command, started = [sys.executable, "-m", "tools.bench.ranks", str(work), *arguments], []
+    command = [sys.executable, "-m", "tools.bench.ranks", str(work), *arguments]
+    job = {"WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    processes = []
     for rank in range(procs):
-        variables = environment() | {
-            name: str(value) for name, value in (job | {"RANK": rank, "LOCAL_RANK": rank}).items()
-        }
-        with (work / f"rank-{rank}.log").open("w", encoding="utf-8") as log:
-            started.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log))
+        variables = environment() | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (work / f"rank-{rank}.log").open("wb") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log))
     try:
-        while None in (codes := [process.poll() for process in started]) and not any(codes):
-            time.sleep(0.1)
+        failed = _await_ranks(processes)
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
             process.wait()
-    if any(codes):
-        rank = next(rank for rank, code in enumerate(codes) if code)
-        said = (work / f"rank-{rank}.log").read_text(encoding="utf-8")
-        raise EarwitnessError(f"rank {rank} of the benchmark failed:\n{said[-3000:]}")
-    return dict(json.loads((work / "found.json").read_text(encoding="utf-8")))
+    if failed is not None:
+        output = (work / f"rank-{failed}.log").read_text(encoding="utf-8", errors="replace")
+        raise EarwitnessError(f"rank {failed} of the benchmark failed:\n{output[-3000:]}")
+    return dict(json.loads((work / "result.json").read_text(encoding="utf-8")))
 
 
-def _export(name: str, source: Path, out: Path) -> Figures:
+def _await_ranks(processes: list[subprocess.Popen[bytes]]) -> int | None:
+    """Wait until all ranks have ended well, or one has failed; returns the number of that one."""
+    while True:
+        codes = [process.poll() for process in processes]
+        for rank, code in enumerate(codes):
+            if code:
+                return rank
+        if None not in codes:
+            return None
+        time.sleep(0.1)
+
+
+def _export(method: str, checkpoint: Path, out: Path) -> Figures:
     """Export in a fresh process. Raises EarwitnessError if it fails."""
-    say(f"export: {name}")
-    imports, work = EXPORTS[name]
-    program = EXPORT.format(imports=imports, work=work.format(source=str(source), out=str(out)))
+    say(f"export: {method}")
+    work = EXPORT_WORK[method].format(source=str(checkpoint), out=str(out))
+    program = EXPORT.format(imports=EXPORT_IMPORTS[method], work=work)
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -336,13 +351,13 @@ def _export(name: str, source: Path, out: Path) -> Figures:
     )
     seconds = time.perf_counter() - began
     if done.returncode:
-        raise EarwitnessError(f"the export by {name} failed:\n{done.stderr[-3000:]}")
+        raise EarwitnessError(f"the export by {method} failed:\n{done.stderr[-3000:]}")
     shutil.rmtree(out)
     return {"total_seconds": seconds, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def _warm(folder: Path) -> None:
-    """Have all files in the page cache."""
+    """Read all files, so that they are in the page cache."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as content:
@@ -350,18 +365,11 @@ def _warm(folder: Path) -> None:
                     pass
 
 
-def _about(model: Shape, saved: dict[str, Any], procs: int) -> dict[str, Any]:
+def _conditions(model: Shape, result: dict[str, Any], procs: int) -> dict[str, Any]:
     return describe("torch", "deepspeed", "transformers") | {
         "model": model.value,
-        "parameters": saved["parameters"],
+        "parameters": result["parameters"],
         "procs": procs,
-    }
-
-
-def _aims(ratios: Figures) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"value": ratio, "at_most": AIMS[name], "met": ratio <= AIMS[name]}
-        for name, ratio in ratios.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Clips made here, where they lie, and what each reader takes to make batches of them
+"""The benchmark of readers: clips are made, put where they shall lie, and read by each reader in turn
 (tools/bench/readers)."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +23,13 @@ import soundfile
 from webdataset import ShardWriter
 
 from configs.errors import EarwitnessError
-from tools.bench.report import ROOT, Figures, environment, say, summary
+from tools.bench.report import ROOT, Figures, Summary, environment, say, summary
 from tools.sandbox import faults, s3
 from tools.sandbox.whisper import make_whisper
 
 
-class Reader(StrEnum):
-    """The modules of tools/bench/readers."""
+class Pipeline(StrEnum):
+    """The ways from shards to batches: the modules of tools/bench/readers."""
 
     earwitness = "earwitness"
     waveforms = "waveforms"
@@ -38,17 +38,28 @@ class Reader(StrEnum):
     litdata = "litdata"
 
 
-NEEDED = {Reader.webdataset: "webdataset", Reader.datasets: "torchcodec", Reader.litdata: "litdata"}
-"""A package that must be there."""
+NEEDED = {Pipeline.webdataset: "webdataset", Pipeline.datasets: "torchcodec", Pipeline.litdata: "litdata"}
+"""The package that a reader needs, if it is none of Earwitness' own."""
 INSTALL = {
-    Reader.datasets: "pip install datasets torchcodec==0.13.0",
-    Reader.litdata: "pip install litdata; pip uninstall torchvision",
+    Pipeline.datasets: "pip install datasets torchcodec==0.13.0",
+    Pipeline.litdata: "pip install litdata; pip uninstall torchvision",
 }
-"""What is tried with torch 2.13 for CPUs: later torchcodecs need CUDA, and transformers does not import
-beside the torchvision that litdata brings."""
+"""Commands that were tried with torch 2.13 for CPUs: later torchcodecs need CUDA, and transformers cannot be
+imported beside the torchvision that litdata brings."""
+CAPTION = "A bell rings twice."
 SHARDS = 8
 BUCKET = "bench"
 FAR = faults.Fault("far", times=0, seconds=0.05, rate=75e6)
+
+
+class Audio(NamedTuple):
+    """What a file of audio is."""
+
+    ending: str
+    seconds: int
+    rate: int
+    """Samples per second, in Hz."""
+    channels: int
 
 
 class Form(StrEnum):
@@ -59,16 +70,16 @@ class Form(StrEnum):
     music = "flac-30s-44k-stereo"
 
     @property
-    def shape(self) -> tuple[str, int, int, int]:
-        """Ending, seconds, rate (Hz), channels."""
+    def audio(self) -> Audio:
+        """What its clips are."""
         return {
-            Form.speech: ("flac", 10, 16_000, 1),
-            Form.mp3: ("mp3", 10, 44_100, 2),
-            Form.music: ("flac", 30, 44_100, 2),
+            Form.speech: Audio("flac", 10, 16_000, 1),
+            Form.mp3: Audio("mp3", 10, 44_100, 2),
+            Form.music: Audio("flac", 30, 44_100, 2),
         }[self]
 
 
-class Place(StrEnum):
+class Store(StrEnum):
     """Where shards lie; `s3` and `far`: behind a proxy, which answers as the server does, or after 50 ms with
     75 MB/s per connection."""
 
@@ -79,19 +90,21 @@ class Place(StrEnum):
 
 @dataclass(frozen=True)
 class _Clips:
-    """What `_make` has made: folders of tars and of litdata's chunks, and the file of the clip with the key
-    000000."""
+    """Where clips lie."""
 
     shards: Path
+    """Folder of tars."""
     chunks: Path
+    """Folder of litdata's chunks."""
     first: Path
+    """File of the clip with the key 000000."""
 
 
-def missing(wanted: Sequence[Reader]) -> dict[Reader, str]:
-    """How to install the readers that are not installed."""
+def missing(readers: Sequence[Pipeline]) -> dict[Pipeline, str]:
+    """Those readers that are not installed, each with the command that installs it."""
     return {
         reader: INSTALL[reader]
-        for reader in wanted
+        for reader in readers
         if reader in NEEDED and not importlib.util.find_spec(NEEDED[reader])
     }
 
@@ -101,11 +114,12 @@ def measure(
     clips: int,
     rounds: int,
     forms: Sequence[Form],
-    places: Sequence[Place],
-    readers: Sequence[Reader],
-) -> dict[str, Any]:
-    """Measure readers in turn. clips: a multiple of the batch. Returns summaries."""
-    rows: dict[str, list[Figures]] = {}
+    places: Sequence[Store],
+    readers: Sequence[Pipeline],
+) -> dict[str, Summary]:
+    """Measure readers in turn; returns a summary for each form, place and reader. clips: a multiple of the
+    batch."""
+    rounds_of: dict[str, list[Figures]] = {}
     with (
         tempfile.TemporaryDirectory(prefix="bench-", dir=folder) as name,
         s3.serve() as server,
@@ -113,49 +127,47 @@ def measure(
         faults.serve(server.endpoint, [FAR]) as far,
     ):
         work = Path(name).resolve()
-        model = make_whisper(work / "model", ["A bell rings twice."], seconds=30, mels=128)
+        model = make_whisper(work / "model", [CAPTION], seconds=30, mels=128)
         client = server.client()
         client.create_bucket(Bucket=BUCKET)
-        reach = {
-            Place.local: {},
-            **{
-                place: server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint}
-                for place, proxy in ((Place.s3, near), (Place.far, far))
-            },
+        variables_for = {
+            Store.local: {},
+            Store.s3: server.environment | {"AWS_ENDPOINT_URL": near.endpoint},
+            Store.far: server.environment | {"AWS_ENDPOINT_URL": far.endpoint},
         }
         for form in forms:
             say(f"{clips} clips: {form.value}")
-            made = _make(work / form.value, form, clips, chunks=Reader.litdata in readers)
-            if set(places) - {Place.local}:
+            made = _make(work / form.value, form, clips, chunks=Pipeline.litdata in readers)
+            if any(place is not Store.local for place in places):
                 for file in filter(Path.is_file, (work / form.value).glob("*/*")):
                     client.upload_file(str(file), BUCKET, str(file.relative_to(work)))
             for place in places:
-                root = str(work) if place is Place.local else f"s3://{BUCKET}"
+                root = str(work) if place is Store.local else f"s3://{BUCKET}"
                 shards = [f"{root}/{file.relative_to(work)}" for file in sorted(made.shards.iterdir())]
-                about = {
+                task = {
                     "model": str(model),
                     "shards": shards,
                     "chunks": f"{root}/{made.chunks.relative_to(work)}",
-                    "ending": form.shape[0],
+                    "ending": form.audio.ending,
+                    "index_dir": str(work / "index"),
                 }
-                _run(["tools.index", *shards, "--index-dir", str(work / "index")], reach[place])
+                variables = variables_for[place]
+                _run(["tools.index", *shards, "--index-dir", str(work / "index")], variables)
                 for number, reader in itertools.product(range(rounds), readers):
-                    say(f"round {number + 1}: {form.value}, {place.value}, {reader}")
+                    name = f"{form.value}, {place.value}, {reader}"
+                    say(f"round {number + 1}: {name}")
                     with tempfile.TemporaryDirectory(dir=work) as run:
-                        task = json.dumps(about | {"index_dir": str(work / "index"), "work": run})
-                        said = _run(
-                            ["tools.bench.readers", reader, task, str(clips), str(made.first)],
-                            reach[place] | {"HF_HOME": run},
-                        )
-                    rows.setdefault(f"{form.value}, {place.value}, {reader}", []).append(
-                        json.loads(said.splitlines()[-1])
-                    )
+                        arguments = [json.dumps(task | {"work": run}), str(clips), str(made.first)]
+                        command = ["tools.bench.readers", reader, *arguments]
+                        output = _run(command, variables | {"HF_HOME": run})
+                    rounds_of.setdefault(name, []).append(json.loads(output.splitlines()[-1]))
             shutil.rmtree(work / form.value)
-    return {name: summary(found) for name, found in rows.items()}
+    return {name: summary(figures) for name, figures in rounds_of.items()}
 
 
 def _run(command: Sequence[str], variables: dict[str, str]) -> str:
-    """What a module of ours prints in a fresh process. Raises EarwitnessError if it fails."""
+    """Run a module of Earwitness in a fresh process; returns what it prints. Raises EarwitnessError if it
+    fails."""
     threads = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -171,8 +183,8 @@ def _run(command: Sequence[str], variables: dict[str, str]) -> str:
 
 
 def _make(folder: Path, form: Form, clips: int, *, chunks: bool) -> _Clips:
-    """Write clips to SHARDS tars, and to chunks of litdata's if wanted."""
-    ending, seconds, rate, channels = form.shape
+    """Write clips to SHARDS tars, and with `chunks` to litdata's format, too."""
+    ending, seconds, rate, channels = form.audio
     made = _Clips(folder / "shards", folder / "chunks", folder / "first")
     made.shards.mkdir(parents=True)
     random = np.random.default_rng(1)
@@ -183,15 +195,10 @@ def _make(folder: Path, form: Form, clips: int, *, chunks: bool) -> _Clips:
             clip = np.stack([sound[start : start + seconds * rate] for start in starts], axis=1)
             file = io.BytesIO()
             soundfile.write(file, clip, rate, format=ending)
-            if not number:
-                made.first.write_bytes(file.getvalue())
-            writer.write(
-                {
-                    "__key__": f"{number:06d}",
-                    ending: file.getvalue(),
-                    "json": {"caption": "A bell rings twice."},
-                }
-            )
+            content = file.getvalue()
+            if number == 0:
+                made.first.write_bytes(content)
+            writer.write({"__key__": f"{number:06d}", ending: content, "json": {"caption": CAPTION}})
     if chunks:
         from tools.bench.readers import litdata
 
@@ -200,8 +207,8 @@ def _make(folder: Path, form: Form, clips: int, *, chunks: bool) -> _Clips:
 
 
 def _sound(random: np.random.Generator, length: int) -> npt.NDArray[np.float64]:
-    """Noise that falls by 3 dB per octave, as music does, and swells; as quiet as recordings are, of which
-    FLAC gets smaller."""
+    """Noise that falls by 3 dB per octave, as music does, and swells. It is as quiet as recordings are, so
+    that FLAC makes it as small as those."""
     spectrum = np.fft.rfft(random.standard_normal(length))
     wave = np.fft.irfft(spectrum / np.sqrt(np.arange(len(spectrum)) + 1000), length)
     return wave / np.abs(wave).max() * (0.055 + 0.04 * np.sin(np.arange(length) / 20_000))

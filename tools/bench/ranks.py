@@ -1,5 +1,5 @@
-"""The ranks of a benchmark: `python -m tools.bench.ranks WORK save ROUNDS METHOD...` and `... WORK load
-METHOD`; rank 0 leaves found.json."""
+"""The benchmark of checkpoints: `python -m tools.bench.ranks WORK save ROUNDS METHOD...` and `... WORK load
+METHOD` is one of the ranks that save or load; rank 0 writes WORK/result.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,33 +32,46 @@ from trainer.writer import Writer
 SECONDS = 2
 """Audio window: short, so that a step of a large model takes about a second."""
 TOKENS = 16
-"""Of a caption."""
+"""Tokens of a caption."""
 STEPS = 3
 """Undisturbed steps before each save; their median is what a step takes."""
+SYNC = " sync"
+"""Ends the name of a method that is measured without training meanwhile."""
 Wait = Callable[[], object]
+"""Waits until a save is durable."""
+Begin = Callable[[int], Wait]
+"""Begins the save of that number."""
+
+
+class _Cost(NamedTuple):
+    """Seconds that a save has cost a rank."""
+
+    blocking: float
+    """Until training could go on."""
+    durable: float
+    """Until it was durable; 0 on a rank that cannot tell."""
+    cpu: float
 
 
 class Trainer:
-    """Trains on noise, and saves in several ways: each begins a save, and returns what waits until it is
-    durable."""
+    """Trains on noise, and saves in several ways."""
 
     def __init__(self, work: Path, world: World) -> None:
         self.work, self.world = work, world
-        data, optim = {"sources": [{"name": "noise", "shards": "none"}]}, {"max_steps": 1}
-        engine = {"dtype": "bf16" if distributed.has_bf16(world.device) else "fp32"}
         sections = {
             "run": {"name": "bench"},
             "model": {"name_or_path": str(work / "model")},
-            "data": data,
-            "optim": optim,
-            "engine": engine,
+            "data": {"sources": [{"name": "noise", "shards": "none"}]},
+            "optim": {"max_steps": 1},
+            "engine": {"dtype": "bf16" if distributed.has_bf16(world.device) else "fp32"},
         }
         config = RunConfig.model_validate(sections)
         captioner = model.load(config.model, seed=0)
         if world.rank == 0:
             model.save_base(RunDir(work / "earwitness"), captioner)
         self.shapes = {name: list(parameter.shape) for name, parameter in captioner.trained.items()}
-        self.mels, self.parameters = captioner.config.num_mel_bins, captioner.model.num_parameters()
+        self.mels = captioner.config.num_mel_bins
+        self.parameters = captioner.model.num_parameters()
         self.engine = Zero2Engine(captioner.model, config, world)
         self._writer: Writer | None = None
         self.held = 0.0
@@ -66,8 +79,8 @@ class Trainer:
         self.durable: float | None = None
         """When the last save was seen on disk by a rank that can tell; None while it is under way."""
 
-    def prepare_saving(self) -> dict[str, Callable[[int], Wait]]:
-        """What each way of saving allocates once. Returns them by name."""
+    def prepare_saving(self) -> dict[str, Begin]:
+        """Allocate what each method of saving allocates once. Returns the methods by name."""
         self._writer = Writer(
             self.work / "earwitness/checkpoints",
             0,
@@ -77,21 +90,26 @@ class Trainer:
             committed=self._mark,
         )
         self._state = {
-            f"{f.name}:{f.start}:{kind}": tensor
-            for f in self.engine.fragments()
-            for kind, tensor in f.tensors.items()
+            f"{fragment.name}:{fragment.start}:{kind}": tensor
+            for fragment in self.engine.fragments()
+            for kind, tensor in fragment.tensors.items()
         }
-        self._stager = DefaultStager(StagingOptions(*[False] * 4))
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=False,
+            )
+        )
         self._group = dist.new_group(backend="gloo")
         return {"earwitness": self._save_earwitness, "deepspeed": self._save_deepspeed, "dcp": self._save_dcp}
 
     def step(self) -> float:
         """Take a step; returns its seconds."""
         began = time.perf_counter()
-        waveforms, ids = (
-            torch.randint(-3000, 3000, (1, SECONDS * SAMPLE_RATE), dtype=torch.int16),
-            torch.randint(9, 99, (1, TOKENS)),
-        )
+        waveforms = torch.randint(-3000, 3000, (1, SECONDS * SAMPLE_RATE), dtype=torch.int16)
+        ids = torch.randint(9, 99, (1, TOKENS))
         batch = Batch(
             waveforms, torch.tensor([SECONDS * SAMPLE_RATE]), ids, ids, torch.zeros(1), (), 100 * SECONDS
         )
@@ -104,35 +122,41 @@ class Trainer:
         self.engine.step(lr=1e-5)
         return time.perf_counter() - began
 
-    def measure(
-        self, begin: Callable[[int], Wait], folder: Path, number: int, *, train: bool
-    ) -> dict[str, float]:
-        """Save, and with `train` take steps until it is durable. Returns figures on rank 0."""
+    def measure(self, begin: Begin, folder: Path, number: int, *, train: bool) -> dict[str, float]:
+        """Save into a folder, and with `train` take steps until that is durable. Returns figures on rank
+        0."""
         usual = statistics.median(self.step() for _ in range(STEPS)) if train else 0.0
         if self.world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             os.sync()  # what others have written must not be in the way
         self.world.barrier()
-        self.durable, steps = None, []
-        began, cpu = time.perf_counter(), time.process_time()
+        self.durable = None
         self.held = 0.0
+        steps = []
+        began, cpu = time.perf_counter(), time.process_time()
         wait = begin(number)
         blocking = time.perf_counter() - began
         while train and self.world.share(self.durable is None):
             steps.append(self.step())
         wait()
-        seconds: Any = self.world.gather(
-            (blocking + self.held, self.durable - began if self.durable else 0.0, time.process_time() - cpu)
+        cost = _Cost(
+            blocking=blocking + self.held,
+            durable=0.0 if self.durable is None else self.durable - began,
+            cpu=time.process_time() - cpu,
         )
-        if seconds is None:
+        costs: Any = self.world.gather(cost)
+        if costs is None:
             return {}
-        blocked, durable, busy = zip(*seconds, strict=True)
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        figures = {"blocking_seconds": max(blocked), "total_seconds": max(durable), "gigabytes": size / 1e9}
+        gigabytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e9
+        figures = {
+            "blocking_seconds": max(cost.blocking for cost in costs),
+            "total_seconds": max(cost.durable for cost in costs),
+            "gigabytes": gigabytes,
+        }
         if train:
             return figures | {"hidden_seconds": sum(steps) - usual * len(steps), "step_seconds": usual}
-        return figures | {"cpu_seconds_per_gigabyte": sum(busy) / (size / 1e9)}
+        return figures | {"cpu_seconds_per_gigabyte": sum(cost.cpu for cost in costs) / gigabytes}
 
     def load(self, method: str) -> float:
         """Load what a method has saved. Returns the seconds until all ranks could take a step."""
@@ -177,32 +201,39 @@ class Trainer:
 
 
 def save(trainer: Trainer, rounds: int, methods: Sequence[str]) -> dict[str, Any]:
-    """Save in turn with each method, training on meanwhile unless its name ends in `sync`. Returns a row for
-    each round."""
+    """Save with each method in turn, and train on meanwhile where that is possible. Returns for each method
+    the figures of each round."""
     begin = trainer.prepare_saving()
     for _ in range(2):
         trainer.step()
     saves: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
-    for number in range(rounds * len(methods)):
-        method = methods[number % len(methods)]
-        name, *sync = method.split()
-        folder = trainer.work / name / ("checkpoints" if name == "earwitness" else "")
-        saves[method].append(
-            trainer.measure(begin[name], folder, 1 + number, train=not sync and name != "deepspeed")
-        )
+    number = 0
+    for _ in range(rounds):
+        for method in methods:
+            number += 1
+            name = method.removesuffix(SYNC)
+            folder = trainer.work / name
+            if name == "earwitness":
+                folder /= "checkpoints"
+            train = not method.endswith(SYNC) and name != "deepspeed"
+            saves[method].append(trainer.measure(begin[name], folder, number, train=train))
     return saves
 
 
 def main(work: Path, action: str, *arguments: str) -> None:
-    """Do as a rank what the command line says."""
-    world = distributed.start(["here"] * int(os.environ["WORLD_SIZE"]))
+    """Do the part of one rank."""
+    device = distributed.choose_device(int(os.environ["LOCAL_RANK"]), "here", None)
+    world = distributed.start(["here"] * int(os.environ["WORLD_SIZE"]), device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
     trainer = Trainer(work, world)
-    found = trainer.load(*arguments) if action == "load" else save(trainer, int(arguments[0]), arguments[1:])
+    result: dict[str, Any] = {"parameters": trainer.parameters}
+    if action == "load":
+        result["load"] = trainer.load(*arguments)
+    else:
+        rounds, *methods = arguments
+        result["save"] = save(trainer, int(rounds), methods)
     if world.rank == 0:
-        (work / "found.json").write_text(
-            json.dumps({"parameters": trainer.parameters, action: found}), encoding="utf-8"
-        )
+        (work / "result.json").write_text(json.dumps(result), encoding="utf-8")
     world.barrier()
     distributed.end()
 

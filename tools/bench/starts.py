@@ -1,5 +1,5 @@
-"""The starts of a benchmark: `python -m tools.bench.starts WORK RANK WORLD_SIZE` does what a rank does with
-an index, one thing for each line it reads."""
+"""The benchmark of starts: `python -m tools.bench.starts WORK RANK WORLD_SIZE` is a rank that does with an
+index what each line of its input says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from data.index import SCHEMA, save_sidecar
 from data.loader import Loader
 from data.location import Location
 from data.order import rank_lanes
-from data.samples import Samples
+from data.samples import SampleReader
 from data.sources import Shard
 from data.upload import write
 from tools.bench.report import ROOT, Figures
@@ -40,52 +43,48 @@ SHARES = {
 FRAMES, SECONDS = 3000, 30.0
 POINTS = {"start": 0.0, "middle": 0.5, "end": 0.999}
 """Parts of an epoch that are over when planning begins."""
-NOTHING: Any = None
+NOT_NEEDED: Any = None
+"""What reading would need, and planning does not."""
+KEY_LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
 def make(work: Path, samples: int, shards: int, held_out: float, root: str) -> None:
-    """Sidecars of empty shards below `root`, as full indexes have them, and a config: a sample in 1,000 has a
-    problem, one in 20 is too long."""
+    """Write empty shards below `root`, sidecars for them as full indexes have them, and a config: one sample
+    in 1,000 has a problem, one in 20 is too long."""
     total = sum(SHARES.values())
-    sources = [{"name": name, "shards": f"{root}/{name}/*.tar", "validation": held_out} for name in SHARES]
-    numbers = [
-        (name, number) for name, share in SHARES.items() for number in range(max(1, shards * share // total))
+    locations = [
+        Location(f"{root}/{name}/{name}-{number:06d}.tar")
+        for name, share in SHARES.items()
+        for number in range(max(1, shards * share // total))
     ]
     with ThreadPoolExecutor(storage.REQUESTS) as pool:
-        list(
-            pool.map(
-                lambda shard: write(b"", Location(f"{root}/{shard[0]}/{shard[0]}-{shard[1]:06d}.tar")),
-                numbers,
-            )
-        )
+        list(pool.map(lambda location: write(b"", location), locations))
+    sources = [{"name": name, "shards": f"{root}/{name}/*.tar", "validation": held_out} for name in SHARES]
     sections = {
         "run": {"name": "bench"},
         "model": {"name_or_path": "none"},
         "optim": {"epochs": 1},
         "batch": {"global_size": 64},
+        "data": {"sources": sources, "index_dir": str(work / "index")},
     }
-    config = RunConfig.model_validate(
-        {**sections, "data": {"sources": sources, "index_dir": str(work / "index")}}
-    )
+    config = RunConfig.model_validate(sections)
     (work / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
-    found = dataset.list_shards(config)
-    for number, shard in enumerate(found):
-        _make_sidecar(
-            shard, config, number, samples * (number + 1) // len(found) - samples * number // len(found)
-        )
+    listed = dataset.list_shards(config)
+    bounds = [samples * number // len(listed) for number in range(len(listed) + 1)]
+    for number, shard in enumerate(listed):
+        _make_sidecar(shard, config, seed=number, samples=bounds[number + 1] - bounds[number])
 
 
 def _make_sidecar(shard: Shard, config: RunConfig, seed: int, samples: int) -> None:
     random = np.random.default_rng(seed)
-    letters = random.choice(
-        list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"), (samples, 11)
-    )
+    letters = random.choice(KEY_LETTERS, (samples, 11))
     starts = random.integers(0, 600, samples) * 1000
     keys = [
         f"Y{''.join(name)}_{start:06d}_{start + 10_000:06d}"
         for name, start in zip(letters.tolist(), starts.tolist(), strict=True)
     ]
-    text, audio = random.integers(100, 500, samples), random.integers(20_000, 400_000, samples)
+    text = random.integers(100, 500, samples)
+    audio = random.integers(20_000, 400_000, samples)
     ends = np.cumsum(2048 + audio + audio % 512)  # two headers, the text in a block
     columns = {
         "key": keys,
@@ -99,18 +98,27 @@ def _make_sidecar(shard: Shard, config: RunConfig, seed: int, samples: int) -> N
         "caption_characters": text - 20,
         "problem": np.where(random.random(samples) < 1e-3, "the audio is empty (0 bytes)", "").tolist(),
     }
-    save_sidecar(
-        shard,
-        config.data.index_dir,
-        pa.table(columns, SCHEMA),
-        storage.stat(shard.location),
-        full=True,
-        damage="",
-    )
+    table = pa.table(columns, SCHEMA)
+    stat = storage.stat(shard.location)
+    save_sidecar(shard, config.data.index_dir, table, stat, full=True, damage="")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a process, in megabytes."""
+
+    private: float
+    """Pages of this process alone."""
+    pss: float
+    """Those, and its share of the pages that it has in common with others."""
+    rss: float
+    """All pages that it has."""
+    peak: float
+    """The most that RSS has been."""
 
 
 class Rank:
-    """A process that has imported everything, and now waits to be told."""
+    """A process that has imported everything, and now waits to be told what to do."""
 
     def __init__(self, work: Path, rank: int, world_size: int) -> None:
         command = [sys.executable, "-m", "tools.bench.starts", str(work), str(rank), str(world_size)]
@@ -124,124 +132,146 @@ class Rank:
             encoding="utf-8",
         )
 
-    def tell(self, what: str) -> None:
-        """Have something done: build, open, plan PART."""
+    def tell(self, command: str) -> None:
+        """Begin with a command: build, open, plan PART."""
         assert self.process.stdin
-        print(what, file=self.process.stdin, flush=True)
+        print(command, file=self.process.stdin, flush=True)
 
     def seconds(self) -> float:
-        """What that has taken. Raises EarwitnessError if it failed."""
+        """Wait for the command, or for the imports; returns how long it took. Raises EarwitnessError if it
+        failed."""
         assert self.process.stdout
-        if not (line := self.process.stdout.readline()):
+        line = self.process.stdout.readline()
+        if not line:
             raise EarwitnessError("a process of the benchmark failed; see above")
         return float(line)
 
-    def memory(self) -> Figures:
-        """Megabytes: private to this process, with its share of what others have too (PSS), with all of that
-        (RSS), and the peak of RSS."""
-        place = Path(f"/proc/{self.process.pid}")
-        lines = [
-            *(place / "smaps_rollup").read_text(encoding="utf-8").splitlines()[1:],
-            *(place / "status").read_text(encoding="utf-8").splitlines(),
-        ]
-        size = {
-            name: int(rest.split()[0]) * 1024 / 1e6
-            for name, _, rest in (line.partition(":") for line in lines)
-            if rest.endswith("kB")
-        }
-        return {
-            "private": size["Private_Clean"] + size["Private_Dirty"],
-            "pss": size["Pss"],
-            "rss": size["Rss"],
-            "peak": size["VmHWM"],
-        }
+    def memory(self) -> Memory:
+        """Memory of the process now."""
+        folder = Path(f"/proc/{self.process.pid}")
+        megabytes = {}
+        for file in ("smaps_rollup", "status"):
+            for line in (folder / file).read_text(encoding="utf-8").splitlines():
+                name, _, value = line.partition(":")
+                if value.endswith("kB"):
+                    megabytes[name] = int(value.split()[0]) * 1024 / 1e6
+        return Memory(
+            private=megabytes["Private_Clean"] + megabytes["Private_Dirty"],
+            pss=megabytes["Pss"],
+            rss=megabytes["Rss"],
+            peak=megabytes["VmHWM"],
+        )
 
     def end(self) -> None:
-        """Let it go."""
+        """Kill the process."""
         self.process.kill()
         self.process.communicate()
 
 
 def measure_merge(work: Path) -> Figures:
-    """The first start of a run, on rank 0: from all sidecars to the merged indexes."""
+    """Measure the first start of a run, on rank 0: from all sidecars to the merged indexes."""
     shutil.rmtree(work / "run", ignore_errors=True)
-    (rank,) = ranks = _begin(work, 1)
-    try:
-        before = rank.memory()["rss"]
-        seconds = _all(ranks, "build")
-        return {"seconds": seconds, "peak_megabytes": rank.memory()["peak"] - before}
-    finally:
-        rank.end()
+    with _ranks(work, 1) as (rank,):
+        before = rank.memory()
+        seconds = _slowest([rank], "build")
+        return {"seconds": seconds, "peak_megabytes": rank.memory().peak - before.rss}
 
 
 def measure_start(work: Path, world_size: int) -> Figures:
-    """A later start: seconds of the slowest rank, megabytes of all of them, more than after their imports."""
-    ranks = _begin(work, world_size)
-    try:
+    """Measure a later start: seconds of the slowest rank, and megabytes of all ranks, beyond those that they
+    have after their imports."""
+    with _ranks(work, world_size) as ranks:
         before = [rank.memory() for rank in ranks]
-        check, opening = _all(ranks[:1], "build"), _all(ranks, "open")
-        plans = {f"plan_{point}_seconds": _all(ranks, f"plan {part}") for point, part in POINTS.items()}
+        check = _slowest(ranks[:1], "build")
+        opening = _slowest(ranks, "open")
+        plans = {f"plan_{point}_seconds": _slowest(ranks, f"plan {part}") for point, part in POINTS.items()}
         after = [rank.memory() for rank in ranks]
-        more = {
-            name: sum(now[name] - then[name] for now, then in zip(after, before, strict=True))
-            for name in ("private", "pss")
-        }
         return {
             "check_seconds": check,
             "open_seconds": opening,
             "ready_seconds": check + opening,
             **plans,
             "first_batch_seconds": check + opening + max(plans.values()),
-            "private_megabytes": more["private"],
-            "node_megabytes": more["pss"],
-            "peak_megabytes": after[-1]["peak"] - before[-1]["rss"],
+            "private_megabytes": sum(m.private for m in after) - sum(m.private for m in before),
+            "node_megabytes": sum(m.pss for m in after) - sum(m.pss for m in before),
+            "peak_megabytes": after[-1].peak - before[-1].rss,
         }
+
+
+@contextmanager
+def _ranks(work: Path, world_size: int) -> Iterator[list[Rank]]:
+    """Fresh processes that have imported everything."""
+    ranks = [Rank(work, rank, world_size) for rank in range(world_size)]
+    try:
+        for rank in ranks:
+            rank.seconds()
+        yield ranks
     finally:
         for rank in ranks:
             rank.end()
 
 
-def _begin(work: Path, world_size: int) -> list[Rank]:
-    ranks = [Rank(work, rank, world_size) for rank in range(world_size)]
+def _slowest(ranks: list[Rank], command: str) -> float:
+    """Give all ranks a command at once; returns the seconds of the slowest one."""
     for rank in ranks:
-        rank.seconds()
-    return ranks
-
-
-def _all(ranks: list[Rank], what: str) -> float:
-    """Seconds of the slowest."""
-    for rank in ranks:
-        rank.tell(what)
+        rank.tell(command)
     return max(rank.seconds() for rank in ranks)
 
 
+class _Start:
+    """What a rank does with an index when a run starts, in steps."""
+
+    def __init__(self, work: Path, rank: int, world_size: int) -> None:
+        text = (work / "config.json").read_text(encoding="utf-8")
+        self.config = RunConfig.model_validate_json(text)
+        self.folder = work / "run"
+        self.lanes = rank_lanes(rank, world_size, self.config.batch.global_size)
+
+    def build(self) -> None:
+        """Merge the indexes, or find that they are current."""
+        dataset.build(self.config, self.folder, SECONDS)
+
+    def open_indexes(self) -> None:
+        """Map the merged indexes, and cut the samples into runs."""
+        self.dataset = dataset.open_dataset(self.config, self.folder)
+        self.order = self.dataset.order(self.config, FRAMES)
+        self.steps = self.order.steps_of(self.config.optim.epochs or 1)
+
+    def plan(self, part: float) -> None:
+        """Plan what is read first when that part of an epoch is over."""
+        samples = SampleReader(
+            self.dataset.training,
+            NOT_NEEDED,
+            max_seconds=SECONDS,
+            overlong="skip",
+            seed=0,
+            crash_journal=NOT_NEEDED,
+        )
+        loader = Loader(
+            samples,
+            self.order,
+            self.lanes,
+            range(int(part * self.steps), self.steps),
+            threads=1,
+            read_ahead_mb=self.config.data.read_ahead_mb,
+        )
+        assert loader._plan_step()  # reading would follow, and there is nothing to read
+
+
 def main(work: Path, rank: int, world_size: int) -> None:
-    """Do what is asked for, and print how many seconds it took."""
-    config = RunConfig.model_validate_json((work / "config.json").read_text(encoding="utf-8"))
-    lanes = rank_lanes(rank, world_size, config.batch.global_size)
+    """Do what each line of the input says, and print how many seconds it took."""
+    start = _Start(work, rank, world_size)
     print(0.0, flush=True)
     for line in sys.stdin:
-        what, *arguments = line.split()
+        command, *arguments = line.split()
         began = time.perf_counter()
-        if what == "build":
-            dataset.build(config, work / "run", SECONDS)
-        elif what == "open":
-            found = dataset.open_dataset(config, work / "run")
-            order = found.order(config, FRAMES)
-            total = order.steps_of(config.optim.epochs or 1)
-        else:
-            samples = Samples(
-                found.training, NOTHING, max_seconds=SECONDS, overlong="skip", seed=0, in_hand=NOTHING
-            )
-            loader = Loader(
-                samples,
-                order,
-                lanes,
-                range(int(float(arguments[0]) * total), total),
-                threads=1,
-                read_ahead_mb=config.data.read_ahead_mb,
-            )
-            assert loader._plan_step()  # reading would follow, and there is nothing to read
+        match command:
+            case "build":
+                start.build()
+            case "open":
+                start.open_indexes()
+            case "plan":
+                start.plan(float(arguments[0]))
         print(time.perf_counter() - began, flush=True)
 
 

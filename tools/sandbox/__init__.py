@@ -1,1 +1,2 @@
-"""Real services for this machine alone: an S3 server, a Slurm cluster."""
+"""What Earwitness needs to be tried on one machine: a real S3 server, a proxy that breaks its answers, a real
+Slurm cluster, sounds with captions, and small Whispers."""

@@ -1,5 +1,5 @@
-"""`python -m tools.sandbox slurm|s3|stop`: what Earwitness runs on, on this machine alone, to try it and to
-break it."""
+"""`python -m tools.sandbox slurm|s3|stop`: a Slurm cluster or an S3 server on this machine alone, to try
+Earwitness and to break it."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ def slurm_cluster(
     from tools.sandbox import slurm
 
     cluster = slurm.start(dir, nodes, gpus=gpus, grace_seconds=grace, accounting=accounting)
+    taken = min(2, nodes)
     print(f"""{nodes} nodes are idle. Use them:
   export {_as_exports(cluster.environment)}
   sinfo
   python -m tools.demo --data-only               (what configs/demo.yaml needs, if it is not there yet)
   python -m launch submit configs/demo.yaml run.name=on-slurm
-Take {min(2, nodes)} of them away: partition high preempts jobs of low, the default:
-  sbatch -p high -N{min(2, nodes)} --exclusive --wrap 'sleep 5'
+Take {taken} of them away: partition high preempts jobs of low, the default:
+  sbatch -p high -N{taken} --exclusive --wrap 'sleep 5'
 Stop the cluster and all of its jobs, and remove its folder:
   python -m tools.sandbox stop {cluster.folder}""")
 
@@ -58,9 +59,9 @@ def stop(
     """Stop a Slurm cluster, with all of its jobs, and remove its folder."""
     from tools.sandbox import slurm
 
-    there = dir.exists()
+    existed = dir.exists()
     slurm.stop(dir)
-    print(f"{dir}: stopped and removed" if there else f"{dir}: there is no cluster")
+    print(f"{dir}: stopped and removed" if existed else f"{dir}: there is no cluster")
 
 
 @app.command("s3")
@@ -72,18 +73,18 @@ def s3_server(
         ),
     ] = None,
 ) -> None:
-    """Run an S3 server until Ctrl-C, with a proxy before it that breaks answers as told; what is stored goes
-    with it."""
+    """Run an S3 server until Ctrl-C, with a proxy before it that breaks answers as told; then what was stored
+    is removed."""
     from tools.sandbox import faults, s3
 
-    told = [faults.Fault.parse(text) for text in fault or []]
+    wanted = [faults.Fault.parse(text) for text in fault or []]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt), s3.serve() as server, faults.serve(server.endpoint, told) as proxy:
+    with suppress(KeyboardInterrupt), s3.serve() as server, faults.serve(server.endpoint, wanted) as proxy:
         print(
             f"An S3 server runs until Ctrl-C. In another shell:\n  export {_as_exports(server.environment)}",
             flush=True,
         )
-        if told:
+        if wanted:
             print(f"The same with faults:\n  export AWS_ENDPOINT_URL={proxy.endpoint}", flush=True)
         signal.pause()
 

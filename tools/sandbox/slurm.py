@@ -1,18 +1,17 @@
 """A real Slurm cluster of several nodes on this machine, from Debian's packages, in a folder that is thrown
 away.
 
-Every process of it, daemons and jobs alike, has SLURM_CONF and SLURMD_NODENAME in its environment: Slurm sets
-both for jobs, and the daemons are started with them. By these two they are found and ended, so that clusters
-side by side, and a shell that exports SLURM_CONF, are left alone; only Slurm's commands that wait for the
-cluster in such a shell go with it. Daemons listen on all interfaces, as names need not resolve; the cluster's
-own munge key keeps strangers out.
+Every process of the cluster, daemons and jobs alike, has SLURM_CONF and SLURMD_NODENAME in its environment:
+Slurm sets both for jobs, and the daemons are started with them. These two tell which processes to end, so
+that other clusters, and a shell that exports SLURM_CONF, are left alone; only Slurm's commands that wait for
+the cluster in such a shell are ended with it. Daemons listen on all interfaces, as names need not resolve;
+the cluster's own munge key keeps strangers out.
 """
 
 from __future__ import annotations
 
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
@@ -20,12 +19,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import EarwitnessError
+from configs.ports import free_ports
 from slurm.cluster import run
 
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sinfo": "slurm-client"}
@@ -37,14 +37,19 @@ ACCOUNTING_PACKAGES = {
 }
 FIRST_LINE = "# A cluster of tools.sandbox, to be thrown away."
 CONTROLLER = "controller"
-"""SLURMD_NODENAME of the daemons that are of no node."""
+"""SLURMD_NODENAME of the daemons that belong to no node."""
 CLIENTS = ("srun", "salloc", "sbatch")
+"""Commands that wait for the cluster, and are ended with it."""
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.02
 LONGEST_PATH = 80
-"""Of the folder: a Unix socket's path has 107 bytes at most, and slurmstepd's is
+"""Characters of the folder's path: a Unix socket's has 107 bytes at most, and slurmstepd's is
 FOLDER/n1/n1_12.4294967291."""
+MAIL_PROGRAM = """#!/bin/bash
+# What Slurm would mail goes into a file: -s SUBJECT ADDRESS
+echo "to $3: $2" >>{file}
+"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class Cluster:
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def run(self, *command: str) -> str:
-        """What a command such as sbatch prints; EarwitnessError with its complaint if it fails."""
+        """Run a command such as sbatch; returns what it prints. Raises EarwitnessError with its complaint if
+        it fails."""
         return run(*command, environment=_outside_of_jobs() | self.environment)
 
     @property
@@ -70,12 +76,14 @@ class Cluster:
         return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
     def kill_slurmd(self, node: str) -> None:
-        """Only the daemon dies; what runs on the node lives on."""
-        _end(lambda: [pid for pid in _processes(self.folder, node) if _program_of(pid).startswith("slurmd")])
+        """Kill the daemon of a node; what runs on the node lives on."""
+        _kill_all(
+            lambda: [pid for pid in _processes(self.folder, node) if _program_of(pid).startswith("slurmd")]
+        )
 
     def kill_node(self, node: str) -> None:
-        """The daemon and all job processes of the node die at once, as when a machine loses power."""
-        _end(lambda: _processes(self.folder, node))
+        """Kill the daemon and all job processes of a node at once, as when a machine loses power."""
+        _kill_all(lambda: _processes(self.folder, node))
 
     def start_slurmd(self, node: str) -> None:
         """Bring a node back; returns when Slurm takes it."""
@@ -91,9 +99,10 @@ class Cluster:
 
 
 def check_packages(*, accounting: bool = False) -> None:
-    """EarwitnessError, with the line to type, if Debian's packages are missing."""
+    """Raises EarwitnessError, with the line to type, if Debian's packages are missing."""
     programs = PACKAGES | (ACCOUNTING_PACKAGES if accounting else {})
-    if missing := sorted({package for program, package in programs.items() if not _find(program)}):
+    missing = sorted({package for program, package in programs.items() if not _find(program)})
+    if missing:
         raise EarwitnessError(
             "a Slurm cluster needs packages that are missing here: apt-get install -y"
             f" --no-install-recommends {' '.join(missing)}"
@@ -114,64 +123,50 @@ def start(
     """Start a cluster in `folder` (new or empty) and wait until all nodes are idle.
 
     Partitions: `low`, the default, whose jobs are requeued after `grace_seconds` when `high` wants their
-    nodes. gpus, cpus: of each node, none need exist. kill_wait: seconds from TERM to KILL. extra: lines of
-    slurm.conf, in place of those of the same setting or beside them.
+    nodes. gpus, cpus: of each node; the machine need not have them. kill_wait: seconds from TERM to KILL.
+    extra: lines of slurm.conf, in place of those of the same setting or beside them.
     """
     folder = folder.resolve()
     check_packages(accounting=accounting)
-    if not re.fullmatch(r"[\w./+-]+", str(folder), re.ASCII) or len(str(folder)) > LONGEST_PATH:
-        raise EarwitnessError(
-            f"{folder}: Slurm takes a folder of letters, digits and _ . + - only, and of {LONGEST_PATH}"
-            " characters at most: choose another one"
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise EarwitnessError(
-            f"{folder} is there already: choose another folder, or, if it is a cluster, stop it: python -m"
-            f" tools.sandbox stop {folder}"
-        )
+    _check_folder(folder)
     cluster = Cluster(folder, tuple(f"n{number}" for number in range(1, nodes + 1)))
-    ports = _free_ports(nodes + 2)
-    settings = _settings(folder, ports) | {"KillWait": kill_wait} | ({"GresTypes": "gpu"} if gpus else {})
+    controller_port, accounting_port, *node_ports = free_ports(nodes + 2)
+    name = f"sandbox{controller_port}"
+    settings = _settings(folder, name, controller_port) | {"KillWait": kill_wait}
     if accounting:
-        settings |= {
-            "AccountingStorageType": "accounting_storage/slurmdbd",
-            "AccountingStorageHost": "127.0.0.1",
-        }
-        settings |= {"AccountingStoragePort": ports[1], "AccountingStoragePass": folder / "munge.sock"}
-    given = {line.partition("=")[0].strip().lower() for line in extra}
-    names = f"n[1-{nodes}]"
+        settings |= _accounting_settings(folder, accounting_port)
+    node_names = f"n[1-{nodes}]"
+    node_line = (
+        f"NodeName={node_names} NodeHostname={_hostname()} NodeAddr=127.0.0.1"
+        f" Port=[{node_ports[0]}-{node_ports[-1]}] CPUs={cpus} RealMemory=16000"
+    )
+    gres = ""
+    if gpus:
+        settings["GresTypes"] = "gpu"
+        node_line += f" Gres=gpu:{gpus}"
+        gres = f"NodeName={node_names} Name=gpu File={folder}/gpu[0-{gpus - 1}]\n"
+    replaced = {line.partition("=")[0].strip().lower() for line in extra}
     lines = [
         FIRST_LINE,
-        *(f"{key}={value}" for key, value in settings.items() if key.lower() not in given),
+        *(f"{key}={value}" for key, value in settings.items() if key.lower() not in replaced),
         *extra,
-        f"NodeName={names} NodeHostname={_hostname()} NodeAddr=127.0.0.1 Port=[{ports[2]}-{ports[-1]}]"
-        f" CPUs={cpus} RealMemory=16000" + (f" Gres=gpu:{gpus}" if gpus else ""),
-        (
-            "PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE"
-            f" GraceTime={grace_seconds}"
-        ),
+        node_line,
+        "PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE"
+        f" GraceTime={grace_seconds}",
         "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF",
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "slurm.conf").write_text("\n".join(lines) + "\n", encoding="utf-8")
     try:
         folder.chmod(0o755)  # whatever the umask is: munged wants its socket within everybody's reach
-        for number in range(gpus):
-            (folder / f"gpu{number}").symlink_to(
-                "/dev/null"
-            )  # Slurm wants a character device, and only looks at it
-        (folder / "mail.sh").write_text(
-            '#!/bin/bash\n# What Slurm would mail goes into a file: -s SUBJECT ADDRESS\necho "to $3: $2"'
-            f" >>{folder}/mail\n",
-            encoding="utf-8",
-        )
+        for number in range(gpus):  # Slurm wants a character device, and only looks at it
+            (folder / f"gpu{number}").symlink_to("/dev/null")
+        (folder / "gres.conf").write_text(gres, encoding="utf-8")
+        (folder / "mail.sh").write_text(MAIL_PROGRAM.format(file=folder / "mail"), encoding="utf-8")
         (folder / "mail.sh").chmod(0o755)
-        (folder / "gres.conf").write_text(
-            f"NodeName={names} Name=gpu File={folder}/gpu[0-{gpus - 1}]\n" if gpus else "", encoding="utf-8"
-        )
         _start_munge(folder)
         if accounting:
-            _start_accounting(cluster, settings["ClusterName"], ports[1])
+            _start_accounting(cluster, name, accounting_port)
         _start_daemon(folder, CONTROLLER, "slurmctld", "-f", cluster.environment["SLURM_CONF"])
         for node in cluster.nodes:
             (folder / node).mkdir(mode=0o755)
@@ -188,22 +183,24 @@ def start(
 
 
 def stop(folder: Path) -> None:
-    """Kill every process of the cluster in `folder`, jobs' too, and remove the folder; half a cluster will
-    do, or none."""
+    """Kill every process of the cluster in `folder`, those of jobs too, and remove the folder. The cluster
+    may be half started, or gone."""
     folder = folder.resolve()
-    conf, there = folder / "slurm.conf", folder.exists()
-    if there and not (conf.is_file() and conf.read_text(encoding="utf-8").startswith(FIRST_LINE)):
+    conf = folder / "slurm.conf"
+    existed = folder.exists()
+    is_ours = conf.is_file() and conf.read_text(encoding="utf-8").startswith(FIRST_LINE)
+    if existed and not is_ours:
         raise EarwitnessError(
             f"{folder}: no cluster of tools.sandbox is in it; nothing is stopped or removed"
         )
-    _end(lambda: _processes(folder))
-    if there:
+    _kill_all(lambda: _processes(folder))
+    if existed:
         shutil.rmtree(folder)
 
 
 @contextmanager
 def serve(folder: Path, nodes: int = 4, **options: Any) -> Iterator[Cluster]:
-    """A cluster as `start` makes it, stopped at the end, whatever the end is."""
+    """A cluster as `start` makes it, stopped at the end, also after an error."""
     cluster = start(folder, nodes, **options)
     try:
         yield cluster
@@ -211,11 +208,27 @@ def serve(folder: Path, nodes: int = 4, **options: Any) -> Iterator[Cluster]:
         stop(folder)
 
 
-def _settings(folder: Path, ports: Sequence[int]) -> dict[str, object]:
+def _check_folder(folder: Path) -> None:
+    """Raises EarwitnessError if a cluster cannot be started in this folder."""
+    if not re.fullmatch(r"[\w./+-]+", str(folder), re.ASCII) or len(str(folder)) > LONGEST_PATH:
+        raise EarwitnessError(
+            f"{folder}: Slurm takes a folder of letters, digits and _ . + - only, and of {LONGEST_PATH}"
+            " characters at most: choose another one"
+        )
+    is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_empty:
+        raise EarwitnessError(
+            f"{folder} is there already: choose another folder, or, if it is a cluster, stop it: python -m"
+            f" tools.sandbox stop {folder}"
+        )
+
+
+def _settings(folder: Path, name: str, port: int) -> dict[str, object]:
+    """Settings of slurm.conf. name: of the cluster; port: of its controller."""
     return {
-        "ClusterName": f"sandbox{ports[0]}",
+        "ClusterName": name,
         "SlurmctldHost": f"{_hostname()}(127.0.0.1)",
-        "SlurmctldPort": ports[0],
+        "SlurmctldPort": port,
         "SlurmUser": _user(),
         "SlurmdUser": _user(),
         "AuthType": "auth/munge",
@@ -242,6 +255,15 @@ def _settings(folder: Path, ports: Sequence[int]) -> dict[str, object]:
     }
 
 
+def _accounting_settings(folder: Path, port: int) -> dict[str, object]:
+    return {
+        "AccountingStorageType": "accounting_storage/slurmdbd",
+        "AccountingStorageHost": "127.0.0.1",
+        "AccountingStoragePort": port,
+        "AccountingStoragePass": folder / "munge.sock",
+    }
+
+
 def _start_munge(folder: Path) -> None:
     (folder / "munge.key").touch(mode=0o600)
     (folder / "munge.key").write_bytes(os.urandom(128))
@@ -263,9 +285,9 @@ def _start_munge(folder: Path) -> None:
     )
 
 
-def _start_accounting(cluster: Cluster, name: object, port: int) -> None:
-    """A slurmdbd over a MariaDB of its own, which only its user can reach: its socket lies in its data
-    folder, of mode 0700."""
+def _start_accounting(cluster: Cluster, name: str, port: int) -> None:
+    """Start a slurmdbd with a MariaDB of its own, which only its user can reach: its socket lies in its data
+    folder, of mode 0700. name: of the cluster."""
     data = cluster.folder / "mariadb"
     data.mkdir(mode=0o700)
     database = ("--no-defaults", f"--datadir={data}", f"--user={_user()}")
@@ -311,7 +333,7 @@ def _start_accounting(cluster: Cluster, name: object, port: int) -> None:
         "slurmdbd did not come up",
         cluster.folder / "slurmdbd.log",
     )
-    cluster.run("sacctmgr", "--immediate", "add", "cluster", str(name))
+    cluster.run("sacctmgr", "--immediate", "add", "cluster", name)
 
 
 def _start_daemon(
@@ -322,14 +344,15 @@ def _start_daemon(
     background: bool = False,
     variables: Mapping[str, str] | None = None,
 ) -> None:
-    """Run a program until it has put itself into the background, or put it there."""
-    log = (folder if node == CONTROLLER else folder / node) / f"{program}.log"
-    environment = (
-        _outside_of_jobs()
-        | {"SLURM_CONF": str(folder / "slurm.conf"), "SLURMD_NODENAME": node}
-        | dict(variables or {})
-    )
-    command = [*(("setsid", "--fork") if background else ()), str(_find(program)), *arguments]
+    """Run a program until it has put itself into the background; or, with `background`, put it there."""
+    log_folder = folder if node == CONTROLLER else folder / node
+    log = log_folder / f"{program}.log"
+    environment = _outside_of_jobs()
+    environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "SLURMD_NODENAME": node}
+    environment |= variables or {}
+    command = [str(_find(program)), *arguments]
+    if background:
+        command = ["setsid", "--fork", *command]
     with log.open("ab") as output:
         done = subprocess.run(
             command,
@@ -348,27 +371,37 @@ def _start_daemon(
 def _processes(folder: Path, node: str | None = None) -> list[int]:
     """The PIDs of one node, or of the whole cluster and of the commands that wait for it, oldest first; never
     this process."""
-    found = []
+    pids = []
     for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
         try:
-            variables = dict(
-                line.partition("=")[::2]
-                for line in os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
-            )
+            variables = _environment_of(pid)
         except OSError:  # it has ended, or is another user's
             continue
         if pid == os.getpid() or variables.get("SLURM_CONF") != f"{folder}/slurm.conf":
             continue
-        on = variables.get("SLURMD_NODENAME")
-        if on == node if node else on or _program_of(pid) in CLIENTS:
-            found.append(pid)
-    return found
+        process_node = variables.get("SLURMD_NODENAME", "")
+        if node is None:
+            is_wanted = process_node != "" or _program_of(pid) in CLIENTS
+        else:
+            is_wanted = process_node == node
+        if is_wanted:
+            pids.append(pid)
+    return pids
 
 
-def _end(find: Callable[[], list[int]]) -> None:
-    """Kill what `find` finds until it finds nothing."""
+def _environment_of(pid: int) -> dict[str, str]:
+    """The environment that a process was started with. Raises OSError."""
+    variables = {}
+    for line in os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0"):
+        name, _, value = line.partition("=")
+        variables[name] = value
+    return variables
+
+
+def _kill_all(list_pids: Callable[[], list[int]]) -> None:
+    """Kill the listed processes until the list is empty."""
     deadline = time.monotonic() + STOP_SECONDS
-    while pids := find():
+    while pids := list_pids():
         if time.monotonic() > deadline:
             raise EarwitnessError(
                 f"processes {', '.join(map(str, pids))} do not die: look at them with ps, and stop the"
@@ -381,15 +414,17 @@ def _end(find: Callable[[], list[int]]) -> None:
 
 
 def _await(condition: Callable[[], bool], trouble: str, log: Path) -> None:
-    deadline, said = time.monotonic() + START_SECONDS, ""
+    """Wait until a condition holds. Raises EarwitnessError, with the end of a log, if that takes too long."""
+    deadline = time.monotonic() + START_SECONDS
+    complaint = ""
     while time.monotonic() < deadline:
         try:
             if condition():
                 return
         except EarwitnessError as error:
-            said = f" ({error})"
+            complaint = f" ({error})"
         time.sleep(POLL_SECONDS)
-    raise EarwitnessError(f"{trouble} in {START_SECONDS:.0f} s{said}:\n{_last_lines(log)}")
+    raise EarwitnessError(f"{trouble} in {START_SECONDS:.0f} s{complaint}:\n{_last_lines(log)}")
 
 
 def _listens(family: socket.AddressFamily, address: str | tuple[str, int]) -> bool:
@@ -397,26 +432,17 @@ def _listens(family: socket.AddressFamily, address: str | tuple[str, int]) -> bo
         return probe.connect_ex(address) == 0
 
 
-def _free_ports(count: int) -> list[int]:
-    """So many free ports in a row, below 32768: from there on the kernel gives them to anybody."""
-    while True:
-        ports = range(first := random.SystemRandom().randrange(12_000, 32_768 - count), first + count)
-        with ExitStack() as stack, suppress(OSError):
-            for port in ports:
-                stack.enter_context(socket.socket()).bind(("", port))
-            return list(ports)
-
-
 def _outside_of_jobs() -> dict[str, str]:
-    """The environment without what a job of another cluster, in which this may run, would tell Slurm's
-    commands."""
-    return {
-        key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH_", "SALLOC_"))
-    }
+    """The environment without the variables by which a job of another cluster, if this runs in one, would
+    steer Slurm's commands."""
+    of_slurm = ("SLURM", "SBATCH_", "SALLOC_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(of_slurm)}
 
 
 def _find(program: str) -> str | None:
-    return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
+    """The path of a program; daemons lie in folders that only root has in its PATH."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    return shutil.which(program, path=path)
 
 
 def _program_of(pid: int) -> str:
@@ -427,11 +453,9 @@ def _program_of(pid: int) -> str:
 
 
 def _last_lines(log: Path) -> str:
-    return (
-        "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
-        if log.exists()
-        else ""
-    )
+    if not log.exists():
+        return ""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
 
 
 def _hostname() -> str:

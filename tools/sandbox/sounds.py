@@ -1,8 +1,8 @@
-"""Sounds that are made here, with captions that say what is in them: kind, number, length, pitch and order.
+"""Sounds made from numbers, with captions that say what is in them: kind, number, length, pitch and order.
 
 A caption describes one or two groups of equal sounds, as "Two short high beeps then one long low buzz." A
-tenth of all captions is held out, by SHA-256 of the text: none of these occurs in training (nor may a
-tokenizer see it), so a model that gets one right has put it together.
+tenth of all captions is held out, chosen by the SHA-256 of their text: none of these occurs in training, and
+no tokenizer is trained on them. So a model that gets one right has put it together from what it knows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PITCHES = {"low": (200, 300), "middle": (600, 900), "high": (1800, 2600)}  # Hz
 LENGTHS = {"short": 0.2, "long": 0.5}  # seconds
 NUMBERS = ("one", "two", "three", "four")
 PAUSE, PAUSE_OF_GROUPS = 0.15, 0.4  # seconds
-EDGE = 0.01  # seconds of fading in and out
+EDGE = 0.01  # seconds in which a sound fades in, and out
 LONGEST = 4.0
 """Seconds that no clip exceeds."""
 HELD_OUT = 0.1
@@ -42,12 +42,14 @@ class Group:
     count: int
 
     def __str__(self) -> str:
-        plural = "" if self.count == 1 else "es" if self.kind.endswith("z") else "s"
-        return f"{NUMBERS[self.count - 1]} {self.length} {self.pitch} {self.kind}{plural}"
+        ending = ""
+        if self.count > 1:
+            ending = "es" if self.kind.endswith("z") else "s"
+        return f"{NUMBERS[self.count - 1]} {self.length} {self.pitch} {self.kind}{ending}"
 
 
 def caption_of(groups: list[Group]) -> str:
-    """What is to be heard, in a sentence."""
+    """A sentence that says what is to be heard."""
     text = " then ".join(map(str, groups))
     return f"{text.capitalize()}."
 
@@ -61,45 +63,47 @@ def write_clips(folder: Path, training: int, held_out: int, seed: int) -> Path:
     """Write that many clips as FLAC and a CSV (file, caption, split = train or held-out); returns the CSV."""
     (folder / "train").mkdir(parents=True)
     (folder / "held-out").mkdir()
-    numbers = [("train", number) for number in range(training)] + [
-        ("held-out", number) for number in range(held_out)
-    ]
+    splits = ["train"] * training + ["held-out"] * held_out
+    numbers = [*range(training), *range(held_out)]
     with ProcessPoolExecutor() as pool:
-        rows = list(pool.map(partial(_write_clip, folder, seed), numbers, chunksize=64))
+        rows = list(pool.map(partial(_write_clip, folder, seed), splits, numbers, chunksize=64))
     table = folder / "clips.csv"
     with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerows([("file", "caption", "split"), *rows])
+        writer = csv.DictWriter(file, ["file", "caption", "split"])
+        writer.writeheader()
+        writer.writerows(rows)
     return table
 
 
-def _write_clip(folder: Path, seed: int, number: tuple[str, int]) -> tuple[str, str, str]:
-    split, place = number
-    random = np.random.default_rng([seed, split == "train", place])
+def _write_clip(folder: Path, seed: int, split: str, number: int) -> dict[str, str]:
+    """Write clip `number` of a split; returns its row of the CSV."""
+    random = np.random.default_rng([seed, int(split == "train"), number])
     groups = _draw(random)
     while is_held_out(caption_of(groups)) != (split == "held-out"):
         groups = _draw(random)
-    file = f"{split}/{place:05d}.flac"
+    file = f"{split}/{number:05d}.flac"
     soundfile.write(folder / file, _clip(random, groups), SAMPLE_RATE)
-    return file, caption_of(groups), split
+    return {"file": file, "caption": caption_of(groups), "split": split}
 
 
 def _draw(random: np.random.Generator) -> list[Group]:
-    several = bool(random.integers(2))
+    """One group of one to four sounds, or two groups of one or two each."""
+    two = bool(random.integers(2))
 
     def group() -> Group:
-        count = int(random.integers(1, 3 if several else 5))
+        count = int(random.integers(1, 3 if two else 5))
         return Group(
-            str(random.choice(KINDS)),
-            str(random.choice(list(PITCHES))),
-            str(random.choice(list(LENGTHS))),
-            count,
+            kind=str(random.choice(KINDS)),
+            pitch=str(random.choice(list(PITCHES))),
+            length=str(random.choice(list(LENGTHS))),
+            count=count,
         )
 
-    return [group(), group()] if several else [group()]
+    return [group(), group()] if two else [group()]
 
 
 def _clip(random: np.random.Generator, groups: list[Group]) -> Waveform:
+    """A clip of these groups: (n,) at 16 kHz, with pauses and a little noise."""
     parts = [np.zeros(int(random.uniform(0.05, 0.3) * SAMPLE_RATE))]
     for group in groups:
         for _ in range(group.count):
@@ -111,19 +115,28 @@ def _clip(random: np.random.Generator, groups: list[Group]) -> Waveform:
 
 
 def _sound(random: np.random.Generator, group: Group) -> Waveform:
+    """One sound of a group: (n,) at 16 kHz."""
     seconds = LENGTHS[group.length]
     time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     pitch = random.uniform(*PITCHES[group.pitch])
-    glide = {"rising tone": (1.0, 1.0), "falling tone": (2.0, -1.0)}.get(
-        group.kind, (1.0, 0.0)
-    )  # pitch at the start, and its change
-    phase = 2 * np.pi * pitch * (glide[0] * time + glide[1] * time**2 / (2 * seconds))
-    if group.kind == "noise burst":
-        spectrum = np.fft.rfft(random.standard_normal(len(time)))
-        frequency = np.fft.rfftfreq(len(time), 1 / SAMPLE_RATE)
-        spectrum[(frequency < 0.7 * pitch) | (frequency > 1.4 * pitch)] = 0
-        wave = np.fft.irfft(spectrum, len(time))
-        wave /= np.abs(wave).max()
-    else:
-        wave = 0.5 * np.sign(np.sin(phase)) if group.kind == "buzz" else np.sin(phase)
+    match group.kind:
+        case "beep":
+            wave = np.sin(2 * np.pi * pitch * time)
+        case "buzz":
+            wave = 0.5 * np.sign(np.sin(2 * np.pi * pitch * time))
+        case "rising tone":  # from the pitch to twice the pitch
+            wave = np.sin(2 * np.pi * pitch * (time + time**2 / (2 * seconds)))
+        case "falling tone":  # from twice the pitch to the pitch
+            wave = np.sin(2 * np.pi * pitch * (2 * time - time**2 / (2 * seconds)))
+        case _:
+            wave = _noise(random, len(time), pitch)
     return wave * np.minimum(1, np.minimum(time, time[::-1]) / EDGE)
+
+
+def _noise(random: np.random.Generator, length: int, pitch: float) -> Waveform:
+    """Noise in a band around a pitch (Hz)."""
+    spectrum = np.fft.rfft(random.standard_normal(length))
+    frequency = np.fft.rfftfreq(length, 1 / SAMPLE_RATE)
+    spectrum[(frequency < 0.7 * pitch) | (frequency > 1.4 * pitch)] = 0
+    wave = np.fft.irfft(spectrum, length)
+    return wave / np.abs(wave).max()

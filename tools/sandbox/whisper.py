@@ -1,4 +1,4 @@
-"""Small Whispers with a tokenizer of their own, made here: what the demo and the tests start from."""
+"""Small Whispers with a tokenizer of their own: what the demo, the tests and the benchmarks start from."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def make_whisper(
     """
     fast = _tokenizer(captions)
     ids: dict[str, Any] = {token: fast.convert_tokens_to_ids(token) for token in SPECIAL}
-    end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
+    end = ids["<|endoftext|>"]
     special: dict[str, Any] = {
         "bos_token_id": end,
         "eos_token_id": end,
         "pad_token_id": end,
-        "decoder_start_token_id": start,
+        "decoder_start_token_id": ids["<|startoftranscript|>"],
     }
     heads = max(2, width // 64)
     config = WhisperConfig(
@@ -74,9 +74,8 @@ def make_whisper(
         begin_suppress_tokens=None,
         **special,
     )
-    banned = sorted(
-        {fast.encode(symbol, add_special_tokens=False)[0] for symbol in '":([#'}
-    )  # as published Whispers have it
+    # Published Whispers ban symbols, too.
+    banned = sorted({fast.encode(symbol, add_special_tokens=False)[0] for symbol in '":([#'})
     generation = GenerationConfig(
         suppress_tokens=banned,
         begin_suppress_tokens=[end],
@@ -91,9 +90,8 @@ def make_whisper(
     )
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
-    WhisperProcessor(WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds), fast).save_pretrained(
-        folder
-    )
+    extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds)
+    WhisperProcessor(extractor, fast).save_pretrained(folder)
     return folder
 
 
@@ -101,17 +99,11 @@ def _tokenizer(captions: Iterable[str]) -> WhisperTokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=390, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        ),
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=390, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
     tokenizer.add_special_tokens(list(SPECIAL))
+    end = SPECIAL[0]
     return WhisperTokenizer(
-        tokenizer_object=tokenizer,
-        bos_token=SPECIAL[0],
-        eos_token=SPECIAL[0],
-        unk_token=SPECIAL[0],
-        pad_token=SPECIAL[0],
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, pad_token=end
     )

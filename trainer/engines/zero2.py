@@ -1,6 +1,8 @@
 """DeepSpeed ZeRO-2 in BF16 with fp32 masters, accumulation and communication. The one file that touches
 DeepSpeed's private attributes."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import logging
@@ -10,9 +12,15 @@ from typing import Any
 
 import torch
 
-os.environ.setdefault(
-    "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
-)  # found by DeepSpeed too, but with a warning
+
+def _accelerator() -> str:
+    """What the ranks compute on, which may be the CPU of a node that has GPUs."""
+    if torch.distributed.is_initialized():
+        return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+os.environ.setdefault("DS_ACCELERATOR", _accelerator())  # read when DeepSpeed is imported
 import deepspeed
 import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger

@@ -21,7 +21,7 @@ class _S3(S3FileSystem):
 
 
 def read(task: Task) -> Iterator[Ready]:
-    """Without `map`, which would cost more."""
+    """Batches without `map`, which would cost more."""
     fsspec.register_implementation("s3", _S3, clobber=True)
     prepare = Preparation(task.model)
     samples = load_dataset(
@@ -35,6 +35,6 @@ def read(task: Task) -> Iterator[Ready]:
     for batch in samples.iter(batch_size=BATCH):
         yield prepare(
             [audio["array"] for audio in batch[task.ending]],
-            [about["caption"] for about in batch["json"]],
+            [values["caption"] for values in batch["json"]],
             batch["__key__"],
         )

@@ -1,5 +1,5 @@
-"""Earwitness, with one decoding thread and the defaults of its settings; log-mel, as for the others, on the
-CPU."""
+"""Earwitness, with one decoding thread and otherwise default settings; log-mel is computed on the CPU, as for
+the others."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from data.batch import Batch, collate
 from data.captions import CaptionEncoder, prefix_tokens
 from data.features import log_mel
 from data.loader import Loader
-from data.samples import Samples
+from data.samples import SampleReader
 from tools.bench.readers import BATCH, MELS, SECONDS, SEED, Ready, Task
 
 
 def read(task: Task) -> Iterator[Ready]:
-    """Batches, with the features computed by this thread."""
+    """Batches with log-mel features, which this thread computes."""
     for batch in batches(task):
         features = log_mel(batch.waveforms, batch.lengths, batch.window, MELS)
         yield Ready(features, batch.labels, [key.rpartition("/")[2] for key in batch.keys])
 
 
 def batches(task: Task) -> Iterator[Batch]:
-    """As a run begins: merge the indexes, open them, and load."""
-    data = {"sources": [{"name": "clips", "shards": task.shards}], "index_dir": task.index_dir, "threads": 1}
+    """Batches as a run has them: indexes are merged and opened, then samples are read."""
+    sources = [{"name": "clips", "shards": task.shards}]
     sections = {
         "run": {"name": "bench", "seed": SEED},
         "model": {"name_or_path": task.model},
+        "data": {"sources": sources, "index_dir": task.index_dir, "threads": 1},
         "batch": {"global_size": BATCH},
         "optim": {"max_steps": 1},
     }
-    config = validate(sections | {"data": data}, "bench")
+    config = validate(sections, "bench")
     dataset.build(config, Path(task.work), SECONDS)
-    found = dataset.open_dataset(config, Path(task.work))
+    clips = dataset.open_dataset(config, Path(task.work))
     tokenizer = WhisperProcessor.from_pretrained(task.model).tokenizer
     encoder = CaptionEncoder(
         tokenizer,
@@ -46,21 +47,22 @@ def batches(task: Task) -> Iterator[Batch]:
         positions=64,
         long_caption="truncate",
     )
-    samples = Samples(
-        found.training,
+    samples = SampleReader(
+        clips.training,
         encoder,
         max_seconds=SECONDS,
         overlong=config.data.overlong,
         seed=SEED,
-        in_hand=CrashJournal(decoding_threads(config.data)),
+        crash_journal=CrashJournal(decoding_threads(config.data)),
     )
-    order = found.order(config, 100 * SECONDS)
-    for step in Loader(
+    order = clips.order(config, 100 * SECONDS)
+    loader = Loader(
         samples,
         order,
         range(BATCH),
         range(1 << 40),
         threads=decoding_threads(config.data),
         read_ahead_mb=config.data.read_ahead_mb,
-    ):
+    )
+    for step in loader:
         yield collate(step.samples, order.window(step.number), tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""litdata, from chunks in its own format. It has no audio of its own: decoded as for webdataset."""
+"""litdata, from chunks in its own format. It has no audio decoder: clips are decoded as for webdataset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tools.bench.readers import BATCH, SEED, Preparation, Ready, Task, decode
 
 
 def convert(shards: Path, out: Path) -> None:
-    """Write the samples of a folder of tars to chunks."""
+    """Write the samples of a folder of tars as chunks."""
     litdata.optimize(
         _samples,
         [str(shard) for shard in sorted(shards.iterdir())],
@@ -35,8 +35,8 @@ def _samples(shard: str) -> Iterator[dict[str, Any]]:
 
 
 def read(task: Task) -> Iterator[Ready]:
-    """Chunks of a bucket are copied to a folder before they are read; the cache is kept so small that each
-    epoch reads them anew."""
+    """Batches from chunks. Those in a bucket are copied to a folder before they are read; this cache is so
+    small that each epoch reads them anew."""
     prepare = Preparation(task.model)
     downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # it has no setting for an endpoint without TLS
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]} if "://" in task.chunks else {}
@@ -51,7 +51,7 @@ def read(task: Task) -> Iterator[Ready]:
     endless = itertools.chain.from_iterable(itertools.repeat(samples))
     while batch := list(itertools.islice(endless, BATCH)):
         yield prepare(
-            [decode(one["audio"]) for one in batch],
-            [one["caption"] for one in batch],
-            [one["key"] for one in batch],
+            [decode(sample["audio"]) for sample in batch],
+            [sample["caption"] for sample in batch],
+            [sample["key"] for sample in batch],
         )

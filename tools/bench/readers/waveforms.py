@@ -9,6 +9,6 @@ from tools.bench.readers import Ready, Task, earwitness
 
 
 def read(task: Task) -> Iterator[Ready]:
-    """The waveforms take the place of the features."""
+    """Batches with waveforms in place of features."""
     for batch in earwitness.batches(task):
         yield Ready(batch.waveforms, batch.labels, [key.rpartition("/")[2] for key in batch.keys])

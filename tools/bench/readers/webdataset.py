@@ -21,23 +21,17 @@ def _client() -> Any:
 
 
 def _open(url: str, *_: object) -> Any:
-    place = urlsplit(url)
-    return _client().get_object(Bucket=place.netloc, Key=place.path[1:])["Body"]
+    parts = urlsplit(url)
+    return _client().get_object(Bucket=parts.netloc, Key=parts.path[1:])["Body"]
 
 
 def read(task: Task) -> Iterator[Ready]:
-    """Shuffle shards, then samples; decode and batch."""
+    """Batches of decoded samples; shards are shuffled, then samples."""
     gopen_schemes["s3"] = _open
     prepare = Preparation(task.model)
-    samples = webdataset.WebDataset(task.shards, shardshuffle=100, seed=SEED, empty_check=False).shuffle(
-        SHUFFLE, seed=SEED
-    )
-    audio = webdataset.handle_extension(task.ending, decode)
-    for batch in (
-        samples.decode(audio)
-        .to_tuple(task.ending, "json", "__key__")
-        .batched(BATCH, collation_fn=None)
-        .repeat()
-    ):
-        waveforms, about, keys = zip(*batch, strict=True)
-        yield prepare(waveforms, [one["caption"] for one in about], keys)
+    shards = webdataset.WebDataset(task.shards, shardshuffle=100, seed=SEED, empty_check=False)
+    samples = shards.shuffle(SHUFFLE, seed=SEED).decode(webdataset.handle_extension(task.ending, decode))
+    batches = samples.to_tuple(task.ending, "json", "__key__").batched(BATCH, collation_fn=None)
+    for batch in batches.repeat():
+        waveforms, values, keys = zip(*batch, strict=True)
+        yield prepare(waveforms, [value["caption"] for value in values], keys)

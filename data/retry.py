@@ -1,0 +1,224 @@
+"""What is tried again, and for how long; and how often that was needed.
+
+What passes (a connection that breaks, stalls or trickles, a busy server, a name that does not resolve) is
+tried again until nothing more has come for `Limits.give_up` seconds; what does not pass (missing, forbidden,
+replaced) fails at once.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from aiohttp import ClientError as HttpError
+from aiohttp import ClientResponseError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+from botocore.parsers import ResponseParserError
+from fsspec import AbstractFileSystem
+from huggingface_hub.errors import HfHubHTTPError
+
+from configs.errors import DataError, ShardError
+from data.location import Location, open_filesystem, renew
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long storage is waited for, in seconds, and how fast it must be."""
+
+    answer: float = 10.0
+    """Seconds until an answer begins."""
+    stall: float = 10.0
+    """Seconds between two pieces of a body."""
+    window: float = 5.0
+    """Seconds over which the rate is measured."""
+    rate: float = 64e3
+    """Bytes per second below which another connection is tried."""
+    hedge: float = 1.0
+    """Seconds before a second request is sent along with a first one that is late; at least five times the
+    usual."""
+    give_up: float = 100.0
+    """Seconds without progress before it fails: fewer than a watchdog waits, so that the storage is named and
+    not a hang."""
+    warn: float = 10.0
+    """Seconds of trouble before a warning."""
+    first_pause: float = 0.2
+    """Seconds, at most, before the second try; each failure doubles them, and a random part is waited."""
+    longest_pause: float = 4.0
+    """Seconds, at most, before any try."""
+
+
+LIMITS = Limits()
+STATS: Counter[str] = Counter()
+"""Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and the bytes that
+came from the cache (cached) and from this machine's file systems (local)."""
+HubError: type[Exception] = HfHubHTTPError.__bases__[0]
+"""The HTTPError of httpx or httpx2, whichever this huggingface_hub has."""
+FAILURES: tuple[type[Exception], ...] = (
+    OSError,
+    EOFError,
+    BotoCoreError,
+    ClientError,
+    HttpError,
+    HubError,
+    ResponseParserError,
+    ValueError,
+    TypeError,
+)
+"""Failures of file systems; whether one passes, `_judge` says."""
+NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+"""These pass when whoever changes the keys has done so."""
+REFUSED = {"InvalidToken", "AuthorizationHeaderMalformed"}
+"""Denied, although the status is 400."""
+
+
+class Trouble:
+    """What failed so far while one thing is done (`what`, as `read its size`), and whether it is tried
+    again."""
+
+    def __init__(self, location: Location, what: str) -> None:
+        self.location, self.what = location, what
+        self.failures, self.since = 0, time.monotonic()
+        self._renewed = self._warned = False
+        self._filesystem: AbstractFileSystem | None = None
+
+    def open(self) -> tuple[AbstractFileSystem, str]:
+        """As `open_filesystem`; each try takes what that gives now."""
+        self._filesystem, path = open_filesystem(self.location)
+        return self._filesystem, path
+
+    def progressed(self) -> None:
+        """Enough has come that the time begins anew."""
+        self.since, self.failures = time.monotonic(), self.failures // 2
+
+    def failed(self, error: Exception) -> float:
+        """Seconds to wait before the next try. Raises DataError for what does not pass, ShardError once it
+        lasts too long."""
+        self.failures += 1
+        STATS["retries"] += 1
+        failure = f"{self.location.url}: cannot {self.what}"
+        verdict = _judge(error)
+        if verdict.credentials and not self.location.is_local:
+            renew(self.location, self._filesystem)
+            if not self._renewed:
+                self._renewed = True
+                return 0.0
+        if verdict.reason:
+            raise DataError(f"{failure}: {verdict.reason}. {advice(self.location)}") from error
+        said = str(error) or type(error).__name__
+        if verdict.credentials:
+            said += " (have the keys expired?)"
+        if self.location.is_local:
+            raise ShardError(f"{failure}: {said}") from error
+        seconds = time.monotonic() - self.since
+        if seconds > LIMITS.give_up:
+            tried = f"{seconds:.0f} s without progress, {self.failures} failures, the last: {said}"
+            raise ShardError(f"{failure}: {tried}. {advice(self.location)}") from error
+        if seconds > LIMITS.warn and not self._warned:
+            self._warned = True
+            print(
+                f"{failure} for {seconds:.0f} s now, and goes on trying for {LIMITS.give_up:.0f}: {said}",
+                file=sys.stderr,
+                flush=True,
+            )
+        doubled = LIMITS.first_pause * 2 ** min(self.failures, 10)
+        return random.uniform(0, min(LIMITS.longest_pause, doubled))
+
+    def retry(self, action: Callable[[Any, str], T]) -> T:
+        """What an action gives with the file system and the path in it, tried again as long as `failed`
+        allows. Raises what that raises."""
+        while True:
+            try:
+                return action(*self.open())
+            except FAILURES as error:
+                time.sleep(self.failed(error))
+
+
+def received() -> int:
+    """Bytes that have come since this process began, from wherever: as long as they do, nothing hangs."""
+    return STATS["bytes"] + STATS["cached"] + STATS["local"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a failure means."""
+
+    reason: str = ""
+    """Why trying again would not help; empty if it may."""
+    credentials: bool = False
+    """Whether other credentials might help."""
+
+
+def _judge(error: Exception) -> Verdict:
+    status, code = _status(error), _code(error)
+    if status == 412:
+        return Verdict(
+            "it was replaced since it was indexed (its ETag is another one): index it again with `python -m"
+            " tools.index`, or start `tools.stage` again"
+        )
+    if status == 416:
+        return Verdict(
+            "it is shorter than it was when it was indexed: index it again with `python -m tools.index`"
+        )
+    # A HEAD's answer has no body that would say more than 400.
+    if code in EXPIRED or code == "400":
+        return Verdict(credentials=True)
+    if status in (401, 403) or code in REFUSED or isinstance(error, PermissionError):
+        said = [str(status)] if status else []
+        if code not in ("", *said):
+            said.append(code)
+        return Verdict(f"access denied ({' '.join(said) or error})", credentials=True)
+    if status == 404 or isinstance(error, FileNotFoundError):
+        more = "" if code in ("", "404", "NoSuchKey") else f" ({code})"
+        return Verdict(f"it does not exist{more}")
+    if isinstance(error, NO_CREDENTIALS):
+        return Verdict(str(error), credentials=True)
+    # ValueError and TypeError: of an endpoint, or an option, that is none.
+    if isinstance(error, (IsADirectoryError, ParamValidationError, ValueError, TypeError)):
+        return Verdict(" ".join(str(error).split()))
+    return Verdict()
+
+
+def _status(error: Exception) -> int:
+    """The status of a server's answer; 0 if there was none."""
+    cause = _cause(error)
+    if isinstance(cause, ClientError):
+        return int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if isinstance(cause, ClientResponseError):
+        return cause.status
+    return int(getattr(getattr(error, "response", None), "status_code", 0))  # as HubError has it
+
+
+def _code(error: Exception) -> str:
+    """S3's word for an error, as NoSuchKey; empty if there is none."""
+    cause = _cause(error)
+    return str(cause.response.get("Error", {}).get("Code", "")) if isinstance(cause, ClientError) else ""
+
+
+def _cause(error: Exception) -> BaseException | None:
+    """What a server said, which file systems wrap."""
+    return error if isinstance(error, (ClientError, ClientResponseError)) else error.__cause__
+
+
+def advice(location: Location) -> str:
+    """What to look at where something is missing or forbidden."""
+    if location.is_local:
+        return "Check the path, and that this machine sees that file system."
+    return (
+        "Check bucket and name, the credentials (AWS_ACCESS_KEY_ID, or a profile), the region and the"
+        " endpoint (AWS_ENDPOINT_URL)."
+    )

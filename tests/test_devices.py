@@ -1,0 +1,132 @@
+"""Which device a rank takes, and how many cores it uses there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import ConfigError, EarwitnessError, UnfitNode
+from configs.ports import free_ports
+from trainer import distributed
+
+CPU = torch.device("cpu")
+NODES = ["n1", "n1", "n2", "n2"]
+
+
+def first_gpu() -> torch.device:
+    return torch.device("cuda", 0)
+
+
+def have_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "asked", "device"),
+    [
+        (8, 5, 8, torch.device("cuda", 5)),
+        (8, 5, 0, CPU),  # a job on the CPUs of a node whose GPUs it may see all the same
+        (1, 5, 8, torch.device("cuda", 0)),  # the site binds a GPU to each task
+        (1, 0, 1, torch.device("cuda", 0)),
+        (2, 1, None, torch.device("cuda", 1)),
+        (0, 1, None, CPU),
+    ],
+)
+def test_a_rank_takes_its_gpu(
+    monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, asked: int | None, device: torch.device
+) -> None:
+    have_gpus(monkeypatch, visible)
+    assert distributed.choose_device(local_rank, "n1", asked) == device
+
+
+@pytest.mark.parametrize("visible", [0, 3])
+def test_a_node_with_too_few_gpus_for_a_job_is_unfit(monkeypatch: pytest.MonkeyPatch, visible: int) -> None:
+    have_gpus(monkeypatch, visible)
+    with pytest.raises(UnfitNode, match=f"^n7: only {visible} of 8 GPUs answer$") as caught:
+        distributed.choose_device(3, "n7", 8)
+    assert caught.value.node == "n7"
+
+
+def test_more_processes_than_gpus_on_this_machine_are_told_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    have_gpus(monkeypatch, 1)
+    with pytest.raises(ConfigError, match="has 1 GPUs, and each process needs one; leave --procs out"):
+        distributed.choose_device(1, "here", None)
+
+
+def outcomes(gpus: list[str], nodes: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Exception | None]:
+    """What each rank raises when all meet, whose GPUs have these UUIDs."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
+    stores: list[Any] = []  # kept until all have met: the others ask that of rank 0
+
+    def come(rank: int) -> Exception | None:
+        try:
+            stores.append(distributed.meet(rank, nodes, gpu=gpus[rank]))
+        except (EarwitnessError, torch.distributed.DistError) as error:  # rank 0, and those that lose it
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        return list(pool.map(come, range(len(gpus))))
+
+
+def test_ranks_whose_gpus_are_their_own_or_who_have_none_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert outcomes(["a", "b", "c", "d"], NODES, monkeypatch) == [None] * 4
+    assert outcomes([""] * 4, NODES, monkeypatch) == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "node", "said"),
+    [
+        (["a", "b", "c", "c"], NODES, "n2", "n2: ranks 2, 3 have one GPU between them .c."),
+        (["a", "a"], ["n1", "n1"], "n1", "n1: ranks 0, 1 have one GPU between them .a."),
+        (["a", "a", "c", "c"], NODES, None, "on all nodes, as on n1: ranks 0, 1 have one GPU"),
+    ],
+)
+def test_ranks_with_one_gpu_between_them_are_found_before_nccl_is(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[str], nodes: list[str], node: str | None, said: str
+) -> None:
+    """A node all of whose other GPUs have died looks as if the site had bound one to each task."""
+    error = outcomes(gpus, nodes, monkeypatch)[0]
+    assert error is not None
+    with pytest.raises(EarwitnessError, match=said):
+        raise error
+    assert getattr(error, "node", None) == node
+
+
+class Properties:
+    """Of a GPU, as a torch without UUIDs gives them."""
+
+
+class KnownProperties(Properties):
+    uuid = "4b5a"
+
+
+@pytest.mark.parametrize(("properties", "uuid"), [(Properties, ""), (KnownProperties, "4b5a")])
+def test_ranks_join_with_the_device_they_were_given(
+    monkeypatch: pytest.MonkeyPatch, properties: Callable[[], Properties], uuid: str
+) -> None:
+    taken: list[torch.device] = []
+    met: list[str] = []
+    joined: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties())
+    monkeypatch.setattr(distributed, "meet", lambda rank, nodes, gpu: met.append(gpu))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **given: joined.append({backend: given})
+    )
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    world = distributed.start(["n1", "n1"], first_gpu())
+    assert (world.rank, world.size, world.device) == (1, 2, first_gpu())
+    assert taken == [first_gpu()] and met == [uuid]
+    assert joined[0]["nccl"]["device_id"] == first_gpu()
