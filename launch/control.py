@@ -7,7 +7,7 @@ import time
 from typing import TypeVar
 
 from configs.errors import ConfigError, EarwitnessError
-from configs.run.events import AttemptBegan, Ended, Event, Progress, Started, Stopped
+from configs.run.events import AttemptBegan, Ended, Event, Progress, TrainingBegan, TrainingEnded
 from configs.run.folder import RunDir
 from slurm import cluster
 from slurm.chain import chain_jobs
@@ -56,7 +56,7 @@ def drill(run: RunDir) -> None:
     running = [job.job for job in _jobs(run) if job.state == "RUNNING"]
     history = run.ledger.read()
     attempts = [began for began in history.of(AttemptBegan) if began.job in running]
-    if not attempts or history.last(Started, attempts[-1].attempt) is None:
+    if not attempts or history.last(TrainingBegan, attempts[-1].attempt) is None:
         raise ConfigError(
             f"{run.path}: no attempt is training now; `python -m launch status {run.path}` says what it"
             " waits for"
@@ -72,9 +72,9 @@ def drill(run: RunDir) -> None:
         event = wait_for(run, kind, what, until, from_attempt)
         print(f"  {event.time - began:7.1f} s  {what}", flush=True)
 
-    report(Stopped, "durable save", attempt)
+    report(TrainingEnded, "durable save", attempt)
     report(AttemptBegan, "next attempt starts", attempt + 1)
-    report(Started, "it has loaded the checkpoint", attempt + 1)
+    report(TrainingBegan, "it has loaded the checkpoint", attempt + 1)
     report(Progress, "its first step is taken", attempt + 1)
 
 

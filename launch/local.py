@@ -47,7 +47,8 @@ def run_ranks(run: RunDir, config: RunConfig, procs: int) -> int:
         record_end(run, lease.attempt, code, failure)
         return code
     finally:
-        run.proposal.withdraw()
+        if not lease.superseded():
+            run.proposal.withdraw()
         lease.release()
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from configs.errors import ConfigError, EarwitnessError
 from configs.run.causes import Cause
-from configs.run.events import AttemptBegan, ChainEnded, CheckpointSaved, Event, Preflight, Started
+from configs.run.events import AttemptBegan, ChainEnded, CheckpointSaved, Event, Preflight, TrainingBegan
 from configs.run.folder import RunDir
 from configs.schema import RunConfig, node_range
 from launch.control import wait_for
@@ -100,7 +100,7 @@ class _Test:
         if preflight.tflops:
             speeds += f", {min(preflight.tflops):.0f} to {max(preflight.tflops):.0f} TFLOP/s per GPU"
         self.row("nodes", f"{began.ranks} processes{speeds}", preflight.seconds)
-        started = self.wait(Started, "the model to be loaded")
+        started = self.wait(TrainingBegan, "the model to be loaded")
         self.row("start-up", f"on {started.device}", started.time - began.time)
         saved = self.wait(CheckpointSaved, "the first checkpoint")
         self.row("training", f"{saved.step} steps", saved.time - started.time)
@@ -120,7 +120,7 @@ class _Test:
         second = self.wait(AttemptBegan, "the next attempt", first.attempt + 1)
         goes_on = f"job {second.job} goes on by itself on {', '.join(second.nodes)}"
         self.row("all processes killed", goes_on, second.time - killed)
-        resumed = self.wait(Started, "the checkpoint to be loaded", first.attempt + 1)
+        resumed = self.wait(TrainingBegan, "the checkpoint to be loaded", first.attempt + 1)
         where = f"at step {resumed.step} on {resumed.ranks} processes instead of {first.ranks}"
         self.row("resumed", where, resumed.time - second.time)
         end = self.wait(ChainEnded, "the end")

@@ -29,8 +29,8 @@ from configs.run.events import (
     Skipped,
     SlowSave,
     Spike,
-    Started,
     Submitted,
+    TrainingBegan,
 )
 from configs.run.folder import RunDir
 from configs.run.goodput import AttemptSummary, begin, goodput, summarize
@@ -135,10 +135,10 @@ def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
     ends = [now] if is_going_on else [row.end for row in rows if row.end]
     spent = {} if since is None else goodput(rows, since, max(ends, default=since))
     total = sum(spent.values()) or 1.0
-    started = history.last(Started)
+    started = history.last(TrainingBegan)
     step = next((row.last for row in reversed(rows) if row.last is not None), 0)
     speed = next((row.samples_per_second for row in reversed(rows) if row.samples_per_second), None)
-    steps_told = [e for e in history.events if isinstance(e, Started | Progress | CheckpointSaved)]
+    steps_told = [e for e in history.events if isinstance(e, TrainingBegan | Progress | CheckpointSaved)]
     eta = None
     if started and speed and state == "running":
         eta = (started.total_steps - step) * started.global_size / speed

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 from configs.cores import cores_of_rank, decoding_threads
 from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode, let_output_say_anything
 from configs.run.crash_journal import CrashJournal
-from configs.run.events import AttemptBegan, DeathInHand, Hung, RankFailed, Started, Stopped
+from configs.run.events import AttemptBegan, DeathInHand, Hung, RankFailed, TrainingBegan, TrainingEnded
 from configs.run.folder import RunDir
 from configs.run.lease import Lease
 from launch.failures import diagnose
@@ -99,7 +99,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
 def _tell_start(session: Session) -> None:
     step, world = session.state.step, session.world
     session.run.ledger.record(
-        Started(
+        TrainingBegan(
             attempt=session.attempt,
             step=step,
             total_steps=session.total_steps,
@@ -122,7 +122,9 @@ def _leave(run: RunDir, lease: Lease, world: World, stop: StopFlag, outcome: Out
     from trainer.loop import Outcome
 
     if world.rank == 0:
-        run.ledger.record(Stopped(attempt=lease.attempt, step=step, outcome=outcome.value, signal=stop.name))
+        run.ledger.record(
+            TrainingEnded(attempt=lease.attempt, step=step, outcome=outcome.value, signal=stop.name)
+        )
     world.barrier()
     distributed.end()
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.SAVED

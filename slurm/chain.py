@@ -1,4 +1,13 @@
-"""A chain of attempts: whether and where the next one may go on after those that have ended."""
+"""A chain of attempts: whether and where the next one may go on after those that have ended.
+
+How an end comes about, and where it is told:
+
+    a signal   -> StopFlag (slurm/signals.py) -> the sums of a step (trainer/loop.py) -> all save
+               -> TrainingEnded (launch/worker.py)
+    an error   -> the same sums, or an exception on one rank -> RankFailed with its cause (launch/worker.py)
+    a death    -> what srun says or the launcher sees (slurm/said.py, launch/local.py) -> Failure
+    all three  -> Ended (configs/run/ends.py) -> Verdict (here) -> job.sh
+"""
 
 from __future__ import annotations
 
@@ -6,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from configs.run.causes import FAILURES, FAULTS_OF_NODES, FINAL, MISFORTUNES, Cause
 from configs.run.ends import Failure, Outside, find_end
@@ -26,6 +34,7 @@ BACK_OFF_GROWTH = 5
 LONGEST_BACK_OFF = 600.0
 """Seconds that are waited at most."""
 MISFORTUNES_WITHOUT_PROGRESS = 10
+"""Lost nodes, unfit nodes and poisoned samples in a row without a new checkpoint that end a chain."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +48,28 @@ class Verdict:
 
 
 def settle(run: RunDir, chain: str = "-") -> None:
-    """Write into the ledger how attempts ended of whose end it does not tell yet; but one that is not of this
-    chain may be at work still."""
+    """Write into the ledger how attempts ended that nobody has told of.
+
+    An attempt of this chain has ended, as the next one starts only then. One of another chain, or of `launch
+    train`, may still be at work, by its signs of life.
+    """
     now = holder(run)
     for began in run.ledger.read().unsettled:
-        is_at_work = now is not None and now.alive and now.attempt == began.attempt
-        if not (is_at_work and began.chain != chain):
+        is_alive = now is not None and now.alive and now.attempt == began.attempt
+        if began.chain == chain or not is_alive:
             record_end(run, began.attempt)
 
 
 def record_end(
     run: RunDir, attempt: int, exit_code: int | None = None, failure: Failure | None = None
 ) -> Ended:
-    """Find out how an attempt ended, and write it into the ledger. exit_code: of the ranks' step, if it has
-    just ended; failure: what was seen from outside, if it is known."""
+    """Find out how an attempt ended, and write it into the ledger, if nobody has yet.
+
+    exit_code: of the ranks' step, if it has just ended; failure: what was seen from outside, if it is known.
+    """
     history = run.ledger.read()
+    if told := history.last(Ended, attempt):
+        return told
     end = find_end(run, history, attempt, look_outside(run, history, attempt, exit_code, failure))
     run.ledger.record(end)
     return end
@@ -98,20 +114,36 @@ def decide(
     last = ends[-1]
     if last.cause in FINAL:
         return Verdict(False, last.words)
-    without_progress = list(takewhile(lambda end: end.saved == last.saved, reversed(ends)))
+    without_progress = _without_progress(ends)
     failures = sum(end.cause in FAILURES for end in without_progress)
     misfortunes = sum(end.cause in MISFORTUNES for end in without_progress)
     count = failures + misfortunes
-    if failures >= settings.max_attempts_without_progress or misfortunes >= MISFORTUNES_WITHOUT_PROGRESS:
+    limit = ""
+    if failures >= settings.max_attempts_without_progress:
+        limit = "slurm.max_attempts_without_progress"
+    elif misfortunes >= MISFORTUNES_WITHOUT_PROGRESS:
+        limit = f"at most {MISFORTUNES_WITHOUT_PROGRESS}, though they are no fault of the run"
+    if limit:
         return Verdict(
             False,
             f"{count} attempts failed in a row without a checkpoint after step {last.saved}; the last one:"
-            f" {last.words} (slurm.max_attempts_without_progress)",
+            f" {last.words} ({limit})",
         )
     delay = 0.0
     if count >= 2:
         delay = min(LONGEST_BACK_OFF, BACK_OFF * BACK_OFF_GROWTH ** (count - 2))
     return Verdict(True, exclude=exclude, delay=delay)
+
+
+def _without_progress(ends: Sequence[Ended]) -> list[Ended]:
+    """The last attempts that made no new checkpoint, newest first."""
+    saved_before = [0, *(end.saved for end in ends[:-1])]
+    fruitless = []
+    for end, before in zip(reversed(ends), reversed(saved_before), strict=True):
+        if end.saved > before:
+            break
+        fruitless.append(end)
+    return fruitless
 
 
 def _exclude(

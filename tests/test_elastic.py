@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.run.events import Changed, Damaged, Spike, Started
+from configs.run.events import Changed, Damaged, Spike, TrainingBegan
 from configs.run.folder import RunDir
 from tests.forks import Course, Kill, Launcher
 from tests.making import audit, config_values, make_clips, run_program
@@ -264,7 +264,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(course,
         assert done.returncode == 0 and "set aside" in done.stdout
         (found,) = run.ledger.read().of(Damaged)
         assert said in found["message"] and checkpoint.name_of(STOPPED) in found["message"]
-        assert [line.step for line in run.ledger.read().of(Started)][-1] == STOPPED - 1
+        assert [line.step for line in run.ledger.read().of(TrainingBegan)][-1] == STOPPED - 1
         assert (run.checkpoints / f"{checkpoint.name_of(STOPPED)}.damaged").is_dir()
 
 
@@ -272,7 +272,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(course, whole, launch) -> 
     run = course.stopped(whole["fp32"], "no-manifest")
     (run.checkpoints / checkpoint.name_of(STOPPED) / "manifest.json").unlink()
     assert launch(course.config(run.path.name), procs=1).returncode == 0
-    assert [line.step for line in run.ledger.read().of(Started)][-1] == STOPPED - 1
+    assert [line.step for line in run.ledger.read().of(TrainingBegan)][-1] == STOPPED - 1
 
 
 def test_a_run_of_which_all_checkpoints_are_damaged_does_not_begin_anew(course, whole, launch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from configs.run.events import AttemptBegan, CheckpointSaved, Evaluated, Started
+from configs.run.events import AttemptBegan, CheckpointSaved, Evaluated, TrainingBegan
 from configs.run.folder import RunDir
 from tests.forks import Course, Kill, Launcher
 from tests.making import audit_of_attempts, config_values, make_clips, run_program
@@ -166,7 +166,7 @@ def nothing_lost(run: RunDir) -> None:
     for event in run.ledger.read().events:
         if isinstance(event, CheckpointSaved):
             saved = event.step
-        elif isinstance(event, Started):
+        elif isinstance(event, TrainingBegan):
             assert event.step in (saved, saved + EVERY), event  # one more: killed between rename and ledger
             saved = event.step
 

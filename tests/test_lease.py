@@ -21,7 +21,7 @@ import yaml
 
 from configs.errors import ConfigError, ExitCode
 from configs.run import lease
-from configs.run.events import AttemptBegan, CheckpointSaved, Started
+from configs.run.events import AttemptBegan, CheckpointSaved, TrainingBegan
 from configs.run.folder import RunDir
 from configs.run.lease import EXPIRES, Lease, Superseded, claim, holder
 from tests.forks import Launcher
@@ -298,7 +298,7 @@ def test_a_running_training_that_is_taken_over_leaves_without_saving_and_the_lat
         ).returncode
         == 0
     )
-    (start,) = [line for line in run.ledger.read().of(Started) if line.attempt == 1]
+    (start,) = [line for line in run.ledger.read().of(TrainingBegan) if line.attempt == 1]
     assert start.step == step
     assert checkpoints(run)[-1] == f"step-{step + 3:08d}" and not list(run.checkpoints.glob("*.tmp"))
     assert holder(run) is None  # so that another machine, which cannot see that it is dead, need not wait

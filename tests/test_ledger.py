@@ -20,10 +20,10 @@ from configs.run.events import (
     Hung,
     Progress,
     RankFailed,
-    Stopped,
+    TrainingEnded,
     parse,
 )
-from configs.run.files import Journal
+from configs.run.files import JsonLines
 from configs.run.folder import RunDir
 from tests.making import run_program
 
@@ -46,7 +46,7 @@ def write_lines(folder: Path, writer: int) -> None:
     real_open = os.open
     os.open = lambda path, flags, mode=0o777: real_open(path, flags & ~os.O_APPEND, mode)
     os.write = stale_append
-    journal = Journal(folder)
+    journal = JsonLines(folder)
     for number in range(LINES):
         journal.append({"writer": writer, "number": number, "text": "ü" * (number % 50)})
 
@@ -58,7 +58,7 @@ def test_writers_lose_nothing_where_appending_is_not_atomic(tmp_path: Path) -> N
         process.start()
     for process in writers:
         process.join()
-    lines = Journal(tmp_path).read()
+    lines = JsonLines(tmp_path).read()
     assert not lines.torn
     expected = [(writer, number) for writer in range(3) for number in range(LINES)]
     assert sorted((line["writer"], line["number"]) for line in lines.values) == expected
@@ -135,7 +135,7 @@ def error(rank: int, cause: Cause, message: str, at: float = 1.0, exit_code: int
 
 LOST = error(0, Cause.LOST_PEER, "Traceback ...\nRuntimeError: Connection closed by peer", at=1.0)
 BUG = error(1, Cause.ERROR, "Traceback ...\nZeroDivisionError: division by zero", at=2.0)
-SAVED = Stopped(attempt=0, step=8, outcome="saved", signal="SIGTERM")
+SAVED = TrainingEnded(attempt=0, step=8, outcome="saved", signal="SIGTERM")
 TRAINED = Progress(attempt=0, step=1, samples_per_second=None, seconds={})
 KILLED = Failure(Cause.CRASH, "rank 1 on n2: Killed", "n2", by_signal=True, rank=1)
 
@@ -143,7 +143,7 @@ KILLED = Failure(Cause.CRASH, "rank 1 on n2: Killed", "n2", by_signal=True, rank
 @pytest.mark.parametrize(
     ("events", "outside", "cause", "words", "node"),
     [
-        ([Stopped(attempt=0, step=9, outcome="finished")], Outside(), Cause.FINISHED, "finished", ""),
+        ([TrainingEnded(attempt=0, step=9, outcome="finished")], Outside(), Cause.FINISHED, "finished", ""),
         ([SAVED], Outside(), Cause.SAVED, "asked to save: saved at step 8", ""),
         ([SAVED], Outside(job_cause=Cause.PREEMPTED), Cause.PREEMPTED, "preempted: saved at step 8", ""),
         ([SAVED], Outside(stop_asked=True), Cause.STOPPED, "stopped by `launch stop`", ""),

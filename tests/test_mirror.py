@@ -17,7 +17,7 @@ import pytest
 
 from configs.load import validate
 from configs.run import events
-from configs.run.events import Damaged, Event, MirrorFailed, Restored, Started
+from configs.run.events import Damaged, Event, MirrorFailed, Restored, TrainingBegan
 from configs.run.folder import RunDir
 from configs.run.lease import Superseded
 from data import location, retry
@@ -105,7 +105,7 @@ class Mirrored(Course):
         )
 
     def started_at(self, name: str) -> int:
-        return self.run(name).ledger.read().of(Started)[-1].step
+        return self.run(name).ledger.read().of(TrainingBegan)[-1].step
 
     def told(self, name: str, kind: type[Event]) -> list[Any]:
         return self.run(name).ledger.read().of(kind)

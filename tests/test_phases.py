@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from configs.run.events import Evaluated, Started
+from configs.run.events import Evaluated, TrainingBegan
 from configs.run.folder import RunDir
 from tests.forks import Course, Done, Launcher
 from tests.making import config_values, make_model, run_program
@@ -94,7 +94,7 @@ def test_it_starts_at_step_0_with_exactly_the_weights_and_a_fresh_optimizer_and_
         ).returncode
         == 0
     )
-    (start,) = course.run(f"from-{source}").ledger.read().of(Started)
+    (start,) = course.run(f"from-{source}").ledger.read().of(TrainingBegan)
     assert start.step == 0
     events = EventAccumulator(str(course.run(f"from-{source}").tensorboard))
     events.Reload()
@@ -126,7 +126,7 @@ def test_once_begun_it_does_not_need_the_first_phase_any_more(course: Phases) ->
     assert course.train("alone", old, 1).returncode == 0
     shutil.rmtree(old)
     assert course.train("alone", old, 2).returncode == 0
-    assert [line.step for line in course.run("alone").ledger.read().of(Started)] == [0, 1]
+    assert [line.step for line in course.run("alone").ledger.read().of(TrainingBegan)] == [0, 1]
 
 
 def nonsense(course: Phases) -> Path:

@@ -22,8 +22,8 @@ from configs.run.events import (
     Progress,
     SlowSave,
     Spike,
-    Started,
     Submitted,
+    TrainingBegan,
 )
 from configs.run.folder import RunDir
 from configs.run.goodput import AttemptSummary, Clock, Phase, begin, goodput, summarize
@@ -41,8 +41,10 @@ def attempt(at: float, number: int, job: str = "") -> AttemptBegan:
     return AttemptBegan(time=at, attempt=number, job=job, chain="71", nodes=["n1", "n2"], ranks=4)
 
 
-def start(at: float, number: int, step: int) -> Started:
-    return Started(time=at, attempt=number, step=step, total_steps=100, global_size=8, ranks=4, device="cpu")
+def start(at: float, number: int, step: int) -> TrainingBegan:
+    return TrainingBegan(
+        time=at, attempt=number, step=step, total_steps=100, global_size=8, ranks=4, device="cpu"
+    )
 
 
 def progress(at: float, number: int, step: int, **seconds: float) -> Progress:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.run.events import CheckpointSaved, Stopped
+from configs.run.events import CheckpointSaved, TrainingEnded
 from data.loader import Step
 from data.retry import STATS
 from slurm.signals import StopFlag
@@ -120,7 +120,7 @@ def test_a_stop_while_a_read_stalls_saves_at_once(
     assert time.monotonic() - began < STALL, "the read was waited for"
     assert done.returncode == 85, done.stderr
     run = course.run("stalled")
-    (stopped,) = run.ledger.read().of(Stopped)
+    (stopped,) = run.ledger.read().of(TrainingEnded)
     assert step <= stopped.step < 30
     saved = [(event.step, event.reason) for event in run.ledger.read().of(CheckpointSaved)]
     assert saved == ([(stopped.step, "stop")] if step else [])

@@ -60,11 +60,11 @@ class Checkpoints:
                 mirror.upload(folder)
 
     def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of a step, on disk or under way."""
-        return 0 < step <= self._newest
+        """Whether the newest checkpoint, on disk or under way, is that of a step."""
+        return 0 < step == self._newest
 
-    def is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether `evaluate.best_metric` is lower than ever before; it is the one to beat from now on."""
+    def improve(self, metrics: dict[str, float]) -> bool:
+        """Take note of `evaluate.best_metric`; whether it is lower than ever before."""
         value = metrics.get(self._config.evaluate.best_metric, math.inf)
         if value >= self._best:
             return False

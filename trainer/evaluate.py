@@ -22,7 +22,7 @@ from trainer.loss import SourceTotals, token_losses
 from trainer.model import Captioner
 from trainer.records import SampleRecords
 
-Take = Callable[[Loader], Step | None]
+Fetch = Callable[[Loader], Step | None]
 """Gives the next step of a loader once all ranks have theirs, None where they leave off. Raises on all ranks
 if one has failed. All ranks call it at the same point."""
 
@@ -48,7 +48,7 @@ class Evaluator:
     """Type of the weights that compute."""
 
     @torch.no_grad()
-    def loss(self, module: torch.nn.Module, take: Take) -> dict[str, float] | None:
+    def loss(self, module: torch.nn.Module, fetch: Fetch) -> dict[str, float] | None:
         """Mean loss of a caption token over all validation samples (`validation/loss`) and by source
         (`validation/loss/SOURCE`).
 
@@ -63,7 +63,7 @@ class Evaluator:
         module.eval()
         with closing(self.loaders.validation(rows, self.config.batch.micro_size)) as loader:
             for _ in loader.steps:
-                step = take(loader)
+                step = fetch(loader)
                 if step is None:
                     module.train()
                     return None
@@ -77,7 +77,7 @@ class Evaluator:
         return totals.means(self._names, "validation/loss")
 
     @torch.no_grad()
-    def captions(self, module: torch.nn.Module, take: Take) -> list[PanelClip] | None:
+    def captions(self, module: torch.nn.Module, fetch: Fetch) -> list[PanelClip] | None:
         """Captions of the panel: as many validation clips of each source. Rank 0 gets them, the others an
         empty list; None where the ranks leave off."""
         wanted = self.config.evaluate.captions
@@ -87,7 +87,7 @@ class Evaluator:
         clips = []
         with closing(self.loaders.validation(in_turn[:wanted], per_rank=1)) as loader:
             for _ in loader.steps:
-                step = take(loader)
+                step = fetch(loader)
                 if step is None:
                     return None
                 clips += [PanelClip(clip, self.caption(module, clip)) for clip in step.samples]

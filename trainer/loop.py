@@ -31,14 +31,14 @@ SLICE = 1.0
 
 
 class Outcome(Enum):
-    """How a run ended, if not by an error."""
+    """How an attempt ended, if not by an error. SAVED: it was asked to stop; what it had is on disk."""
 
     FINISHED = "finished"
     SAVED = "saved"
 
 
 @dataclass(frozen=True)
-class StepVotes:
+class StepSums:
     """What the ranks tell each other before a step, as sums over all of them."""
 
     failed: float
@@ -50,7 +50,7 @@ class StepVotes:
     stopping: float
     """Ranks that were asked to stop."""
     overdue: float
-    """Ranks for which `checkpoint.every_minutes` are over."""
+    """Ranks whose last save is more than `checkpoint.every_minutes` ago."""
     tokens: float
     """Caption tokens of the global batch."""
     bad: float
@@ -60,12 +60,13 @@ class StepVotes:
 
 
 @dataclass(frozen=True)
-class EvaluationVotes:
-    """The same before a step of an evaluation. leaving: ranks that were asked to, or know of a later
-    attempt."""
+class EvaluationSums:
+    """What the ranks tell each other before a step of an evaluation, as sums over all of them."""
 
     failed: float
+    """Ranks that could not get their samples."""
     leaving: float
+    """Ranks that were asked to stop, or know of a later attempt."""
 
 
 @dataclass
@@ -148,7 +149,7 @@ class Training:
         self.saved_at = time.monotonic()
         self.save_is_due = False
         self.metrics: dict[str, float] = {}
-        """Of this step, as long as no checkpoint holds them."""
+        """Of the evaluation of this step, until they are saved."""
         self.taken: TakenStep | None = None
 
     def run(self) -> Outcome:
@@ -162,7 +163,7 @@ class Training:
                 if evaluation is None:
                     return self.save_and_leave()
                 self.metrics = evaluation
-                is_best = self.state.step > 0 and self.checkpoints.is_best(self.metrics)
+                is_best = self.state.step > 0 and self.checkpoints.improve(self.metrics)
             if is_best:
                 self.save("best")
             elif is_last:
@@ -181,33 +182,34 @@ class Training:
                 self.session.loaders.order.window(self.state.step),
                 self.session.captioner.pad_id,
             )
-            votes = self.agree(step, batches, error)
-            if votes.failed:
+            # All ranks see the same sums, and so take the same way from here on.
+            sums = self.agree(step, batches, error)
+            if sums.failed:
                 self.leave_together(error)
-            if votes.superseded or votes.unsaved:
-                self.give_way()
+            if sums.superseded or sums.unsaved:
+                self.leave_unsaved()
             if self.taken:
-                self.check_loss(self.taken, votes.losses_before)
-            if votes.stopping:
+                self.check_loss(self.taken, sums.losses_before)
+            if sums.stopping:
                 return self.save_and_leave()
-            self.save_is_due = votes.overdue > 0
+            self.save_is_due = sums.overdue > 0
             self.records.note(step)
-            self.check_bad(int(votes.bad))
-            self.take(step, batches, votes.tokens)
+            self.check_bad(int(sums.bad))
+            self.take(step, batches, sums.tokens)
 
     def is_every(self, steps: int) -> bool:
-        """Whether as many steps as a multiple of this are taken."""
+        """Whether the number of steps taken is a multiple of `steps`."""
         return self.state.step % steps == 0
 
     def fetch(self, loader: Loader, phase: Phase) -> tuple[Step, Exception | None]:
         """The next step's samples, or the error in their place."""
         return fetch(loader, self.state.step, self.stop, lambda: self.clock.enter(phase))
 
-    def agree(self, step: Step, batches: list[Batch], error: Exception | None) -> StepVotes:
+    def agree(self, step: Step, batches: list[Batch], error: Exception | None) -> StepSums:
         """The one agreement of a step: all ranks take it, or leave together."""
         every_minutes = self.config.checkpoint.every_minutes
         minutes = (time.monotonic() - self.saved_at) / 60
-        mine = StepVotes(
+        mine = StepSums(
             failed=error is not None,
             superseded=self.session.lease.lost,
             unsaved=self.checkpoints.failed,
@@ -218,9 +220,9 @@ class Training:
             losses_before=float(self.taken.losses) if self.taken else 0.0,
         )
         self.watch.arrive()
-        votes = self.world.sum_fields(mine)
+        sums = self.world.sum_fields(mine)
         self.clock.enter(Phase.TRAINING)
-        return votes
+        return sums
 
     def take(self, step: Step, batches: list[Batch], tokens: float) -> None:
         """Take a step: forward, backward, update. tokens: caption tokens of the global batch."""
@@ -247,10 +249,10 @@ class Training:
         """Validation loss and the panel of captions. Returns the metrics; None if a stop was requested."""
         self.clock.enter(Phase.EVALUATION)
         module = self.engine.evaluation_module()
-        metrics = self.evaluator.loss(module, self.take_for_evaluation)
+        metrics = self.evaluator.loss(module, self.fetch_for_evaluation)
         if metrics is None:
             return None
-        panel = self.evaluator.captions(module, self.take_for_evaluation)
+        panel = self.evaluator.captions(module, self.fetch_for_evaluation)
         if panel is None:
             return None
         self.monitor.evaluation(metrics, panel)
@@ -259,16 +261,16 @@ class Training:
             self.record_evaluation(metrics, panel)
         return metrics
 
-    def take_for_evaluation(self, loader: Loader) -> Step | None:
+    def fetch_for_evaluation(self, loader: Loader) -> Step | None:
         """The next step of an evaluation, once all ranks have theirs; None if they leave off."""
         step, error = self.fetch(loader, Phase.EVALUATION)
         self.watch.arrive()
         leaving = self.stop.requested or self.session.lease.lost
-        votes = self.world.sum_fields(EvaluationVotes(failed=error is not None, leaving=leaving))
+        sums = self.world.sum_fields(EvaluationSums(failed=error is not None, leaving=leaving))
         self.clock.enter(Phase.EVALUATION)
-        if votes.failed:
+        if sums.failed:
             self.leave_together(error)
-        return None if votes.leaving else step
+        return None if sums.leaving else step
 
     def record_evaluation(self, metrics: dict[str, float], panel: list[PanelClip]) -> None:
         """Tell the ledger of an evaluation."""
@@ -291,18 +293,22 @@ class Training:
         """Save, sooner than anything else, and wait until it is durable."""
         self.clock.enter(Phase.SAVING)
         if self.world.any(self.session.lease.lost):
-            self.give_way()
+            self.leave_unsaved()
         self.session.save("stop", self.metrics, urgent=True)
         self.checkpoints.finish()
         return Outcome.SAVED
 
     def leave_together(self, error: Exception | None) -> NoReturn:
         """Raise this rank's error, or that of a peer, once the checkpoint under way is durable."""
-        self.checkpoints.finish()
+        try:
+            self.checkpoints.finish()
+        except EarwitnessError as unsaved:
+            raise error or unsaved from unsaved
         raise error or PeerFailed("another rank failed")
 
-    def give_way(self) -> NoReturn:
-        """Raise why this attempt must end: a checkpoint that could not be written, or a later attempt."""
+    def leave_unsaved(self) -> NoReturn:
+        """Raise why this attempt must end as it is: its checkpoint could not be written, or a later attempt
+        has taken over, and this one may not write any more."""
         self.checkpoints.finish()
         self.session.lease.check()
         raise PeerFailed("a later attempt has taken over")

@@ -11,7 +11,9 @@
     checkpoints/step-N    every rank, a file each     in the background; rank 0 names the folder
     tensorboard/          rank 0                      with the points of the curves
     logs/attempt-N/       every rank, its own         what it prints, and what a crash or a hang leaves
-    code/, slurm/         launch submit, job.sh       the snapshot of the code; scripts, Slurm's words
+    code/, pretrained/    launch submit               its jobs' code; the model, if it came from a hub
+    slurm/                launch submit, job.sh       scripts, what Slurm says of each job; `stop`: launch stop
 
-A file has one writer at a time. Readers (`launch status`, the chain, the next attempt) only read.
+Two processes never append to one file. How an attempt ended is written by whoever finds out: the one that
+started it, or the next one.
 """

@@ -23,7 +23,7 @@ class Cause(StrEnum):
     BAD_INPUT = "bad_input"
     SUPERSEDED = "superseded"
     LOST_PEER = "lost_peer"
-    """Of a rank only: another one is gone, which is the cause."""
+    """Of a rank, never of an attempt: another rank is gone, which is the cause."""
     SAVED = "saved"
     UNKNOWN = "unknown"
 
@@ -52,7 +52,7 @@ FAILURES = {
 }
 """These may not come again and again without a new checkpoint (slurm.max_attempts_without_progress). SAVED is
 among them: something that asks every attempt to save before it has taken a step would go on for ever."""
-MISFORTUNES = {Cause.NODE_LOST, Cause.UNFIT_NODE, Cause.POISONED_SAMPLE, Cause.LOST_PEER}
+MISFORTUNES = {Cause.NODE_LOST, Cause.UNFIT_NODE, Cause.POISONED_SAMPLE}
 """These are no fault of the run; it takes more of them to end a chain."""
 FAULTS_OF_NODES = {Cause.NODE_LOST, Cause.UNFIT_NODE, Cause.HANG, Cause.CRASH}
 """After these the node at fault may be left out for a while."""

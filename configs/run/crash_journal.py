@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.run.events import DeathInHand, Started
+from configs.run.events import DeathInHand, TrainingBegan
 from configs.run.folder import RunDir
 
 SLOT = struct.Struct("<Qd1008s")
@@ -25,7 +25,7 @@ DEATHS = 2
 damaged the memory."""
 POISONED = f"its decoder crashed or never ended in {DEATHS} attempts"
 CRASH = re.compile(r"^Fatal Python error: (.+)\n(?:.*\n)*?Current thread 0x([0-9a-f]+)", re.MULTILINE)
-"""What faulthandler writes of a signal like SIGSEGV: its name, and the thread that it has struck, if that is
+"""What faulthandler writes of a signal like SIGSEGV: its name, and the thread that received it, where that is
 one of Python's."""
 
 
@@ -112,7 +112,7 @@ def find_poisoned(run: RunDir, attempt: int) -> frozenset[str]:
     history = run.ledger.read()
     known = {(death.attempt, death.rank) for death in history.of(DeathInHand)}
     # The last attempt that has started has itself looked at those before it.
-    last_look = max((started.attempt for started in history.of(Started)), default=0)
+    last_look = max((started.attempt for started in history.of(TrainingBegan)), default=0)
     for before in range(last_look, attempt):
         for death in deaths(run, before):
             if (death.attempt, death.rank) not in known:

@@ -18,8 +18,8 @@ from configs.run.events import (
     Hung,
     Progress,
     RankFailed,
-    Stopped,
     Submitted,
+    TrainingEnded,
 )
 from configs.run.folder import RunDir
 from configs.run.ledger import History
@@ -60,10 +60,12 @@ class Outside:
 def find_end(run: RunDir, history: History, attempt: int, outside: Outside) -> Ended:
     """How an attempt ended, by what there is to read; nothing is written.
 
-    The order of the rules is the order of what is trusted: a rank that has finished, what a rank knows of
-    itself, Slurm's word on the job, what was seen from outside.
+    The first rule that holds decides: all ranks have finished; the config or the data are wrong; the watchdog
+    has spoken; a rank knows that it was superseded, or that its node is unfit; all ranks have saved; what
+    Slurm did to the job; another error of a rank; what was seen from outside. Ranks that have only lost
+    another one come last.
     """
-    stop = history.last(Stopped, attempt)
+    stop = history.last(TrainingEnded, attempt)
     errors = rank_errors(history, attempt)
     own_errors = [error for error in errors if error.cause is not Cause.LOST_PEER]
     error = next(iter(own_errors), None)

@@ -100,7 +100,7 @@ class Preflight(Event, name="preflight"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Started(Event, name="start"):
+class TrainingBegan(Event, name="start"):
     """The model is loaded; training begins or goes on."""
 
     step: int
@@ -253,7 +253,7 @@ class MirrorFailed(Event, name="mirror_failed"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stopped(Event, name="stop"):
+class TrainingEnded(Event, name="stop"):
     """All ranks leave, and what they have is durable."""
 
     step: int

@@ -1,4 +1,4 @@
-"""Files that outlive a crash: replaced as a whole, or appended a line at a time."""
+"""Files of a run that others may read at any time: replaced as a whole, or appended a line at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -35,14 +35,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @dataclass
 class Lines:
-    """What a journal holds: the values of its lines, and the places (FILE:LINE) of those that are no JSON
-    objects, as a full disk or a machine that lost power leaves them."""
+    """What the files hold. values: of each line; places: of the same lines (FILE:LINE); torn: places of lines
+    that are no JSON objects, as a full disk or a machine that lost power leaves them."""
 
     values: list[dict[str, Any]] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
     torn: list[str] = field(default_factory=list)
 
 
-class Journal:
+class JsonLines:
     """A folder of JSON-lines files that any number of processes append to, each to a file of its own.
 
     Several clients of a network file system that append to one file overwrite each other's lines. Each line
@@ -87,6 +88,7 @@ def _read_line(line: str, place: str, into: Lines) -> None:
         value = None
     if isinstance(value, dict):
         into.values.append(value)
+        into.places.append(place)
     else:
         into.torn.append(place)
 

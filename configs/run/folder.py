@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs.errors import ConfigError
 from configs.load import load
-from configs.run.files import Journal
+from configs.run.files import JsonLines
 from configs.run.ledger import Ledger
 from configs.run.proposal import Proposal
 from configs.run.quarantine import Quarantine
@@ -35,7 +35,7 @@ class RunDir:
         """What happened."""
         self.quarantine = Quarantine(self.path / "quarantine")
         """The samples that could not be used."""
-        self.audit = Journal(self.path / "audit")
+        self.audit = JsonLines(self.path / "audit")
         """With `data.audit`: the samples of every step and rank."""
         self.logs = self.path / "logs"
         self.leases = self.path / "leases"

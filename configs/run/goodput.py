@@ -13,9 +13,9 @@ from configs.run.events import (
     Ended,
     Event,
     Progress,
-    Started,
-    Stopped,
     Submitted,
+    TrainingBegan,
+    TrainingEnded,
 )
 from configs.run.ledger import History
 
@@ -115,13 +115,13 @@ class AttemptSummary:
     def add(self, event: Event) -> None:
         """Take in an event of this attempt."""
         match event:
-            case Started():
+            case TrainingBegan():
                 self.first = self.last = event.step
                 self.seconds = {Phase.START_UP: event.time - self.begin}
             case Progress():
                 self._reached(event.step)
                 self.samples_per_second, self.seconds = event.samples_per_second, dict(event.seconds)
-            case CheckpointSaved() | Stopped():
+            case CheckpointSaved() | TrainingEnded():
                 self._reached(event.step)
             case Ended():
                 self.end, self.cause, self.words = event.at, event.cause.value, event.words

@@ -1,10 +1,14 @@
 """Which attempt may write a run's checkpoints: one file per attempt, created exclusively.
 
-The attempt's number is the fencing token: the file with the highest number has the run. Whoever creates the
-next one looks whether the number is the highest (else it was held up, and others came before it: it gives its
-own up), and deletes the older ones; an earlier attempt that lives on finds its file gone or a later one
-there, and leaves. Exclusive creation and deletion work on network file systems, where locks often do not; as
-everybody creates before looking, no two can both find that they have the run.
+The attempt's number is the fencing token: the file with the highest number has the run. To take a run,
+
+    1. create the file of the next number, exclusively; if it is there, look again for the next number;
+    2. look whether a higher number has come meanwhile: then delete the own file, and begin anew;
+    3. delete all files of lower numbers.
+
+An earlier attempt that lives on finds its file gone, or a later one there, and leaves. Exclusive creation and
+deletion work on network file systems, where locks often do not. As everybody creates before looking, no two
+can both find that they have the run.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from configs.errors import ConfigError
 from configs.run.events import AttemptBegan, CheckpointSaved, Ended, Event, parse
-from configs.run.files import Journal
+from configs.run.files import JsonLines
 
 E = TypeVar("E", bound=Event)
 
@@ -54,7 +54,7 @@ class Ledger:
     """Appends events, and reads those of all processes."""
 
     def __init__(self, folder: Path) -> None:
-        self._journal = Journal(folder)
+        self._journal = JsonLines(folder)
 
     @property
     def folder(self) -> Path:
@@ -75,11 +75,11 @@ class Ledger:
             )
         lines = self._journal.read()
         history = History([], lines.torn)
-        for number, line in enumerate(lines.values):
+        for line, place in zip(lines.values, lines.places, strict=True):
             try:
                 history.events.append(parse(line))
             except ValueError as error:
-                history.unreadable.append(f"{self.folder}, event {number}: {error}")
+                history.unreadable.append(f"{place}: {error}")
         history.events.sort(key=lambda event: (event.attempt, event.time))
         return history
 

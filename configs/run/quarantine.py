@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from configs.run.files import Journal
+from configs.run.files import JsonLines
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Quarantine:
     """Appends unusable samples, and reads those of all ranks and attempts."""
 
     def __init__(self, folder: Path) -> None:
-        self._journal = Journal(folder)
+        self._journal = JsonLines(folder)
 
     @property
     def folder(self) -> Path:
