@@ -125,8 +125,8 @@ def test_a_model_that_is_not_there_is_said_so() -> None:
 
 
 def test_the_norm_of_a_large_gradient_is_exact() -> None:
-    """In float32 that of 20 million elements, a token embedding's, is off by a hundredth on a CPU, and so would
-    be what is clipped."""
+    """In float32 that of 20 million elements, a token embedding's, is off by a hundredth on a CPU, and so
+    would be what is clipped."""
     engine = object.__new__(Fsdp2Engine)
     engine._world = Alone(0, 1, torch.device("cpu"))
     embedding = torch.nn.Parameter(torch.empty(20_000_000))
