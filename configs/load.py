@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from configs.errors import ConfigError
-from configs.schema import SECRET_URL, RunConfig
+from configs.schema import SECRET_URL, RunConfig, Section
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -146,19 +146,19 @@ def _explain(error: Any) -> str:
 
 def _fields_at(path: Sequence[Any]) -> list[str]:
     """Names of the fields of the section at a path of the schema."""
-    section: type[BaseModel] = RunConfig
+    section: type[Section] = RunConfig
     for part in path:
         if isinstance(part, str) and part in section.model_fields:
             section = section_in(section.model_fields[part].annotation) or section
     return list(section.model_fields)
 
 
-def section_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[Section] | None:
     """The section that a field of this type holds, if any."""
     if (
         isinstance(annotation, type)
         and not isinstance(annotation, types.GenericAlias)
-        and issubclass(annotation, BaseModel)
+        and issubclass(annotation, Section)
     ):
         return annotation
     return next((found for a in typing.get_args(annotation) if (found := section_in(a))), None)

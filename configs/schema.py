@@ -199,8 +199,8 @@ class Data(Section):
     """Megabytes of undecoded samples that each rank may hold."""
     max_bad_fraction: Annotated[float, FREE] = Field(0.01, ge=0, le=1)
     """Share of samples with unreadable content above which the run stops (of the first 1,000 at least)."""
-    threads: Annotated[int, FREE] = Field(2, ge=1)
-    """Decoding threads per rank."""
+    threads: Annotated[int | None, FREE] = Field(None, ge=1)
+    """Decoding threads per rank; default one for each of its cores but one, at least 1 and at most 8."""
     audit: Annotated[bool, FREE] = False
     """Write the keys of every step and rank to audit/*.jsonl in the run's folder."""
 
@@ -330,7 +330,8 @@ class Slurm(Section):
     tasks_per_node: Annotated[int | None, FREE] = Field(None, ge=1)
     """Processes per node; default one per GPU, or 1."""
     cpus_per_task: Annotated[int | None, FREE] = Field(None, ge=1)
-    """CPU cores per process; default the cluster's."""
+    """CPU cores per process; default as large a share of a node's cores as of its GPUs is asked for, by what
+    `sinfo` says of the partition; without GPUs the cluster's default."""
     memory_gb: Annotated[int | None, FREE] = Field(None, ge=1)
     """Memory per node, in GB; default the cluster's."""
     time_minutes: Annotated[int, FREE] = Field(24 * 60, ge=1)

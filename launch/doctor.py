@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from configs.cores import remark_on_cores
 from configs.errors import EarwitnessError
+from configs.schema import RunConfig
 from slurm import cluster
+from slurm.submit import cores_per_task
 
 COLORS = {"ok": "green", "note": "yellow", "bad": "red"}
 PACKAGES = (
@@ -135,6 +139,25 @@ def _programs() -> Iterator[Finding]:
         yield Finding("Slurm", "note", f"it does not answer: {str(error).splitlines()[-1]}")
 
 
+def _cores(config: RunConfig) -> Iterator[Finding]:
+    """Whether the GPUs of a job, and those of this machine, get their data decoded fast enough."""
+    if config.slurm.gpus_per_node and cluster.can_submit():
+        cores = cores_per_task(config.slurm)
+        if cores is not None:
+            yield _cores_of_each("cores in a job", config, cores)
+    torch = sys.modules.get("torch")  # _packages says if it is not there
+    gpus = torch.cuda.device_count() if torch else 0
+    if gpus:
+        yield _cores_of_each("cores here", config, max(1, len(os.sched_getaffinity(0)) // gpus))
+
+
+def _cores_of_each(what: str, config: RunConfig, cores: int) -> Finding:
+    remark = remark_on_cores(config.data, cores)
+    if remark:
+        return Finding(what, "note", remark)
+    return Finding(what, "ok", f"{cores} for each process")
+
+
 def _credentials() -> Iterator[Finding]:
     import boto3
 
@@ -158,6 +181,7 @@ def _config(path: Path) -> Iterator[Finding]:
     try:
         config = load(path)
         yield Finding("config", "ok", str(path))
+        yield from _cores(config)
         shards = list_shards(config)
         for source in config.data.sources:
             its_shards = [shard for shard in shards if shard.source is source]

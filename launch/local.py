@@ -74,6 +74,7 @@ def _start(run: RunDir, attempt: int, rank: int, procs: int, port: int) -> subpr
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(procs),
+        "LOCAL_WORLD_SIZE": str(procs),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "EARWITNESS_DIE_WITH": str(os.getpid()),

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
 
+from configs.cores import remark_on_cores
 from configs.errors import ConfigError
 from configs.run.causes import Cause
 from configs.run.events import CheckpointSaved, Ended, Submitted
@@ -24,7 +25,7 @@ from data.dataset import list_shards, load_sidecars
 from data.sources import Shard
 from slurm import cluster
 from slurm.chain import chain_jobs
-from slurm.submit import FROZEN, index_script, look_ahead, submit, write_script
+from slurm.submit import FROZEN, cores_per_task, index_script, look_ahead, submit, write_script
 
 ROOT = Path(__file__).parents[1]
 BYTES_PER_PARAMETER = 12
@@ -218,8 +219,26 @@ def _submit_index(config: RunConfig, run: RunDir) -> str:
 def _remarks(config: RunConfig, run: RunDir) -> Iterator[str]:
     """What is good to know before a run is submitted."""
     yield _samples_of_each(config)
+    yield from _remarks_on_cores(config)
     yield from _remarks_on_checkpoints(config, run)
     yield from _remarks_on_folder(run)
+
+
+def _remarks_on_cores(config: RunConfig) -> Iterator[str]:
+    """How many cores each process gets, and whether they feed its GPU."""
+    if not config.slurm.gpus_per_node:
+        return
+    cores = cores_per_task(config.slurm)
+    if cores is None:
+        yield (
+            "note: Slurm does not say how many cores the nodes have, and each process gets the cluster's"
+            " default, often one: set slurm.cpus_per_task"
+        )
+        return
+    yield f"cores for each process: {cores} (slurm.cpus_per_task)"
+    remark = remark_on_cores(config.data, cores)
+    if remark:
+        yield f"note: {remark}"
 
 
 def _samples_of_each(config: RunConfig) -> str:

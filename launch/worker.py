@@ -24,6 +24,7 @@ STOP = StopFlag()
 if __name__ == "__main__":
     STOP.install()  # before the imports, which may take long on a network file system
 
+from configs.cores import cores_of_rank, decoding_threads
 from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode
 from configs.run.crash_journal import CrashJournal
 from configs.run.events import AttemptBegan, DeathInHand, Hung, RankFailed, Started, Stopped
@@ -60,7 +61,7 @@ def main(run_path: str, attempt: int) -> int:
 def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     config = run.proposal.read()
     # Training's decoders, validation's, and the main thread for the panel.
-    slots = 2 * config.data.threads + 1
+    slots = 2 * decoding_threads(config.data) + 1
     journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
     nodes = _node_of_each_rank(run, lease.attempt)
     watch = _watchdog(run, lease, rank, nodes, journal, config.slurm.hang_seconds)
@@ -72,7 +73,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     from trainer.preflight import look_over
     from trainer.start import Start, StopRequested
 
-    torch.set_num_threads(_cores_of_rank(ranks_of_node=nodes.count(nodes[rank])))
+    torch.set_num_threads(cores_of_rank())
     device = distributed.choose_device(
         int(os.environ["LOCAL_RANK"]), node_name(), config.slurm.gpus_per_node if in_job() else None
     )
@@ -165,12 +166,6 @@ def _node_of_each_rank(run: RunDir, attempt: int) -> list[str]:
     began = run.ledger.read().last(AttemptBegan, attempt)
     nodes = began.nodes if began else [node_name()]
     return [nodes[rank * len(nodes) // ranks] for rank in range(ranks)]
-
-
-def _cores_of_rank(ranks_of_node: int) -> int:
-    """How many of the node's cores this rank may use."""
-    cores_of_node = os.cpu_count() or 1
-    return max(1, min(len(os.sched_getaffinity(0)), cores_of_node // ranks_of_node))
 
 
 @contextmanager

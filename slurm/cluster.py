@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,10 @@ from configs.errors import EarwitnessError
 
 ANSWER_SECONDS = 300.0
 """Seconds that Slurm may take to answer."""
+SINFO_SECONDS = 10.0
+"""The same where an answer is only of use, and not needed."""
+GPUS = re.compile(r"\bgpu:(?:[^:,(]+:)?(\d+)")
+"""In generic resources, as gpu:8 or gpu:a100:4(S:0-1),nvme:1."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,14 @@ class QueuedJob:
     state: str
     nodes: str
     reason: str
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """Nodes that are alike: cores (CPUs, as Slurm counts them) and GPUs of one."""
+
+    cores: int
+    gpus: int
 
 
 def can_submit() -> bool:
@@ -39,6 +52,19 @@ def queued(jobs: Iterable[str], *, seconds: float = ANSWER_SECONDS) -> list[Queu
     lines = run("squeue", "--noheader", "--format=%i|%T|%N|%r", seconds=seconds).splitlines()
     all_jobs = [QueuedJob(*map(str.strip, line.split("|", 3))) for line in lines if line.count("|") >= 3]
     return [job for job in all_jobs if job.job in wanted]
+
+
+def node_types(partition: str | None) -> list[NodeType]:
+    """The kinds of nodes of a partition (None: of the cluster's default one). Raises EarwitnessError."""
+    lines = run("sinfo", "--noheader", "--exact", "--format=%P|%c|%G", seconds=SINFO_SECONDS).splitlines()
+    types = []
+    for line in lines:  # the default partition's name has a star
+        name, cores, resources = map(str.strip, line.split("|", 2))
+        is_asked_for = name.endswith("*") if partition is None else name.rstrip("*") in partition.split(",")
+        if is_asked_for:
+            gpus = sum(map(int, GPUS.findall(resources)))
+            types.append(NodeType(int(cores.rstrip("+")), gpus))
+    return types
 
 
 def cancel(*jobs: str) -> None:

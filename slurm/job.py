@@ -16,8 +16,8 @@ def in_job() -> bool:
 
 
 def join_job() -> None:
-    """Tell torch.distributed, through the environment, which rank this is and where all ranks meet; nothing
-    outside of srun's tasks.
+    """Tell torch.distributed, through the environment, which rank this is, how many share its node and where
+    all ranks meet; nothing outside of srun's tasks.
 
     Node names may not resolve: the address is that of the node that the job runs its commands on, which is
     also that of rank 0.
@@ -31,6 +31,8 @@ def join_job() -> None:
     )
     port = FIRST_PORT + zlib.crc32(seed.encode()) % (LAST_PORT - FIRST_PORT)
     os.environ |= {name: os.environ[slurms_name] for name, slurms_name in names.items()}
+    tasks_per_node = os.environ["SLURM_STEP_TASKS_PER_NODE"]  # as 8, or 8(x4)
+    os.environ["LOCAL_WORLD_SIZE"] = tasks_per_node.partition("(")[0]
     os.environ |= {"MASTER_ADDR": os.environ["SLURM_LAUNCH_NODE_IPADDR"], "MASTER_PORT": str(port)}
 
 

@@ -138,11 +138,25 @@ def _options(config: RunConfig, run: RunDir, log: str) -> dict[str, Any]:
 def _tasks(settings: Slurm) -> dict[str, int | None]:
     """Room for the processes of a node. Of a range, --ntasks-per-node would take no more nodes than the
     fewest nodes have tasks."""
-    cores = settings.cpus_per_task
+    cores = cores_per_task(settings)
     fewest, most = node_range(settings.nodes)
     if fewest == most:
         return {"ntasks_per_node": settings.tasks, "cpus_per_task": cores}
     return {"mincpus": settings.tasks * (cores or 1), "cpus_per_task": cores}
+
+
+def cores_per_task(settings: Slurm) -> int | None:
+    """Cores that each process is to have: `slurm.cpus_per_task`, or its share of a node's, by the GPUs that
+    are asked for; None: the cluster's default, as there are no GPUs to share by, or Slurm does not tell."""
+    gpus = settings.gpus_per_node
+    if settings.cpus_per_task or not gpus:
+        return settings.cpus_per_task
+    try:
+        types = cluster.node_types(settings.partition)
+    except EarwitnessError:
+        return None
+    shares = [node.cores * gpus // node.gpus // settings.tasks for node in types if node.gpus >= gpus]
+    return max(1, min(shares)) if shares else None  # so that any of the nodes will do
 
 
 def _gpus(settings: Slurm) -> dict[str, Any]:

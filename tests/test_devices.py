@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,8 +10,7 @@ import pytest
 import torch
 
 from configs.errors import ConfigError, EarwitnessError, UnfitNode
-from launch import worker
-from launch.local import _free_port
+from configs.ports import free_ports
 from trainer import distributed
 
 CPU = torch.device("cpu")
@@ -65,7 +63,7 @@ def test_more_processes_than_gpus_on_this_machine_are_told_what_to_do(
 def outcomes(gpus: list[str], nodes: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Exception | None]:
     """What each rank raises when all meet, whose GPUs have these UUIDs."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
     stores: list[Any] = []  # kept until all have met: the others ask that of rank 0
 
     def come(rank: int) -> Exception | None:
@@ -132,15 +130,3 @@ def test_ranks_join_with_the_device_they_were_given(
     assert (world.rank, world.size, world.device) == (1, 2, first_gpu())
     assert taken == [first_gpu()] and met == [uuid]
     assert joined[0]["nccl"]["device_id"] == first_gpu()
-
-
-@pytest.mark.parametrize(
-    ("allowed", "of_node", "ranks", "cores"),
-    [(128, 128, 8, 16), (12, 128, 8, 12), (4, 4, 8, 1), (2, 2, 1, 2)],
-)
-def test_a_rank_uses_its_share_of_the_cores_of_its_node(
-    monkeypatch: pytest.MonkeyPatch, allowed: int, of_node: int, ranks: int, cores: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(allowed)))
-    monkeypatch.setattr(os, "cpu_count", lambda: of_node)
-    assert worker._cores_of_rank(ranks) == cores

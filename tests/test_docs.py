@@ -3,6 +3,7 @@ as the program."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jsonschema import Draft202012Validator
 
 from configs.errors import ConfigError
 from configs.load import load
+from configs.run.events import KINDS, Event
 from tests.making import ROOT
 from tools import docs
 
@@ -27,6 +29,16 @@ def test_the_pages_are_current() -> None:
     advice = "run `python -m tools.docs` and commit what it writes"
     assert docs.GUIDE.read_text(encoding="utf-8") == docs.guide(), advice
     assert docs.SCHEMA.read_text(encoding="utf-8") == docs.editor_schema(), advice
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_guide_names_every_event_of_the_ledger_and_its_fields(kind: type[Event]) -> None:
+    guide = (ROOT / "docs/resume.md").read_text(encoding="utf-8")
+    rows = [
+        line for line in guide.splitlines() if line.startswith("|") and f"`{kind.name}`" in line.split("|")[1]
+    ]
+    fields = {field.name for field in dataclasses.fields(kind)} - {"attempt", "time"}
+    assert len(rows) == 1 and not [field for field in fields if f"`{field}`" not in rows[0]]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

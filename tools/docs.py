@@ -17,7 +17,8 @@ from pydantic_core import PydanticUndefined
 
 from configs.errors import run_command
 from configs.load import section_in
-from configs.schema import RunConfig
+from configs.schema import RunConfig, Section
+from trainer.changes import marks
 
 ROOT = Path(__file__).parents[1]
 GUIDE, SCHEMA = ROOT / "docs/configuration.md", ROOT / "configs/schema.json"
@@ -29,7 +30,8 @@ config CONFIG [key=value ...]` prints all settings of a run, resolved.
 A config is a YAML file with the sections below. With `extends: other.yaml` it begins with the settings of
 another file, whose path is relative to this one: sections are merged, key by key; lists and values are
 replaced. On the command line `optim.lr=1e-5` overrides a key; an item of a list is named by its `name` or
-number: `data.sources.speech.weight=2`. An unknown key is refused, and the nearest known one is named. Editors
+number: `data.sources.speech.weight=2`. An unknown key is refused, and the nearest known one is named. The
+last column says whether a run that has begun may go on with another value ([resume.md](resume.md)). Editors
 that know YAML schemas (VS Code with the YAML extension, JetBrains) complete and check keys; the line
 `# yaml-language-server: $schema=schema.json` in each file of `configs/` tells them the schema.
 """
@@ -48,9 +50,9 @@ def guide() -> str:
     return "\n".join([OPENING, *_tables(RunConfig, "")])
 
 
-def _tables(section: type[BaseModel], at: str) -> Iterator[str]:
+def _tables(section: type[Section], at: str) -> Iterator[str]:
     """The table of a section, then those of the sections in it. at: its key, as `data.sources[]`."""
-    inner: dict[str, type[BaseModel]] = {}
+    inner: dict[str, type[Section]] = {}
     rows: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         inner_section = section_in(field.annotation)
@@ -60,9 +62,11 @@ def _tables(section: type[BaseModel], at: str) -> Iterator[str]:
             rows[name] = field
     if at:
         yield f"## {at}\n\n{section.__doc__}\n"
-        yield "| key | value | default | |\n|---|---|---|---|"
+        yield "| key | value | default | | may change |\n|---|---|---|---|---|"
+        changes = marks(section)
         for name, field in rows.items():
-            yield f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(field.description or '')} |"
+            description, change = _cell(field.description or ""), changes[name].value
+            yield f"| `{name}` | {_kind(field)} | {_default(field)} | {description} | {change} |"
         yield ""
     for name, inner_section in inner.items():
         is_list = typing.get_origin(section.model_fields[name].annotation) is list

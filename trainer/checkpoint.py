@@ -148,8 +148,7 @@ def retain(root: Path, settings: Checkpoint, metric: str, *, spare: Path | None 
 def superfluous(manifests: Mapping[str, Manifest], settings: Checkpoint, metric: str) -> list[str]:
     """Of these checkpoints, by name, those to delete: not among the last, not the best by `metric`, not one
     of every so many."""
-    kept = set(sorted(manifests)[-settings.keep_last :])
-    kept |= {best(manifests, metric)}
+    kept = {*sorted(manifests)[-settings.keep_last :], best(manifests, metric)}
     if settings.keep_every:
         kept |= {name for name, manifest in manifests.items() if manifest.step % settings.keep_every == 0}
     return [name for name in manifests if name not in kept]

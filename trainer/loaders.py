@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from configs.cores import decoding_threads
 from configs.run.crash_journal import CrashJournal
 from configs.schema import RunConfig
 from data import storage
@@ -75,7 +76,7 @@ class Loaders:
         )
 
     def _loader(self, reader: SampleReader, plan: Plan, lanes: range, steps: range, ahead_mb: int) -> Loader:
-        threads = self.config.data.threads
+        threads = decoding_threads(self.config.data)
         return Loader(reader, plan, lanes, steps, threads=threads, read_ahead_mb=ahead_mb, read=self._read)
 
     @cached_property

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, WhisperProcessor
 
+from configs.cores import decoding_threads
 from configs.load import validate
 from configs.run.crash_journal import CrashJournal
 from data import dataset
@@ -52,7 +53,7 @@ def batches(task: Task) -> Iterator[Batch]:
         max_seconds=SECONDS,
         overlong=config.data.overlong,
         seed=SEED,
-        crash_journal=CrashJournal(config.data.threads),
+        crash_journal=CrashJournal(decoding_threads(config.data)),
     )
     order = clips.order(config, 100 * SECONDS)
     loader = Loader(
@@ -60,7 +61,7 @@ def batches(task: Task) -> Iterator[Batch]:
         order,
         range(BATCH),
         range(1 << 40),
-        threads=config.data.threads,
+        threads=decoding_threads(config.data),
         read_ahead_mb=config.data.read_ahead_mb,
     )
     for step in loader:
