@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,19 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     return merge(ours, config.engine.zero2)
 
 
+@contextmanager
+def _local_rank(device: torch.device) -> Iterator[None]:
+    """Let LOCAL_RANK be the number of this rank's GPU meanwhile, as DeepSpeed takes the GPU of that number:
+    where a site binds a GPU to each task, all of them have number 0."""
+    before = os.environ["LOCAL_RANK"]
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
     """Elements [start, end) of a flattened parameter, which lie at `position` in a flat partition."""
@@ -98,12 +112,13 @@ class Zero2Engine:
             for name, p in model.named_parameters()
             if p.requires_grad
         }
-        self._engine, self._zero, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw(model, config.optim),
-            config=deepspeed_config(config, world.size),
-            dist_init_required=False,
-        )
+        with _local_rank(world.device):
+            self._engine, self._zero, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=adamw(model, config.optim),
+                config=deepspeed_config(config, world.size),
+                dist_init_required=False,
+            )
         missing = [name for name in PRIVATE if not hasattr(self._zero, name)]
         if missing:
             raise ConfigError(
