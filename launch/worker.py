@@ -25,7 +25,7 @@ if __name__ == "__main__":
     STOP.install()  # before the imports, which may take long on a network file system
 
 from configs.cores import cores_of_rank, decoding_threads
-from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode
+from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode, let_output_say_anything
 from configs.run.crash_journal import CrashJournal
 from configs.run.events import AttemptBegan, DeathInHand, Hung, RankFailed, Started, Stopped
 from configs.run.folder import RunDir
@@ -60,8 +60,7 @@ def main(run_path: str, attempt: int) -> int:
 
 def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     config = run.proposal.read()
-    # Training's decoders, validation's, and the main thread for the panel.
-    slots = 2 * decoding_threads(config.data) + 1
+    slots = 2 * decoding_threads(config.data)  # of training's loader, and of an evaluation's
     journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
     nodes = _node_of_each_rank(run, lease.attempt)
     watch = _watchdog(run, lease, rank, nodes, journal, config.slurm.hang_seconds)
@@ -216,6 +215,7 @@ def _die_with(launcher: int) -> None:
 
 
 if __name__ == "__main__":
+    let_output_say_anything()
     join_job()
     if "EARWITNESS_DIE_WITH" in os.environ:
         _die_with(int(os.environ["EARWITNESS_DIE_WITH"]))

@@ -54,10 +54,10 @@ def first_failure(run: RunDir, job: str, attempt: int) -> Failure | None:
         words = f"no task could be launched on {refused['node']}: {refused['what']}"
         return Failure(Cause.UNFIT_NODE, words, refused["node"])
     failures = []
-    for line in TASK_FAILED.finditer(output):
-        what = line["what"].removesuffix(" (core dumped)")
+    for failed in TASK_FAILED.finditer(output):
+        what = failed["what"].removesuffix(" (core dumped)")
         if what != f"Exited with exit code {ExitCode.SAVED.value}":
-            failures.append(_task_failure(line["nodes"], line["tasks"], what))
+            failures.append(_task_failure(failed["nodes"], failed["tasks"], what))
     # Tasks that were ended because of another one may be told of first.
     by_signal = [failure for failure in failures if failure.by_signal]
     return next(iter(by_signal + failures), None)

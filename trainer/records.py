@@ -47,15 +47,15 @@ class SampleRecords:
         self.quarantine(step.rejected, step.number)
         self._note_cut(step.samples)
         if self._data.audit:
-            line: dict[str, object] = {
+            entry: dict[str, object] = {
                 "step": step.number,
                 "attempt": self._attempt,
                 "rank": self._world.rank,
                 "keys": [sample.key for sample in step.samples],
             }
             if step.rejected:
-                line["rejected"] = [sample.key for sample in step.rejected]
-            self._run.audit.append(line)
+                entry["rejected"] = [sample.key for sample in step.rejected]
+            self._run.audit.append(entry)
 
     def quarantine(self, rejected: Sequence[Rejected], step: int | None) -> None:
         """Name samples that could not be used, each once per attempt. step: None for validation."""
