@@ -73,15 +73,14 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     from trainer.start import Start, StopRequested
 
     torch.set_num_threads(cores_of_rank())
-    device = distributed.choose_device(
-        int(os.environ["LOCAL_RANK"]), node_name(), config.slurm.gpus_per_node if in_job() else None
-    )
+    gpus_per_node = config.slurm.gpus_per_node if in_job() else None
+    grace_seconds = config.slurm.signal_seconds if in_job() else None
+    device = distributed.choose_device(int(os.environ["LOCAL_RANK"]), node_name(), gpus_per_node)
     world = distributed.start(nodes, device)
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
-    grace = config.slurm.signal_seconds if in_job() else None
     try:
-        session = Start(config, run, lease, world, stop).session(journal, grace)
+        session = Start(config, run, lease, world, stop).session(journal, grace_seconds)
     except StopRequested:
         return _leave(run, lease, world, stop, Outcome.SAVED, run.ledger.read().saved_step)
     if world.rank == 0:
@@ -142,14 +141,14 @@ def _watchdog(
         )
 
     def in_hand(patience: float) -> str:
-        endless = journal.endless(patience)
-        for held in endless:
+        samples = journal.endless(patience)
+        for sample in samples:
             run.ledger.record(
                 DeathInHand(
-                    attempt=lease.attempt, rank=rank, key=held.key, shard=held.shard, how="never ended"
+                    attempt=lease.attempt, rank=rank, key=sample.key, shard=sample.shard, how="never ended"
                 )
             )
-        return ", ".join(f"{held.key} of {held.shard}" for held in endless)
+        return ", ".join(f"{sample.key} of {sample.shard}" for sample in samples)
 
     return Watchdog(
         run.attempt_logs(lease.attempt),
@@ -163,6 +162,7 @@ def _watchdog(
 
 
 def _node_of_each_rank(run: RunDir, attempt: int) -> list[str]:
+    """The node of each rank, by number: every node has as many, one after the other."""
     ranks = int(os.environ["WORLD_SIZE"])
     began = run.ledger.read().last(AttemptBegan, attempt)
     nodes = began.nodes if began else [node_name()]
@@ -209,13 +209,18 @@ def _report(run: RunDir, attempt: int, rank: int, error: Exception) -> int:
     return diagnosis.exit_code
 
 
+def _die_with(launcher: int) -> None:
+    """Let the kernel kill this process when its parent, the launcher, is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it was killed before
+        os._exit(1)
+
+
 if __name__ == "__main__":
     let_output_say_anything()
     join_job()
-    if launcher := os.environ.get("EARWITNESS_DIE_WITH"):  # a launcher that is killed takes its ranks along
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(launcher):
-            os._exit(1)
+    if "EARWITNESS_DIE_WITH" in os.environ:
+        _die_with(int(os.environ["EARWITNESS_DIE_WITH"]))
     code = main(sys.argv[1], int(sys.argv[2]))
     sys.stdout.flush()
     if code in (ExitCode.FINISHED, ExitCode.SAVED):

@@ -42,9 +42,9 @@ class Meeting:
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self.values[rank] = value
         self.barrier.wait()
-        found = [self.values[rank] for rank in range(self.size)]
+        values = [self.values[rank] for rank in range(self.size)]
         self.barrier.wait()
-        return found
+        return values
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,22 @@
-"""Which device a rank takes, and how many cores it uses there."""
+"""Which device a rank takes."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from configs.errors import ConfigError, EarwitnessError, UnfitNode
+from configs.load import validate
 from configs.ports import free_ports
+from tests.making import config_values
 from trainer import distributed
+from trainer.engines import zero2
 
 CPU = torch.device("cpu")
 NODES = ["n1", "n1", "n2", "n2"]
@@ -130,3 +135,37 @@ def test_ranks_join_with_the_device_they_were_given(
     assert (world.rank, world.size, world.device) == (1, 2, first_gpu())
     assert taken == [first_gpu()] and met == [uuid]
     assert joined[0]["nccl"]["device_id"] == first_gpu()
+
+
+class Begun(Exception):
+    """DeepSpeed was begun."""
+
+
+def test_deepspeed_takes_the_gpu_of_its_rank_where_each_task_has_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path
+) -> None:
+    """It takes the GPU whose number is LOCAL_RANK, but all tasks of a site that binds them have number 0."""
+    numbers: list[str] = []
+
+    def initialize(**given: Any) -> None:
+        numbers.append(os.environ["LOCAL_RANK"])
+        raise Begun
+
+    monkeypatch.setattr(zero2.deepspeed, "initialize", initialize)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    config = validate(config_values("run", tmp_path, model, "x.tar"), "test")
+    for device in (first_gpu(), CPU):
+        with pytest.raises(Begun):
+            zero2.Zero2Engine(torch.nn.Linear(2, 2), config, distributed.World(3, 8, device))
+    assert numbers == ["0", "3"] and os.environ["LOCAL_RANK"] == "3"
+
+
+@pytest.mark.parametrize(("backend", "accelerator"), [("gloo", "cpu"), ("nccl", "cuda")])
+def test_deepspeed_computes_on_what_the_ranks_do(
+    monkeypatch: pytest.MonkeyPatch, backend: str, accelerator: str
+) -> None:
+    """Left alone, it takes a GPU of a node where the job has asked for none."""
+    have_gpus(monkeypatch, 8)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    assert zero2._accelerator() == accelerator

@@ -50,7 +50,7 @@ def peak_flops(setting: float | None, device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     tflops = data_sheet_tflops(torch.cuda.get_device_name(device))
-    return tflops and tflops * 1e12
+    return None if tflops is None else tflops * 1e12
 
 
 def data_sheet_tflops(name: str) -> float | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,6 +69,34 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     return merge(ours, config.engine.zero2)
 
 
+@contextmanager
+def _local_rank(device: torch.device) -> Iterator[None]:
+    """Let LOCAL_RANK be the number of this rank's GPU meanwhile, as DeepSpeed takes the GPU of that number:
+    where a site binds a GPU to each task, all of them have number 0."""
+    before = os.environ["LOCAL_RANK"]
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Elements [start, end) of a flattened parameter, which lie at `position` in a flat partition."""
+
+    name: str
+    start: int
+    end: int
+    partition: torch.Tensor
+    position: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The elements in a tensor that is laid out as the partition is."""
+        return tensor[self.position : self.position + self.end - self.start]
+
+
 class Zero2Engine:
     """Optimizer state and gradients divided among the ranks; every rank has the whole model in BF16."""
 
@@ -82,12 +112,13 @@ class Zero2Engine:
             for name, p in model.named_parameters()
             if p.requires_grad
         }
-        self._engine, self._zero, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw(model, config.optim),
-            config=deepspeed_config(config, world.size),
-            dist_init_required=False,
-        )
+        with _local_rank(world.device):
+            self._engine, self._zero, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=adamw(model, config.optim),
+                config=deepspeed_config(config, world.size),
+                dist_init_required=False,
+            )
         missing = [name for name in PRIVATE if not hasattr(self._zero, name)]
         if missing:
             raise ConfigError(
@@ -112,25 +143,18 @@ class Zero2Engine:
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._engine.step()
-        return Update(
-            float(self._engine.get_global_grad_norm() or 0.0), bool(self._engine.was_step_applied())
-        )
+        norm, applied = self._engine.get_global_grad_norm(), self._engine.was_step_applied()
+        return Update(float(norm or 0.0), bool(applied))
 
     def fragments(self) -> list[Fragment]:
         """This rank's share of the state: views, not copies."""
-        found = []
-        for name, start, flat, at, count in self._pieces():
-            state = self._zero.optimizer.state[flat]
-            tensors = {"master": flat.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
-            found.append(
-                Fragment(
-                    name,
-                    start,
-                    start + count,
-                    {kind: tensor[at : at + count] for kind, tensor in tensors.items()},
-                )
-            )
-        return found
+        fragments = []
+        for piece in self._pieces():
+            state = self._zero.optimizer.state[piece.partition]
+            tensors = {"master": piece.partition.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
+            views = {kind: piece.of(tensor) for kind, tensor in tensors.items()}
+            fragments.append(Fragment(piece.name, piece.start, piece.end, views))
+        return fragments
 
     def updates(self) -> int:
         """AdamW's own counter of updates."""
@@ -145,12 +169,10 @@ class Zero2Engine:
             for kind in KINDS[1:]:
                 if updates is None or kind not in state:
                     state[kind] = torch.zeros_like(flat)
-        for name, start, flat, at, count in self._pieces():
-            flat[at : at + count].copy_(read(name, "master", start, start + count))
-            for kind in KINDS[1:] if updates is not None else ():
-                self._zero.optimizer.state[flat][kind][at : at + count].copy_(
-                    read(name, kind, start, start + count)
-                )
+        kinds = KINDS if updates is not None else ("master",)
+        for fragment in self.fragments():
+            for kind in kinds:
+                fragment.tensors[kind].copy_(read(fragment.name, kind, fragment.start, fragment.end))
 
     def publish(self) -> None:
         """Make the weights that compute from what every rank has loaded."""
@@ -161,22 +183,24 @@ class Zero2Engine:
         module: torch.nn.Module = self._engine.module
         return module
 
-    def _pieces(self) -> Iterator[tuple[str, int, torch.Tensor, int, int]]:
-        """This rank's parts of parameters: (name, first element of the parameter, flat partition, position in
-        it, elements)."""
+    def _pieces(self) -> Iterator[_Piece]:
+        """This rank's parts of parameters. The parameters of a group lie end to end, and are cut into
+        partitions of equal size, one for each rank."""
         for group, parameters in enumerate(self._zero.round_robin_bit16_groups):
-            flat = self._zero.single_partition_of_fp32_groups[group]
             size = self._zero.partition_size[group]
             rank = torch.distributed.get_rank(self._zero.real_dp_process_group[group])
-            offset = 0  # of the parameter among all elements of the group
+            begin_of_partition, end_of_partition = rank * size, (rank + 1) * size
+            begin_of_parameter = 0
             for parameter in parameters:
-                start, end = max(offset, rank * size), min(offset + parameter.numel(), (rank + 1) * size)
-                if start < end:
-                    yield (
-                        self._zero.param_names[parameter],
-                        start - offset,
-                        flat,
-                        start - rank * size,
-                        end - start,
+                end_of_parameter = begin_of_parameter + parameter.numel()
+                begin = max(begin_of_parameter, begin_of_partition)
+                end = min(end_of_parameter, end_of_partition)
+                if begin < end:
+                    yield _Piece(
+                        name=self._zero.param_names[parameter],
+                        start=begin - begin_of_parameter,
+                        end=end - begin_of_parameter,
+                        partition=self._zero.single_partition_of_fp32_groups[group],
+                        position=begin - begin_of_partition,
                     )
-                offset += parameter.numel()
+                begin_of_parameter = end_of_parameter
