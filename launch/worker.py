@@ -140,8 +140,8 @@ def _watchdog(
             Hung(attempt=lease.attempt, words=hang.words, node=hang.node, suspects=hang.suspects)
         )
 
-    def in_hand(patience: float) -> str:
-        endless = journal.endless(patience)
+    def in_hand(limit: float) -> str:
+        endless = journal.endless(limit)
         for held in endless:
             run.ledger.record(
                 DeathInHand(
