@@ -32,7 +32,7 @@ ABANDONED = 3600.0
 
 
 class Cache:
-    """Safe to use from several threads and processes."""
+    """Blocks of shards on this node's disk. Safe to use from several threads and processes."""
 
     def __init__(self, folder: Path, gigabytes: float) -> None:
         self.folder, self.limit = folder, int(gigabytes * 1e9)

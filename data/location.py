@@ -13,7 +13,7 @@ from fsspec.core import split_protocol
 from configs.errors import DataError
 
 CONNECTIONS = 64
-"""To one endpoint: those of all readers, and their second requests."""
+"""Connections to one endpoint: those of all readers, and their second requests."""
 # botocore's own retries would multiply with ours; its pool of 10 connections would hold readers back.
 S3 = {
     "retries": {"total_max_attempts": 1},

@@ -63,8 +63,8 @@ class Limits:
 
 LIMITS = Limits()
 STATS: Counter[str] = Counter()
-"""Since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and the bytes that
-came from the cache (cached) and from this machine's file systems (local)."""
+"""Counts since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and bytes
+from the cache (cached) and from this machine's file systems (local)."""
 HubError: type[Exception] = HfHubHTTPError.__bases__[0]
 """The HTTPError of httpx or httpx2, whichever this huggingface_hub has."""
 FAILURES: tuple[type[Exception], ...] = (

@@ -3,6 +3,7 @@ phase.
 
 Whichever notices first asks the others, through a file in the attempt's log folder, what they are doing;
 ranks that do not even answer are the first suspects, then those that have not arrived where the others wait.
+Those that have arrived are patient as long as another rank tells that it goes on, as with slow storage.
 Where Python itself is stuck (a call that holds the interpreter), faulthandler's own thread ends the process a
 little later.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from configs.run.files import write_atomic
 from configs.run.goodput import Phase
+from configs.run.lease import file_system_time
 
 FIRST_LIMIT = 1800.0
 """Seconds that a phase may last of which nothing is known."""
@@ -37,6 +39,8 @@ GATHER = 10.0
 """Seconds in which the others can say what they are doing."""
 QUIET = 5.0
 """Seconds without a sign of life after which a rank looks whether another one has noticed a hang."""
+ALIVE_EVERY = 30.0
+"""Seconds after which a rank that goes on in one phase, as in a long wait for data, tells the others so."""
 HUNG = 70
 """Exit code of a rank that hangs."""
 RANKS_SHOWN = 8
@@ -95,6 +99,7 @@ class Watchdog:
         self._in_hand, self._report, self._orphaned = in_hand, report, orphaned
         self._phase, self._step, self._arrived = Phase.START_UP, 0, False
         self._last_sign, self._armed = time.monotonic(), 0.0
+        self._phase_began = self._told_alive = time.monotonic()
         self._longest: dict[tuple[Phase, bool], float] = {}
         """Seconds between two signs of life at most, by phase and whether the rank had arrived."""
         self._asked = folder / "hang"
@@ -134,6 +139,8 @@ class Watchdog:
         before = (self._phase, self._arrived)
         self._longest[before] = max(self._longest.get(before, 0.0), now - self._last_sign)
         self._last_sign, self._phase, self._step, self._arrived = now, phase, step, arrived
+        if (phase, arrived) != before:
+            self._phase_began = now
         if (phase, arrived) != before or now - self._armed > QUIET:
             self._arm()
 
@@ -151,12 +158,27 @@ class Watchdog:
                 looked_for_successor = now
                 with contextlib.suppress(OSError):  # a file system that does not answer
                     self._leave_if_orphaned()
+            if idle < QUIET and now - max(self._phase_began, self._told_alive) > ALIVE_EVERY:
+                self._told_alive = now
+                with contextlib.suppress(OSError):
+                    self._file(self._rank, "alive").touch()
             another_hangs = idle > QUIET and self._asked.exists()
-            if idle > self.limit or another_hangs:
+            if idle > self.limit and self._arrived and not another_hangs and self._another_goes_on():
+                self._arm()
+            elif idle > self.limit or another_hangs:
                 try:
                     self._hang(idle)
                 finally:  # whatever cannot be written
                     os._exit(HUNG)
+
+    def _another_goes_on(self) -> bool:
+        """Whether a rank has said of late that it goes on in a long phase, as one that reads slowly
+        does: this one waits for it, and neither hangs."""
+        try:
+            said = max((file.stat().st_mtime for file in self._folder.glob("rank-*.alive")), default=0.0)
+            return file_system_time(self._folder) - said < 3 * ALIVE_EVERY
+        except OSError:
+            return False
 
     def _leave_if_orphaned(self) -> None:
         if self._orphaned():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from data.loader import Step
 from data.retry import STATS
 from slurm.signals import StopFlag
 from tests.forks import Course, Kill, Launcher
-from tests.making import config_values
+from tests.making import ROOT, config_values
 from trainer.loop import fetch
 
 STALL = 90.0
@@ -57,6 +59,41 @@ def test_who_is_asked_to_stop_waits_no_longer() -> None:
     step, error = fetch(loader, 3, stop, lambda: None)
     assert len(loader.slices) == 17 and error is None
     assert (step.number, step.samples, step.waited) == (3, [], 0.0)
+
+
+WATCHED = """
+import sys, time
+from pathlib import Path
+from configs.run.goodput import Phase
+from slurm import watchdog
+watchdog.TICK, watchdog.QUIET, watchdog.GATHER, watchdog.ALIVE_EVERY = 0.05, 0.5, 0.5, 0.5
+rank, what = int(sys.argv[2]), sys.argv[3]
+watch = watchdog.Watchdog(Path(sys.argv[1]), rank, ["n1", "n2"], seconds=1.5, report=print)
+for _ in range(2):  # so that the phases are known
+    watch(Phase.DATA_WAIT, 7)
+    watch.arrive()
+    watch.arrive()
+if what != "arrived":
+    watch(Phase.DATA_WAIT, 8)
+until = time.monotonic() + float(sys.argv[4])
+while time.monotonic() < until:
+    time.sleep(0.1)
+    if what == "reads":
+        watch(Phase.DATA_WAIT, 8)
+watch.close()
+"""
+
+
+@pytest.mark.parametrize(("other", "seconds", "hangs"), [("reads", 4, False), ("stuck", 60, True)])
+def test_who_waits_for_a_rank_that_reads_slowly_is_patient(
+    tmp_path: Path, other: str, seconds: int, hangs: bool
+) -> None:
+    """Longer than its own limit, as long as bytes come there; not if nothing comes."""
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", WATCHED, tmp_path, str(rank), what, str(seconds)], cwd=ROOT)
+        for rank, what in enumerate(["arrived", other])
+    ]
+    assert [process.wait(60) != 0 for process in ranks] == [hangs, hangs]
 
 
 @pytest.mark.parametrize(("reads", "step"), [(1, 0), (60, 1)], ids=["in the evaluation", "in training"])

@@ -71,15 +71,17 @@ class Manifest:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Manifest:
         """From the file's values. Raises TypeError or KeyError if it is of another version."""
-        found = cls(**values | {name: tuple(values[name]) for name in ("epoch_base", "position")})
-        if found.format != FORMAT:
-            raise TypeError(f"format {found.format}")
-        return found
+        pairs = {name: tuple(values[name]) for name in ("epoch_base", "position")}
+        manifest = cls(**values | pairs)
+        if manifest.format != FORMAT:
+            raise TypeError(f"format {manifest.format}")
+        return manifest
 
 
 def name_of(step: int, *, unfinished: int | None = None) -> str:
     """Name of the folder of a step's checkpoint; of one that the attempt `unfinished` is writing."""
-    return f"step-{step:08d}" + ("" if unfinished is None else f".a{unfinished}.tmp")
+    name = f"step-{step:08d}"
+    return name if unfinished is None else f"{name}.a{unfinished}.tmp"
 
 
 def find(root: Path) -> list[Path]:
@@ -106,12 +108,11 @@ def remove(folder: Path) -> None:
 def set_metrics(folder: Path, metrics: dict[str, float]) -> None:
     """Add the metrics of an evaluation to a checkpoint that is there. Raises CheckpointError if it cannot be
     written."""
-    temporary = folder / f"{MANIFEST}.tmp"
+    manifest, temporary = folder / MANIFEST, folder / f"{MANIFEST}.tmp"
     try:
-        write_synced(
-            temporary, json.loads((folder / MANIFEST).read_text(encoding="utf-8")) | {"metrics": metrics}
-        )
-        temporary.replace(folder / MANIFEST)
+        values = json.loads(manifest.read_text(encoding="utf-8"))
+        write_synced(temporary, values | {"metrics": metrics})
+        temporary.replace(manifest)
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot note the metrics of the evaluation: {error}; the checkpoint is intact"
@@ -130,9 +131,9 @@ def clean(root: Path, attempt: int) -> None:
     write."""
     for folder in root.glob("step-*"):
         writer = UNFINISHED.fullmatch(folder.name)
-        if (folder.suffix == ".tmp" and not (writer and int(writer[1]) > attempt)) or (
-            NAME.fullmatch(folder.name) and not (folder / MANIFEST).is_file()
-        ):
+        is_of_later_attempt = writer is not None and int(writer[1]) > attempt
+        is_half_deleted = NAME.fullmatch(folder.name) is not None and not (folder / MANIFEST).is_file()
+        if is_half_deleted or (folder.suffix == ".tmp" and not is_of_later_attempt):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -147,42 +148,40 @@ def retain(root: Path, settings: Checkpoint, metric: str, *, spare: Path | None 
 def superfluous(manifests: Mapping[str, Manifest], settings: Checkpoint, metric: str) -> list[str]:
     """Of these checkpoints, by name, those to delete: not among the last, not the best by `metric`, not one
     of every so many."""
-    last, (_, lowest), every = (
-        sorted(manifests)[-settings.keep_last :],
-        best(manifests, metric),
-        settings.keep_every,
-    )
-    return [
-        name
-        for name, about in manifests.items()
-        if name not in last and name != lowest and not (every and about.step % every == 0)
-    ]
+    kept = {*sorted(manifests)[-settings.keep_last :], best(manifests, metric)}
+    if settings.keep_every:
+        kept |= {name for name, manifest in manifests.items() if manifest.step % settings.keep_every == 0}
+    return [name for name in manifests if name not in kept]
 
 
-def best_of(root: Path, metric: str) -> tuple[float, Path | None]:
-    """The lowest value of a metric, and the checkpoint that has it (infinity and None without one); damaged
-    checkpoints do not count."""
-    value, name = best(_manifests(root), metric)
-    return value, root / name if name else None
+def best(manifests: Mapping[str, Manifest], metric: str) -> str | None:
+    """The name of the checkpoint with the lowest value of a metric; None if none has one."""
+    values = {name: manifest.metrics.get(metric, math.nan) for name, manifest in manifests.items()}
+    scored = [name for name, value in values.items() if math.isfinite(value)]
+    return min(scored, key=lambda name: (values[name], name), default=None)
 
 
-def best(manifests: Mapping[str, Manifest], metric: str) -> tuple[float, str | None]:
-    """The lowest value of a metric, and the name of the checkpoint that has it (infinity and None without
-    one)."""
-    scored = [
-        (about.metrics[metric], name)
-        for name, about in manifests.items()
-        if math.isfinite(about.metrics.get(metric, math.nan))
-    ]
-    return min(scored) if scored else (math.inf, None)
+def best_of(root: Path, metric: str) -> Path | None:
+    """The checkpoint in a folder that has the lowest value of a metric; damaged ones do not count."""
+    name = best(_manifests(root), metric)
+    return root / name if name else None
+
+
+def lowest_of(root: Path, metric: str) -> float:
+    """The lowest value of a metric that a checkpoint in a folder has, infinity without one; damaged ones do
+    not count."""
+    manifests = _manifests(root)
+    name = best(manifests, metric)
+    return manifests[name].metrics[metric] if name else math.inf
 
 
 def _manifests(root: Path) -> dict[str, Manifest]:
-    found = {}
+    """Those of sound checkpoints, by name."""
+    manifests = {}
     for folder in find(root):
         with contextlib.suppress(Damaged, ConfigError):  # but not one that cannot be read at the moment
-            found[folder.name] = Reader(folder).manifest
-    return found
+            manifests[folder.name] = Reader(folder).manifest
+    return manifests
 
 
 class Reader:
@@ -194,36 +193,45 @@ class Reader:
         """
         self.folder = folder
         try:
-            values = json.loads((folder / MANIFEST).read_bytes())
-            try:
-                self.manifest = Manifest.of(values)
-            except (TypeError, KeyError):
-                raise ConfigError(
-                    f"{folder}: not written in format {FORMAT}, which this version of Earwitness reads"
-                ) from None
-            for name, about in self.manifest.files.items():
-                if (size := (folder / name).stat().st_size) != about["size"]:
-                    raise Damaged(f"{folder / name}: has {size} bytes, should have {about['size']}: damaged")
+            self.manifest = self._read_manifest()
+            self._check_sizes()
         except (ValueError, FileNotFoundError) as error:
             raise Damaged(f"{folder}: not a valid checkpoint: {error}") from None
         except OSError as error:
             raise self._unreadable(error) from error
         self._files: dict[str, FileIO] = {}
         self._offsets: dict[str, dict[str, int]] = {}
+        """Where each tensor begins in a file, in bytes."""
         self._checks: dict[tuple[str, int], Future[None]] = {}
+        """By file and block."""
         self._pool = ThreadPoolExecutor(2, "digests")
+
+    def _read_manifest(self) -> Manifest:
+        values = json.loads((self.folder / MANIFEST).read_bytes())
+        try:
+            return Manifest.of(values)
+        except (TypeError, KeyError):
+            raise ConfigError(
+                f"{self.folder}: not written in format {FORMAT}, which this version of Earwitness reads"
+            ) from None
+
+    def _check_sizes(self) -> None:
+        for name, entry in self.manifest.files.items():
+            size = (self.folder / name).stat().st_size
+            if size != entry["size"]:
+                raise Damaged(f"{self.folder / name}: has {size} bytes, should have {entry['size']}: damaged")
 
     def __call__(self, name: str, kind: str, start: int, end: int) -> torch.Tensor:
         """Elements [start, end) of a flattened parameter's `kind`: (end - start,) float32. Raises
         CheckpointError for damage."""
         out = torch.empty(end - start)
-        content, filled = out.view(torch.uint8).numpy().data, 0
+        content = out.view(torch.uint8).numpy().data
+        itemsize, filled = out.itemsize, 0
         for first, last, file in self.manifest.parameters[name]["fragments"]:
             low, high = max(first, start), min(last, end)
             if low < high:
-                self._read(
-                    file, f"{name}:{kind}", 4 * (low - first), content[4 * (low - start) : 4 * (high - start)]
-                )
+                target = content[itemsize * (low - start) : itemsize * (high - start)]
+                self._read(file, f"{name}:{kind}", itemsize * (low - first), target)
                 filled += high - low
         if filled != end - start:
             raise Damaged(f"{self.folder}: holds {filled} of {end - start} elements of {name}")
@@ -232,8 +240,8 @@ class Reader:
     def verify(self) -> list[str]:
         """Read every byte; what is damaged, a line for each block."""
         problems = []
-        for file, about in self.manifest.files.items():
-            for start in range(0, about["size"], DIGEST_BLOCK):
+        for file, entry in self.manifest.files.items():
+            for start in range(0, entry["size"], DIGEST_BLOCK):
                 try:
                     self._verify(file, start, start + 1)
                 except CheckpointError as error:
@@ -248,35 +256,38 @@ class Reader:
     def _read(self, file: str, key: str, start: int, target: memoryview) -> None:
         """Fill `target` with the bytes of a tensor in a file, from `start` on."""
         if file not in self._offsets:
-            (length,) = struct.unpack("<Q", self._bytes(file, 0, memoryview(bytearray(8))))
-            self._verify(file, 0, 8 + length)
-            header = json.loads(bytes(self._bytes(file, 8, memoryview(bytearray(length)))))
-            self._offsets[file] = {
-                name: 8 + length + about["data_offsets"][0]
-                for name, about in header.items()
-                if name != "__metadata__"
-            }
-        at = self._offsets[file][key] + start
-        self._verify(file, at, at + len(target))
-        self._bytes(file, at, target)
+            self._offsets[file] = self._read_offsets(file)
+        begin = self._offsets[file][key] + start
+        self._verify(file, begin, begin + len(target))
+        self._bytes(file, begin, target)
+
+    def _read_offsets(self, file: str) -> dict[str, int]:
+        """Where each tensor begins in a safetensors file, by its header."""
+        (length,) = struct.unpack("<Q", self._bytes(file, 0, memoryview(bytearray(8))))
+        self._verify(file, 0, 8 + length)
+        header = json.loads(bytes(self._bytes(file, 8, memoryview(bytearray(length)))))
+        header.pop("__metadata__", None)
+        return {key: 8 + length + tensor["data_offsets"][0] for key, tensor in header.items()}
 
     def _verify(self, file: str, low: int, high: int) -> None:
         """See the blocks that hold the bytes [low, high) checked, each once; the block after them is begun,
         as it is likely to be wanted next."""
-        needed = range(low // DIGEST_BLOCK, -(-high // DIGEST_BLOCK))
-        for block in range(needed.start, min(needed.stop + 1, len(self.manifest.files[file]["xxh3_128"]))):
+        blocks = len(self.manifest.files[file]["xxh3_128"])
+        first, end = low // DIGEST_BLOCK, -(-high // DIGEST_BLOCK)
+        for block in range(first, min(end + 1, blocks)):
             if (file, block) not in self._checks:
                 self._checks[file, block] = self._pool.submit(self._check, file, block)
-        for block in needed:
+        for block in range(first, end):
             self._checks[file, block].result()
 
     def _check(self, file: str, block: int) -> None:
-        about = self.manifest.files[file]
-        start, end = block * DIGEST_BLOCK, min((block + 1) * DIGEST_BLOCK, about["size"])
+        """Raise Damaged if a block does not fit its digest."""
+        entry = self.manifest.files[file]
+        start, end = block * DIGEST_BLOCK, min((block + 1) * DIGEST_BLOCK, entry["size"])
         digest, piece = xxh3_128(), memoryview(bytearray(1 << 20))
-        for at in range(start, end, len(piece)):
-            digest.update(self._bytes(file, at, piece[: end - at]))
-        if digest.hexdigest() != about["xxh3_128"][block]:
+        for position in range(start, end, len(piece)):
+            digest.update(self._bytes(file, position, piece[: end - position]))
+        if digest.hexdigest() != entry["xxh3_128"][block]:
             raise Damaged(f"{self.folder / file}: damaged between bytes {start} and {end}")
 
     def _bytes(self, file: str, start: int, target: memoryview) -> memoryview:
@@ -307,11 +318,11 @@ def safetensors_header(shapes: dict[str, list[int]], dtype: torch.dtype) -> byte
     """The beginning of a safetensors file whose tensors follow in this order, without gaps: the header's
     length, and the header."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    start = 0
     for name, shape in shapes.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [at, end]}
-        at = end
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

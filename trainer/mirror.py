@@ -70,7 +70,7 @@ class Mirror:
         try:
             names = self._names()
             newest = next((name for name in names if self._bring_back(name)), None)
-            _, best = checkpoint.best(self._manifests(names), self._metric)
+            best = checkpoint.best(self._manifests(names), self._metric)
             if newest and best and best < newest:
                 self._bring_back(best)
         except (DataError, ShardError, OSError) as error:

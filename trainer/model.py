@@ -59,25 +59,19 @@ class Captioner:
 def load(
     settings: Model, seed: int, pretrained: Path | None = None, init_from: Path | None = None
 ) -> Captioner:
-    """The model to start from, in float32, with the weights of a run, checkpoint or export `init_from`
-    instead of its own.
+    """The model to start from, in float32.
 
-    pretrained: a folder with what the hub has under its name, if that was fetched before.
-
-    Raises ConfigError if it cannot be had or cannot be trained exactly.
+    pretrained: a folder with what the hub has under its name, if that was fetched before; init_from: a run,
+    checkpoint or export whose weights it takes instead of its own. Raises ConfigError if it cannot be had or
+    cannot be trained exactly.
     """
-    name = str(pretrained) if pretrained and pretrained.is_dir() else settings.name_or_path
+    name = settings.name_or_path
+    if pretrained and pretrained.is_dir():
+        name = str(pretrained)
     try:
         processor = WhisperProcessor.from_pretrained(name)
-        if (
-            Path(name).is_dir()
-            and not any(Path(name).glob("*.safetensors*"))
-            and not any(Path(name).glob("*.bin*"))
-        ):
-            torch.manual_seed(seed)
-            model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(name))
-            if (Path(name) / "generation_config.json").exists():
-                model.generation_config = GenerationConfig.from_pretrained(name)
+        if _is_without_weights(Path(name)):
+            model = _with_random_weights(Path(name), seed)
         else:
             model = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -85,6 +79,20 @@ def load(
     if init_from:
         take_weights(model, init_from)
     return _prepare(model, processor, settings)
+
+
+def _is_without_weights(folder: Path) -> bool:
+    """Whether this is a folder, and holds a model's config alone."""
+    weights = [file for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}*")]
+    return folder.is_dir() and not weights
+
+
+def _with_random_weights(folder: Path, seed: int) -> WhisperForConditionalGeneration:
+    torch.manual_seed(seed)
+    model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(folder))
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def load_base(run: RunDir, settings: Model) -> Captioner:
@@ -106,22 +114,22 @@ def save_base(run: RunDir, captioner: Captioner) -> None:
     run.base.mkdir(parents=True, exist_ok=True)
     captioner.processor.save_pretrained(run.base)
     captioner.model.generation_config.save_pretrained(run.base)
-    trained = captioner.trained
-    frozen = {n: p.detach() for n, p in captioner.model.named_parameters() if n not in trained} | dict(
-        captioner.model.named_buffers()
-    )
-    save_file({name: tensor.contiguous() for name, tensor in frozen.items()}, run.base / UNTRAINED)
-    (run.base / UNTRAINED).chmod(
-        (run.base / "generation_config.json").stat().st_mode
-    )  # safetensors writes 0600
+    untrained = {
+        **{name: p.detach() for name, p in captioner.model.named_parameters() if not p.requires_grad},
+        **dict(captioner.model.named_buffers()),
+    }
+    weights = run.base / UNTRAINED
+    save_file({name: tensor.contiguous() for name, tensor in untrained.items()}, weights)
+    # safetensors writes 0600
+    weights.chmod((run.base / "generation_config.json").stat().st_mode)
     captioner.config.save_pretrained(run.base)  # the last one: its presence says that base/ is complete
 
 
 def _prepare(
     model: WhisperForConditionalGeneration, processor: WhisperProcessor, settings: Model
 ) -> Captioner:
-    config = model.config
-    random = [part for part in RANDOM_PARTS if getattr(config, part, 0)]
+    """Set up for training what was loaded."""
+    random = [part for part in RANDOM_PARTS if getattr(model.config, part, 0)]
     if random:
         raise ConfigError(
             f"{settings.name_or_path}: its config sets {', '.join(random)}. A step must not depend on how"
@@ -130,13 +138,13 @@ def _prepare(
     model.requires_grad_(True)
     model.model.encoder.embed_positions.requires_grad_(False)  # from_pretrained leaves it True
     for prefix in settings.freeze:
-        matching = [p for name, p in model.named_parameters() if name.startswith(prefix)]
-        if not matching:
+        frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+        if not frozen:
             raise ConfigError(
                 f"model.freeze: no parameter's name starts with {prefix!r}; names look like"
                 f" {next(iter(model.state_dict()))!r}"
             )
-        for parameter in matching:
+        for parameter in frozen:
             parameter.requires_grad_(False)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -130,7 +130,7 @@ def _go_on(
     # Rank 0 looks for the best one, and tells: ranks that saw different ones would part ways at a save.
     best = math.inf
     if world.rank == 0:
-        best, _ = checkpoint.best_of(run.checkpoints, config.evaluate.best_metric)
+        best = checkpoint.lowest_of(run.checkpoints, config.evaluate.best_metric)
     return Resumed(
         step=manifest.step,
         evaluated=bool(manifest.metrics),

@@ -31,28 +31,26 @@ class Weights:
             raise base_missing(run, error) from None
         with torch.device("meta"):
             model = WhisperForConditionalGeneration(config)
-        self.shapes = {name: list(tensor.shape) for name, tensor in _tensors(model).items()}
+        self.shapes = _shapes(_tensors(model))
         """By name; tied weights come once."""
-        there = {*reader.manifest.parameters, *self._base.keys()}
-        if missing := sorted(set(self.shapes) - there):
+        missing = sorted(set(self.shapes) - {*reader.manifest.parameters, *self._base.keys()})
+        if missing:
             raise CheckpointError(
                 f"{reader.folder}: holds no {', '.join(missing[:3])}; is it of another model than {run.base}?"
             )
-        for name, about in reader.manifest.parameters.items():
-            if about["shape"] != self.shapes.get(name):
+        for name, parameter in reader.manifest.parameters.items():
+            if parameter["shape"] != self.shapes.get(name):
                 raise CheckpointError(
-                    f"{reader.folder}: {name} has the shape {about['shape']}, in {run.base} it is"
+                    f"{reader.folder}: {name} has the shape {parameter['shape']}, in {run.base} it is"
                     f" {self.shapes.get(name)}: of another model"
                 )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A tensor in its shape, float32."""
-        found = (
-            self.reader.tensor(name)
-            if name in self.reader.manifest.parameters
-            else self._base.get_tensor(name)
-        )
-        return found.float().contiguous()
+        if name in self.reader.manifest.parameters:
+            return self.reader.tensor(name)
+        tensor: torch.Tensor = self._base.get_tensor(name)
+        return tensor.float().contiguous()
 
 
 def base_missing(run: RunDir, error: Exception) -> CheckpointError:
@@ -69,15 +67,14 @@ def resolve(source: Path, *, best: bool = False) -> tuple[RunDir, Path]:
         return RunDir(source.resolve().parents[1]), source
     run = RunDir(source)
     metric = run.read_config().evaluate.best_metric
-    folder = (
-        checkpoint.best_of(run.checkpoints, metric)[1]
-        if best
-        else next(iter(checkpoint.find(run.checkpoints)), None)
-    )
+    if best:
+        folder = checkpoint.best_of(run.checkpoints, metric)
+        wanted = f"checkpoint with {metric}"
+    else:
+        folder = next(iter(checkpoint.find(run.checkpoints)), None)
+        wanted = "complete checkpoint"
     if folder is None:
-        raise CheckpointError(
-            f"{source}: has no {f'checkpoint with {metric}' if best else 'complete checkpoint'} yet"
-        )
+        raise CheckpointError(f"{source}: has no {wanted} yet")
     return run, folder
 
 
@@ -87,20 +84,15 @@ def take_weights(model: WhisperForConditionalGeneration, source: Path) -> None:
     cannot be read or do not fit."""
     targets = _tensors(model)
     try:
+        weights: Weights | dict[str, torch.Tensor]
         if (source / "config.json").is_file():
             exported = _tensors(WhisperForConditionalGeneration.from_pretrained(source, dtype=torch.float32))
-            weights: Weights | dict[str, torch.Tensor] = exported
-            shapes = {name: list(tensor.shape) for name, tensor in exported.items()}
+            weights, shapes = exported, _shapes(exported)
         else:
             run, folder = resolve(source)
             weights = Weights(run, Reader(folder))
             shapes = weights.shapes
-        for name in (*targets, *(shapes.keys() - targets.keys())):
-            here = list(targets[name].shape) if name in targets else None
-            if here != shapes.get(name):
-                raise ValueError(
-                    f"it is of another model: {name} has the shape {shapes.get(name)} there, {here} here"
-                )
+        _check_shapes(shapes, _shapes(targets))
         for name, target in targets.items():
             target.copy_(weights[name])
     except (OSError, ValueError, ConfigError, CheckpointError) as error:
@@ -110,5 +102,17 @@ def take_weights(model: WhisperForConditionalGeneration, source: Path) -> None:
         ) from error
 
 
+def _check_shapes(theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> None:
+    """Raise ValueError if weights are of another model, by the shapes of its tensors."""
+    for name in (*ours, *(theirs.keys() - ours.keys())):
+        there, here = theirs.get(name), ours.get(name)
+        if there != here:
+            raise ValueError(f"it is of another model: {name} has the shape {there} there, {here} here")
+
+
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -74,7 +74,8 @@ class RunDir:
 
     def rank_file(self, attempt: int, rank: int, ending: str) -> Path:
         """A file that a rank of an attempt leaves. ending: `log` (what it printed), `fatal` (the trace of a
-        crash in native code), `inhand` (what it was decoding then), `stacks`, `hang`, `nccl` (of a hang)."""
+        crash in native code), `inhand` (what it was decoding then), `alive` (touched in a
+        long phase), `stacks`, `hang`, `nccl` (of a hang)."""
         return self.attempt_logs(attempt) / f"rank-{rank:05d}.{ending}"
 
     def read_config(self) -> RunConfig:
