@@ -25,6 +25,7 @@ from configs.run.events import (
     Evaluated,
     Event,
     MirrorFailed,
+    Preflight,
     Progress,
     Skipped,
     SlowSave,
@@ -251,13 +252,16 @@ NOTICES: dict[type[Event], Callable[[Any], str]] = {
 
 
 def _notices(run: RunDir, history: History) -> list[str]:
-    """What should be looked at: the last event of each kind, and lines that cannot be read."""
+    """What should be looked at: the last event of each kind, notes of the last pre-flight, torn lines."""
     notices = []
     for kind, in_words in NOTICES.items():
         events = history.of(kind)
         if events:
             count = f" (the last of {len(events)})" if len(events) > 1 else ""
             notices.append(in_words(events[-1]) + count)
+    preflight = history.last(Preflight)
+    if preflight is not None:
+        notices += preflight.notes
     torn = run.quarantine.read().unreadable
     if torn:
         notices.append(f"{len(torn)} lines of the quarantine cannot be read, e.g. {torn[0]}")

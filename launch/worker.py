@@ -140,8 +140,8 @@ def _watchdog(
             Hung(attempt=lease.attempt, words=hang.words, node=hang.node, suspects=hang.suspects)
         )
 
-    def in_hand(patience: float) -> str:
-        samples = journal.endless(patience)
+    def in_hand(limit: float) -> str:
+        samples = journal.endless(limit)
         for sample in samples:
             run.ledger.record(
                 DeathInHand(

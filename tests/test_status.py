@@ -19,6 +19,7 @@ from configs.run.events import (
     CheckpointSaved,
     Ended,
     Event,
+    Preflight,
     Progress,
     SlowSave,
     Spike,
@@ -258,10 +259,13 @@ def test_what_should_be_looked_at_is_told(tmp_path: Path) -> None:
         grace_seconds=180,
         advice="raise slurm.signal_seconds",
     )
-    report = look(write(tmp_path, [*PREEMPTED, *spikes, slow]), [], 280.0)
+    note = "n2: a GPU does 300 TFLOP/s"
+    preflight = Preflight(time=205.0, attempt=1, seconds=2.0, all_reduce_gb_per_second=9.0, notes=[note])
+    report = look(write(tmp_path, [*PREEMPTED, preflight, *spikes, slow]), [], 280.0)
     assert report.notices == [
         "step 20: the save took 95 s, and slurm.signal_seconds is 180: raise slurm.signal_seconds",
         "step 19: its loss, 9.5, stands out; the ledger names the samples (the last of 2)",
+        note,
     ]
 
 

@@ -12,7 +12,7 @@
     tensorboard/          rank 0                      with the points of the curves
     logs/attempt-N/       every rank, its own         what it prints, and what a crash or a hang leaves
     code/, pretrained/    launch submit               its jobs' code; the model, if it came from a hub
-    slurm/                launch submit, job.sh       scripts, what Slurm says of each job; `stop`: launch stop
+    slurm/                launch submit, job.sh       scripts, what Slurm says of jobs; `stop`: launch stop
 
 Two processes never append to one file. How an attempt ended is written by whoever finds out: the one that
 started it, or the next one.

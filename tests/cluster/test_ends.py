@@ -70,7 +70,7 @@ def test_a_crash_loop_stops_after_the_limit_and_says_why(
     )
     status = chain.launch("status", chain.run.path)
     assert "3 attempts failed in a row" in " ".join(status.stdout.split()), status.stdout
-    assert [line.why for line in told] == [why], "told once, at the end of the chain"
+    assert [line["why"] for line in told] == [why], "told once, at the end of the chain"
 
 
 def test_an_unfit_node_is_named_and_left_out(
@@ -112,7 +112,7 @@ def test_a_drill_reports_seconds_to_save_to_restart_and_to_the_first_step(
     cluster: Cluster, tmp_path: Path, model: Path, shards: str, launch
 ) -> None:
     chain = make_chain(cluster, tmp_path, model, shards, ENDLESS)
-    early = chain.launch("drill", tmp_path)
+    early = chain.launch("drill", tmp_path / "faults")
     assert early.returncode == 2 and "not the folder of a run" in early.stderr
     chain.submit()
     chain.training()
