@@ -86,6 +86,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     if world.rank == 0:
         lease.check()
         run.proposal.accept()
+        session.checkpoints.begin_mirror()
         _tell_start(session)
     outcome = train(session, stop, watch)
     code = _leave(run, lease, world, stop, outcome, session.state.step)

@@ -18,8 +18,8 @@ from trainer.writer import Commit, Writer
 
 
 class Checkpoints:
-    """Saves the state of an engine. Every method but `failed`, `hold`, `drain` and `finish_mirror` is called
-    by all ranks at the same point."""
+    """Saves the state of an engine. Every method but `failed`, `hold`, `drain` and the mirror's is called by all
+    ranks at the same point."""
 
     def __init__(
         self,
@@ -53,11 +53,14 @@ class Checkpoints:
         self._newest = step
         """Step of the newest checkpoint, on disk or under way."""
         self._best = best
-        if mirror:
-            mirror.begin(self._newest)
+
+    def begin_mirror(self) -> None:
+        """Let copies be made from now on: the run has accepted its config, which is copied, too."""
+        if self._mirror:
+            self._mirror.begin(self._newest)
             # The last attempt may not have got to them.
-            for folder in reversed(checkpoint.find(run.checkpoints)):
-                mirror.upload(folder)
+            for folder in reversed(checkpoint.find(self._run.checkpoints)):
+                self._mirror.upload(folder)
 
     def has(self, step: int) -> bool:
         """Whether the newest checkpoint, on disk or under way, is that of a step."""
