@@ -18,8 +18,8 @@ from trainer.writer import Commit, Writer
 
 
 class Checkpoints:
-    """Saves the state of an engine. Every method but `failed`, `hold`, `drain` and the mirror's is called by all
-    ranks at the same point."""
+    """Saves the state of an engine. Every method but `failed`, `hold`, `drain` and the mirror's is called by
+    all ranks at the same point."""
 
     def __init__(
         self,
