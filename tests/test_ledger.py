@@ -11,7 +11,7 @@ import pytest
 
 from configs.errors import ConfigError, ExitCode
 from configs.run.causes import Cause
-from configs.run.ends import Failure, Outside, find_end
+from configs.run.ends import Failure, Outside, find_end, rank_errors
 from configs.run.events import (
     KINDS,
     AttemptBegan,
@@ -204,6 +204,14 @@ def test_how_an_attempt_ended_is_decided_on_values(
         run.ledger.record(event)
     end = find_end(run, run.ledger.read(), 0, outside)
     assert (end.cause, end.words, end.node) == (cause, words, node)
+
+
+def test_who_knows_why_it_fails_is_told_before_who_has_only_lost_it(tmp_path: Path) -> None:
+    """Whoever wrote first: the launcher prints the first of them."""
+    run = RunDir(tmp_path)
+    for event in (LOST, BUG):
+        run.ledger.record(event)
+    assert rank_errors(run.ledger.read(), 0) == [BUG, LOST]
 
 
 def test_the_newest_checkpoint_is_that_of_the_last_attempt(tmp_path: Path) -> None:

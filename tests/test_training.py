@@ -19,7 +19,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
-from configs.run.events import Evaluated, Skipped
+from configs.run.events import Evaluated, RankFailed, Skipped
 from configs.run.folder import RunDir
 from tests.making import ROOT, audit, caption_of, config_values, make_clips, make_model, run_program, sound_of
 from tools.sandbox import faults
@@ -194,6 +194,8 @@ def test_bad_data_on_one_rank_ends_all_with_its_message(
         "CRC32 differs" in done.stderr and "shard-000000.tar" in done.stderr and "tools.index" in done.stderr
     )
     assert "Traceback" not in done.stderr
+    (failed,) = RunDir(tmp_path / "run").ledger.read().of(RankFailed)
+    assert "CRC32 differs" in failed.message, "who only leaves with it is not written down as a failure"
 
 
 @pytest.mark.parametrize("backend", ["zero2", "fsdp2"])
