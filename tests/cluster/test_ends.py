@@ -20,7 +20,7 @@ from data.index import is_held_out, load_sidecar
 from data.sources import expand
 from tests.cluster.chains import make_chain
 from tests.cluster.conftest import need_packages
-from tests.cluster.test_chain import ENDLESS, check_the_same, kill_rank, preempt
+from tests.cluster.test_chain import ENDLESS, check_the_same, finish_and_compare, kill_rank, preempt, stop
 from tests.making import audit_of_attempts
 from tools.sandbox import slurm
 from tools.sandbox.slurm import Cluster
@@ -223,7 +223,9 @@ def test_two_runs_chain_side_by_side(
     for chain in chains:
         chain.training(0)
     for chain in chains:
-        check_the_same(chain, launch)
+        stop(chain)
+    for chain in chains:
+        finish_and_compare(chain, launch)
     folders = [{began.job for began in chain.run.ledger.read().of(AttemptBegan)} for chain in chains]
     assert len(folders[0]) == len(folders[1]) == 3 and not folders[0] & folders[1]
 
