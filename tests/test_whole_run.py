@@ -33,6 +33,17 @@ def values(course: Course, name: str, **sections: dict[str, object]) -> dict[str
     return config_values(name, course.folder, course.model, course.shards, **own | sections)
 
 
+def evaluating(course: Course, name: str, steps: int) -> dict[str, Any]:
+    """A run that is evaluated after every step."""
+    return values(
+        course,
+        name,
+        batch={"global_size": 2, "micro_size": 1},
+        optim={"max_steps": steps},
+        evaluate={"every_steps": 1, "captions": 0, "max_samples": 1},
+    )
+
+
 def rank_1_is_deaf() -> None:
     """In a rank: rank 1 can use no sample."""
     from data import samples
@@ -88,13 +99,7 @@ def losses_as_listed() -> None:
 def test_a_loss_that_is_the_lowest_of_all_attempts_is_saved(course: Course) -> None:
     """And no other one is, between the ends of two attempts."""
     for steps in (3, 6):
-        config = values(
-            course,
-            "best",
-            batch={"global_size": 2, "micro_size": 1},
-            optim={"max_steps": steps},
-            evaluate={"every_steps": 1, "captions": 0, "max_samples": 1},
-        )
+        config = evaluating(course, "best", steps)
         done = course.launch(config, procs=2, before="tests.test_whole_run:losses_as_listed")
         assert done.returncode == 0, done.stderr
     manifests = [Reader(folder).manifest for folder in checkpoint.find(course.run("best").checkpoints)]
@@ -106,6 +111,25 @@ def test_a_loss_that_is_the_lowest_of_all_attempts_is_saved(course: Course) -> N
         (6, "finished"),
     ]
     assert checkpoint.lowest_of(course.run("best").checkpoints, "validation/loss") == LOSSES[5]
+
+
+def rank_1_cannot_read_checkpoints_for_the_best() -> None:
+    """In a rank: the file system of rank 1 does not answer when it looks for the best loss."""
+    if os.environ["RANK"] == "1":
+        for name in ("best_of", "lowest_of"):
+            setattr(checkpoint, name, unreadable)
+
+
+def unreadable(*_: object) -> None:
+    raise OSError("rank 1 looks for the best by itself")
+
+
+def test_one_rank_looks_for_the_best_loss_and_tells_all(course: Course) -> None:
+    """Ranks that saw different ones would part ways at the next save."""
+    before = "tests.test_whole_run:rank_1_cannot_read_checkpoints_for_the_best"
+    for steps in (1, 2):
+        done = course.launch(evaluating(course, "told", steps), procs=2, before=before)
+        assert done.returncode == 0, done.stderr
 
 
 def prompts_are_told() -> None:
