@@ -3,7 +3,9 @@ captions, the best validation loss; and every source has its own style."""
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from transformers import WhisperProcessor
 
 from tests.forks import Course, Launcher
-from tests.making import config_values
+from tests.making import audit, config_values
 from trainer import checkpoint
 from trainer.checkpoint import Reader
 
@@ -162,3 +164,51 @@ def test_the_panel_is_prompted_with_the_style_of_each_clips_source(course: Cours
     prompts = [tokenizer.get_prompt_ids(style).tolist() if style else [] for style in styles.values()]
     told = [line for line in done.stdout.splitlines() if line.startswith("prompt: ")]
     assert told[:3] == [f"prompt: {prompt}" for prompt in prompts]
+
+
+def test_a_save_is_due_after_some_minutes_whatever_the_step(course: Course) -> None:
+    config = values(
+        course,
+        "minutes",
+        batch={"global_size": 2, "micro_size": 1},
+        optim={"max_steps": 3},
+        checkpoint={"every_steps": 1000, "every_minutes": 1e-9, "keep_last": 9},
+    )
+    assert course.launch(config, procs=2).returncode == 0
+    manifests = [Reader(folder).manifest for folder in checkpoint.find(course.run("minutes").checkpoints)]
+    assert [(one.step, one.reason) for one in reversed(manifests)][:2] == [(1, "interval"), (2, "interval")]
+
+
+def the_disk_is_full() -> None:
+    """In a rank: no checkpoint can be completed; rank 0 knows it before all agree on the step after."""
+    from trainer import writer
+    from trainer.loop import Training
+
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    agree = Training.agree
+
+    def agreed(training: Any, *arguments: Any) -> Any:
+        if training.state.step == 2 and training.world.rank == 0:
+            until = time.monotonic() + 60
+            while not training.checkpoints.failed:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        return agree(training, *arguments)
+
+    writer.write_synced, Training.agree = full, agreed
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(course: Course) -> None:
+    """And not when the next one is due, hours later."""
+    config = values(
+        course,
+        "full",
+        batch={"global_size": 2, "micro_size": 1},
+        optim={"max_steps": 7},
+        checkpoint={"every_steps": 2, "keep_last": 9},
+    )
+    done = course.launch(config, procs=2, before="tests.test_whole_run:the_disk_is_full")
+    assert done.returncode == 1 and "cannot write the checkpoint of step 2" in done.stderr
+    assert sorted(audit(course.run("full").path)) == [0, 1]
