@@ -300,6 +300,7 @@ def test_an_export_is_not_written_over_a_folder(finished, tmp_path: Path) -> Non
     assert done.returncode == 2 and "not empty" in done.stderr and (tmp_path / "out/mine.txt").exists()
 
 
+@pytest.mark.slow
 def test_an_export_to_s3_is_the_export_to_a_folder(finished, exported: Path, s3_server) -> None:
     client = s3_server.client()
     client.create_bucket(Bucket="exports")
@@ -314,6 +315,7 @@ def test_an_export_to_s3_is_the_export_to_a_folder(finished, exported: Path, s3_
     assert refused.returncode == 2 and "not empty" in refused.stderr
 
 
+@pytest.mark.slow
 def test_from_s3_the_same_samples_come_in_the_same_order(
     finished, tmp_path: Path, model: Path, shards: str, s3_server, launch
 ) -> None:
