@@ -11,7 +11,7 @@ test: .venv/ready-dev
 	$(BIN)/python -m pytest -m "not slow" --numprocesses logical --maxprocesses 8 --dist loadfile
 
 test-slow: .venv/ready-dev
-	$(BIN)/python -m pytest -m slow --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest -m slow --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
