@@ -263,7 +263,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(course,
         done = launch(course.config(run.path.name), procs=3)
         assert done.returncode == 0 and "set aside" in done.stdout
         (found,) = run.ledger.read().of(Damaged)
-        assert said in found["message"] and checkpoint.name_of(STOPPED) in found["message"]
+        assert said in found.message and checkpoint.name_of(STOPPED) in found.message
         assert [line.step for line in run.ledger.read().of(TrainingBegan)][-1] == STOPPED - 1
         assert (run.checkpoints / f"{checkpoint.name_of(STOPPED)}.damaged").is_dir()
 

@@ -268,13 +268,13 @@ def test_bf16_export_repeats_the_captions_of_the_last_evaluation(
     run, _ = finished
     last = RunDir(run).ledger.read().of(Evaluated)[-1]
     assert run_program("tools.export", run, tmp_path / "bf16", "--dtype", "bf16", "--best").returncode == 0
-    for clip in last["captions"]:
+    for clip in last.captions:
         shutil.copy(next(clips.parent.glob(clip["key"].rsplit("/", 1)[1] + ".*")), tmp_path)
     said = run_program("tools.caption", tmp_path / "bf16", *sorted(tmp_path.glob("clip*")), "--json")
     captions = {
         Path(line["path"]).stem: line["caption"] for line in map(json.loads, said.stdout.splitlines())
     }
-    assert captions == {clip["key"].rsplit("/", 1)[1]: clip["caption"] for clip in last["captions"]} != {}
+    assert captions == {clip["key"].rsplit("/", 1)[1]: clip["caption"] for clip in last.captions} != {}
 
 
 def test_tokens_of_the_captions_can_be_said_after_export(exported: Path) -> None:
