@@ -52,14 +52,14 @@ class RunDir:
         """Make the folder of a run, or take it up again. Raises ConfigError if it cannot be written."""
         run = cls(config.run.dir)
         try:
-            for folder in (run.checkpoints, run.leases):
+            for folder in (run.checkpoints, run.leases, run.ledger.folder, run.quarantine.folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder):
                     pass
         except OSError as error:
             raise ConfigError(
-                f"{run.path}: cannot write the run's folder: {error.strerror}; set run.dir to a place that"
-                " you may write"
+                f"{run.path}: cannot write the run's folder: {error.strerror} ({error.filename}); set run.dir"
+                " to a place that you may write"
             ) from None
         return run
 
