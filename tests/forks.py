@@ -110,6 +110,7 @@ class Rank(FORK.Process):
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(procs),
+            "LOCAL_WORLD_SIZE": str(procs),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
