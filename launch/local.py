@@ -71,24 +71,34 @@ def _attempt(run: RunDir, attempt: int, procs: int) -> tuple[int, Failure | None
 
 
 def _start(run: RunDir, attempt: int, rank: int, procs: int, port: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(procs),
-        "LOCAL_WORLD_SIZE": str(procs),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "EARWITNESS_DIE_WITH": str(os.getpid()),
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
-        ),
-    }
+    environment = (
+        os.environ
+        | rank_environment(rank, procs, port)
+        | {
+            "EARWITNESS_DIE_WITH": str(os.getpid()),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+            ),
+        }
+    )
     command = [sys.executable, "-m", "launch.worker", str(run.path), str(attempt)]
     # In a session of its own, so that Ctrl-C reaches the launcher alone, which asks all ranks to save.
     with run.rank_file(attempt, rank, "log").open("wb") as log:
         return subprocess.Popen(
             command, env=environment, start_new_session=True, stdout=None if rank == 0 else log, stderr=log
         )
+
+
+def rank_environment(rank: int, procs: int, port: int) -> dict[str, str]:
+    """What tells a rank on this machine which one of `procs` it is, and where all meet."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(procs),
+        "LOCAL_WORLD_SIZE": str(procs),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _pass_signals_to(ranks: list[subprocess.Popen[bytes]]) -> None:

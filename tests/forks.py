@@ -106,14 +106,7 @@ class Rank(FORK.Process):
 
     def _work(self, rank: int, procs: int, kill: Kill | None, before: str) -> None:
         path, attempt, port = self._told.recv()
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(procs),
-            "LOCAL_WORLD_SIZE": str(procs),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+        os.environ |= local.rank_environment(rank, procs, port)
         with RunDir(path).rank_file(attempt, rank, "log").open("wb") as log:
             for descriptor in (2,) if rank == 0 else (1, 2):
                 os.dup2(log.fileno(), descriptor)
