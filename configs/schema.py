@@ -187,6 +187,12 @@ class Data(Section):
     it, and so may runs."""
     cache_gb: Annotated[float, FREE] = Field(100, gt=0)
     """What it may hold, in gigabytes; what was not used for longest is removed."""
+    window: Annotated[Literal["own", "full"], ON_PURPOSE] = "own"
+    """`own`: each clip is encoded at its own length, without padding. `full`: each is padded to the model's
+    window (30 s for Whisper), as Whisper was trained."""
+    full_share: Annotated[float, ON_PURPOSE] = Field(0.2, ge=0, le=1)
+    """With `window: own`, the share of samples that are padded to the whole window all the same, chosen anew
+    in each epoch: programs that use the export pad always."""
     max_seconds: Annotated[float | None, ON_PURPOSE] = Field(None, gt=0)
     """Longest clip, in seconds; default the model's window (30 for Whisper)."""
     overlong: Annotated[Literal["skip", "crop"], ON_PURPOSE] = "skip"

@@ -16,13 +16,15 @@ from data.decode import SAMPLE_RATE
 @dataclass(frozen=True)
 class Sample:
     """A decoded clip with its caption. waveform: (n,) int16 at 16 kHz; source: number of its source; key:
-    SOURCE/SHARD/KEY."""
+    SOURCE/SHARD/KEY; frames: mel frames that the encoder takes, an even number; what the clip does not fill
+    is silence."""
 
     waveform: npt.NDArray[np.int16]
     tokens: Tokens
     caption: str
     source: int
     key: str
+    frames: int
 
     @property
     def seconds(self) -> float:

@@ -41,9 +41,8 @@ class Dataset:
     training: Index
     validation: Index
 
-    def order(self, config: RunConfig, frames: int, base: tuple[int, int] = (0, 0)) -> Order:
-        """The order of the training samples. frames: the model's audio window; base: global step at which it
-        begins, and its first epoch."""
+    def order(self, config: RunConfig, base: tuple[int, int] = (0, 0)) -> Order:
+        """The order of the training samples. base: global step at which it begins, and its first epoch."""
         size = self.training.column("audio_size") + self.training.column("text_size")
         runs = cut_runs(self.training.column("shard"), size, config.batch.global_size)
         base_step, base_epoch = base
@@ -54,7 +53,6 @@ class Dataset:
             seed=config.run.seed,
             global_batch=config.batch.global_size,
             shuffle_window=config.data.shuffle_window,
-            frames=frames,
             base_step=base_step,
             base_epoch=base_epoch,
         )

@@ -8,9 +8,9 @@ import torch
 from transformers.audio_utils import mel_filter_bank
 
 from data.decode import SAMPLE_RATE
+from data.windows import HOP
 
 WINDOW = 400  # samples of the Hann window, 25 ms
-HOP = 160  # samples between frames, 10 ms
 BAND = 16
 """Mel filters that are applied at a time: each looks at few bins, neighbours at the same."""
 

@@ -67,6 +67,7 @@ class _Slot:
     """A sample of a step on its way."""
 
     row: int
+    epoch: int
     place: Place
     reads: _Reads
     sample: Future[Sample | Rejected] | None = None
@@ -187,7 +188,7 @@ class Loader(Iterator[Step]):
 
     def _build(self, slot: _Slot, step: int) -> Sample | Rejected:
         audio, text = slot.reads.audio.cut(slot.place.audio), slot.reads.text.cut(slot.place.text)
-        return self.reader.build(slot.row, audio, text, step)
+        return self.reader.build(slot.row, audio, text, step, slot.epoch)
 
     def _plan_step(self) -> bool:
         """Plan one more step; False at the end."""
@@ -204,7 +205,7 @@ class Loader(Iterator[Step]):
         rows = self._rows[:, self._in_epoch]
         for row in rows[rows != EMPTY].tolist():
             place = self.reader.place(row)
-            slots.append(_Slot(row, place, _alone(place) if self._singly else self._reads[row]))
+            slots.append(_Slot(row, self._epoch, place, _alone(place) if self._singly else self._reads[row]))
         self._planned.append(_Coming(self._next, slots))
         self._next += 1
         self._in_epoch += 1

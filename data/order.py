@@ -29,7 +29,7 @@ EMPTY = -1
 """Slot without a sample."""
 READ_TOGETHER = 64
 """Samples of a list whose reads are put together where they are neighbours."""
-SHUFFLE_RUNS, SHUFFLE_LANE, CYCLE, CROP = 1, 2, 3, 4
+SHUFFLE_RUNS, SHUFFLE_LANE, CYCLE, CROP, WHOLE = 1, 2, 3, 4, 5
 """Purposes of random keys."""
 
 
@@ -40,6 +40,15 @@ def random_keys(count: int, seed: int, *purpose: int) -> Keys:
     makes of a seed, but not how a Generator permutes or draws.
     """
     return np.random.PCG64(np.random.SeedSequence(seed, spawn_key=purpose)).random_raw(count)
+
+
+def hashed(rows: npt.ArrayLike, seed: int, *purpose: int) -> Keys:
+    """A random 64-bit key for each row, (n,), which depends on `seed`, `purpose` and the row alone (the
+    finalizer of SplitMix64)."""
+    keys = np.asarray(rows).astype(np.uint64) + random_keys(1, seed, *purpose)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
 
 
 def cut_runs(shard: npt.ArrayLike, size: npt.ArrayLike, global_batch: int) -> Ints:
@@ -119,16 +128,10 @@ class Order:
     seed: int
     global_batch: int
     shuffle_window: int
-    frames: int
-    """Mel frames of the model's audio window: 2 * max_source_positions."""
     base_step: int = 0
     """Global step at which this order begins; later than 0 for a run whose data were changed on purpose."""
     base_epoch: int = 0
     """The epoch that begins there."""
-
-    def window(self, step: int) -> int:
-        """Mel frames of the audio window of the whole global batch of a step."""
-        return self.frames
 
     def samples_in(self, epoch: int) -> int:
         """Samples of an epoch."""

@@ -16,6 +16,7 @@ from data.index import Index
 from data.location import Location
 from data.order import CROP, random_keys
 from data.retry import STATS
+from data.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class SampleReader:
         index: Index,
         encoder: CaptionEncoder,
         *,
+        windows: Windows,
         max_seconds: float,
         overlong: Literal["skip", "crop"],
         seed: int,
@@ -73,6 +75,7 @@ class SampleReader:
         """crash_journal: notes what is being decoded; poisoned: keys of samples whose decoder must not be
         tried again; same_crops: an overlong clip is cropped alike at all steps."""
         self.index, self.encoder, self.overlong, self.seed = index, encoder, overlong, seed
+        self.windows = windows
         self.same_crops = same_crops
         self.crash_journal, self.poisoned = crash_journal, poisoned
         self.max_length = round(max_seconds * SAMPLE_RATE)
@@ -86,16 +89,17 @@ class SampleReader:
         text = Stretch(value["text_offset"], value["text_offset"] + value["text_size"])
         return Place(self.index.shards[value["shard"]].location, value["shard"], audio, text)
 
-    def load(self, row: int, step: int = 0) -> Sample | Rejected:
+    def load(self, row: int, step: int = 0, epoch: int = 0) -> Sample | Rejected:
         """Read and decode one sample by itself."""
-        return self.build(row, *self._read(row), step)
+        return self.build(row, *self._read(row), step, epoch)
 
     def _read(self, row: int) -> tuple[bytes, bytes]:
         place = self.place(row)
         return storage.read(place.location, *place.audio), storage.read(place.location, *place.text)
 
-    def build(self, row: int, audio: bytes, text: bytes, step: int) -> Sample | Rejected:
-        """Decode a sample from its bytes; a random crop depends on seed, step and sample alone.
+    def build(self, row: int, audio: bytes, text: bytes, step: int, epoch: int) -> Sample | Rejected:
+        """Decode a sample from its bytes. A random crop depends on seed, step and sample alone, whether it is
+        padded on seed, epoch and sample.
 
         Raises DataError if the bytes are not those that were indexed.
         """
@@ -121,7 +125,9 @@ class SampleReader:
         except BadSample as error:
             return Rejected(key, str(error), bad=not isinstance(error, Skipped))
         source = int(self._columns["source"][row])
-        return Sample(whole[: self.max_length], tokens, caption, source, key)
+        waveform = whole[: self.max_length]
+        frames = int(self.windows.frames([len(waveform)], [row], epoch)[0])
+        return Sample(waveform, tokens, caption, source, key, frames)
 
     def _is_sound(self, row: int, audio: bytes, text: bytes) -> bool:
         """Whether these bytes have the CRC32 that a full index knows; a quick one knows none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,7 @@ from data.dataset import Dataset
 from data.loader import Loader, Read
 from data.order import Listed, Order, Plan, rank_lanes
 from data.samples import SampleReader
+from data.windows import Windows
 from trainer.distributed import World
 
 VALIDATION_AHEAD_MB = 64
@@ -35,6 +36,7 @@ class Loaders:
     dataset: Dataset
     encoder: CaptionEncoder
     order: Order
+    windows: Windows
     crash_journal: CrashJournal
     poisoned: frozenset[str]
 
@@ -63,10 +65,11 @@ class Loaders:
 
     def _reader(self, *, validation: bool) -> SampleReader:
         data = self.config.data
-        window_seconds = self.order.frames / 100
+        window_seconds = self.windows.whole / 100
         return SampleReader(
             self.dataset.validation if validation else self.dataset.training,
             self.encoder,
+            windows=replace(self.windows, share=0.0) if validation else self.windows,
             max_seconds=min(window_seconds, data.max_seconds or window_seconds),
             overlong=data.overlong,
             seed=self.config.run.seed,

@@ -17,6 +17,7 @@ from configs.schema import RunConfig
 from data import dataset
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
+from data.windows import Windows
 from trainer import model
 from trainer.changes import pinned
 from trainer.checkpoints import Checkpoints
@@ -70,7 +71,8 @@ class Start:
         shapes = {name: list(tensor.shape) for name, tensor in captioner.trained.items()}
         now = pinned(config, samples.training.digest)
         resumed = resume(folders, config, run, self.lease, world, engine, shapes, now)
-        order = samples.order(config, captioner.frames, resumed.epoch_base)
+        order = samples.order(config, resumed.epoch_base)
+        windows = Windows.of(config, captioner.frames)
         total_steps = config.optim.max_steps or order.steps_of(config.optim.epochs or 0)
         self._check_length(resumed, total_steps)
         vocabulary = torch.zeros(captioner.config.vocab_size, dtype=torch.bool)
@@ -82,7 +84,9 @@ class Start:
             world=world,
             captioner=captioner,
             engine=engine,
-            loaders=Loaders(config, world, samples, self._encoder(captioner), order, journal, poisoned),
+            loaders=Loaders(
+                config, world, samples, self._encoder(captioner), order, windows, journal, poisoned
+            ),
             records=SampleRecords(config.data, run, self.lease.attempt, world, vocabulary),
             checkpoints=Checkpoints(
                 config,
