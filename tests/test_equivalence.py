@@ -84,7 +84,7 @@ def trained(
             folder,
             model,
             f"{folder}/shards/*.tar",
-            batch={"global_size": GLOBAL, "micro_size": micro},
+            batch={"global_size": GLOBAL, "micro_seconds": micro},
             optim={"epochs": 1, "lr": 1e-4, "max_steps": None, "clip_grad_norm": CLIP[precision]},
             checkpoint={"every_steps": 1, "keep_last": 100},
             evaluate={"every_steps": 1000, "captions": 0, "max_samples": 100},

@@ -62,7 +62,7 @@ def opened(model: Path, tmp_path: Path) -> Open:
             model,
             shards,
             data={"sources": [source], "max_seconds": 0.6, "overlong": "crop", **data},
-            batch={"micro_size": micro},
+            batch={"micro_seconds": micro},
             evaluate={"max_samples": 1000},
         )
         config = validate(values, "test")

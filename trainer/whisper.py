@@ -205,7 +205,7 @@ def _attend_at_once(
 VARLEN_HAS_WINDOWS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 
-@torch.compiler.disable  # lengths are others in every batch: compiled, it would be compiled for each of them
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths are others in every batch: compiled, it would be compiled for each of them
 def _attend_each(
     q: Tensor, k: Tensor, v: Tensor, own: Segments, of_seen: Segments, is_causal: bool
 ) -> Tensor:
@@ -213,8 +213,8 @@ def _attend_each(
     of_k, of_v = (x.split(list(of_seen.lengths)) for x in (k, v))
     out = []
     for clip in zip(q.split(list(own.lengths)), of_k, of_v, strict=True):
-        by_head = [x.transpose(0, 1)[None] for x in clip]  # (1, heads, n, d_head)
-        out.append(F.scaled_dot_product_attention(*by_head, is_causal=is_causal)[0].transpose(0, 1))
+        q, k, v = (x.transpose(0, 1)[None] for x in clip)  # (1, heads, n, d_head)
+        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)[0].transpose(0, 1))
     return torch.cat(out)
 
 
