@@ -60,6 +60,12 @@ class World:
         """Whether something is so on any rank. Every rank must call it at the same point."""
         return self.sum([flag])[0] > 0
 
+    def lowest(self, number: int) -> int:
+        """The lowest of all ranks' numbers. Every rank must call it at the same point."""
+        lowest = torch.tensor(number, dtype=torch.int64, device=self.device)
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        return int(lowest)
+
     def any_of_each(self, flags: torch.Tensor) -> torch.Tensor:
         """(n,) bool: true where it is true on any rank."""
         maxima = flags.to(self.device, torch.uint8)

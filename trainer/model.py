@@ -144,6 +144,7 @@ def _prepare(
     model: Whisper, generation: GenerationConfig, processor: WhisperProcessor, settings: Model
 ) -> Captioner:
     """Set up for training what was loaded."""
+    model.train()  # from_pretrained hands it out for use, and nothing is computed again then
     model.requires_grad_(True)
     model.encoder.embed_positions.requires_grad_(False)  # from_pretrained leaves it True
     for prefix in settings.freeze:

@@ -104,7 +104,7 @@ class Start:
             ),
             state=State(resumed.step, resumed.evaluated),
             size=Size(
-                seconds=micro_seconds(config.batch),
+                seconds=micro_seconds(config, run, self.lease.attempt, world, captioner, engine),
                 window_seconds=captioner.frames / 100,
                 tokens=captioner.config.max_target_positions,
             ),
