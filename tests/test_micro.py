@@ -278,11 +278,13 @@ def engine_is_tried() -> None:
 
     for name in ("reset_peak_memory_stats", "max_memory_allocated", "memory_reserved", "empty_cache"):
         setattr(torch.cuda, name, lambda *_: 0)
+    torch.cuda.set_per_process_memory_fraction = lambda *_: None
     torch.cuda.mem_get_info = lambda *_: (100, 100)
 
     def tried(config: Any, run: Any, attempt: int, world: Any, captioner: Any, engine: Any) -> float:
         gpu = Gpu(engine, captioner, world.device)
         assert search(gpu, 3, world) == 3
+        gpu.close()
         return micro_seconds(config, run, attempt, world, captioner, engine)
 
     start.micro_seconds = tried

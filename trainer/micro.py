@@ -50,8 +50,9 @@ def micro_seconds(
     elif world.device.type == "cpu":
         seconds, why = min(ON_CPU, most * window_seconds), "more is no faster on a CPU"
     else:
-        windows = search(Gpu(engine, captioner, world.device), most, world)
-        torch.cuda.empty_cache()
+        gpu = Gpu(engine, captioner, world.device)
+        windows = search(gpu, most, world)
+        gpu.close()
         seconds, why = windows * window_seconds, "the most that fits"
     if world.rank == 0:
         print(f"batch.micro_seconds: auto takes {seconds:g} s: {why}", flush=True)
@@ -147,6 +148,14 @@ class Gpu:
         # NCCL and cuBLAS have theirs by now. Pieces that torch holds without need count as free.
         free, total = torch.cuda.mem_get_info(device)
         self.limit = torch.cuda.memory_reserved(device) + free - int(RESERVE * total)
+        # What is tried leaves the reserve to them, too: they do not say so well what they lack.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, self.limit / total)), device)
+
+    def close(self) -> None:
+        """Leave the memory to training."""
+        del self._module
+        torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+        torch.cuda.empty_cache()
 
     def peak(self, windows: int) -> float:
         """Bytes that micro-batches of so many whole windows take; infinity where there are too few."""
@@ -164,7 +173,7 @@ class Gpu:
 
     def _step(self, engine: Engine) -> None:
         """A step but for its update, of two windows, one after the other: the second one finds the gradient
-        of the first."""
+        of the first. It is 0, wherever an engine may keep it, and then forgotten."""
         for is_last in (False, True):
             engine.backward(self._losses(engine, 1).sum() * 0.0, last=is_last)
         engine.forget()
