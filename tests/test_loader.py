@@ -82,7 +82,7 @@ def opened(model: Path, tmp_path: Path) -> Open:
             seed=config.run.seed,
             crash_journal=CrashJournal(8),
         )
-        return samples, found.order(config, 100 * WINDOW_SECONDS)
+        return samples, found.order(config)
 
     return opened
 
