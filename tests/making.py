@@ -105,12 +105,17 @@ def run_program(
 
 @dataclass
 class Taken:
-    """What the audit says of a step in an attempt: keys in the order of lanes, samples that could not be
-    used, ranks that have reported."""
+    """What the audit says of a step in an attempt: keys by lane, samples that could not be used, ranks that
+    have reported."""
 
-    keys: list[str] = field(default_factory=list)
+    by_lane: dict[int, str] = field(default_factory=dict)
     rejected: list[str] = field(default_factory=list)
     ranks: int = 0
+
+    @property
+    def keys(self) -> list[str]:
+        """In the order of lanes."""
+        return [self.by_lane[lane] for lane in sorted(self.by_lane)]
 
 
 def audit_of_attempts(run: Path) -> dict[tuple[int, int], Taken]:
@@ -118,7 +123,9 @@ def audit_of_attempts(run: Path) -> dict[tuple[int, int], Taken]:
     found: dict[tuple[int, int], Taken] = defaultdict(Taken)
     for line in sorted(RunDir(run).audit.read().values, key=lambda line: line["rank"]):
         taken = found[line["attempt"], line["step"]]
-        taken.keys += line["keys"]
+        by_lane = dict(zip(line["lanes"], line["keys"], strict=True))
+        assert not by_lane.keys() & taken.by_lane.keys(), "a sample is computed by one rank"
+        taken.by_lane |= by_lane
         taken.rejected += line.get("rejected", [])
         taken.ranks += 1
     return found
