@@ -42,14 +42,12 @@ def deal(work: Ints, ranks: int) -> Ints:
         fullest, emptiest = loads[uneven].argmax(axis=1), loads[uneven].argmin(axis=1)
         gap = loads[uneven, fullest] - loads[uneven, emptiest]
         cost = costs[uneven]
-        helps = (takers[uneven] == fullest[:, None]) & (0 < cost) & (cost < gap[:, None])
+        helps = (takers[uneven] == fullest[:, None]) & (cost > 0) & (cost < gap[:, None])
         # What halves the gap would be best.
         misfit = np.where(helps, np.abs(2 * cost - gap[:, None]), NO_MOVE)
         lane = misfit.argmin(axis=1)
         can_move = misfit.min(axis=1) < NO_MOVE
-        uneven, lane, fullest, emptiest = (
-            of_step[can_move] for of_step in (uneven, lane, fullest, emptiest)
-        )
+        uneven, lane, fullest, emptiest = (of_step[can_move] for of_step in (uneven, lane, fullest, emptiest))
         moved = costs[uneven, lane]
         takers[uneven, lane] = emptiest
         loads[uneven, fullest] -= moved

@@ -131,13 +131,13 @@ class Loader(Iterator[Step]):
         """Seconds that the next step was waited for."""
         self._next = steps.start
         self._epoch, self._in_epoch = plan.locate(steps.start)
-        self._singly = False
-        """Whether each sample of the epoch is read by itself."""
-        self._window = -1
-        """Number, in the epoch, of the window whose reads are planned."""
+        self._steps_in_epoch = plan.steps_in(self._epoch)
+        self._window = range(0)
+        """Steps of the epoch whose reads are planned."""
+        self._rows: Ints
+        """Samples of the window, (planned lanes, steps); EMPTY where another rank takes one."""
         self._reads: dict[int, _Reads] = {}
-        """Those of the window's samples, by row."""
-        self._enter_epoch()
+        """Those of the window's samples, by row; none where each sample is read by itself."""
 
     def ready(self, seconds: float | None) -> bool:
         """Wait until `next` has something to give at once: the next step, the error in its place, or the end.
@@ -167,7 +167,11 @@ class Loader(Iterator[Step]):
                 if span.uses == 0:
                     self._held -= span.end - span.start
                     span.content = None  # the window still holds the span
-        samples = {slot.lane: result for slot, result in zip(step.slots, done, strict=True) if isinstance(result, Sample)}
+        samples = {
+            slot.lane: result
+            for slot, result in zip(step.slots, done, strict=True)
+            if isinstance(result, Sample)
+        }
         rejected = [result for result in done if isinstance(result, Rejected)]
         return Step(step.number, list(samples.values()), rejected, waited, list(samples))
 
@@ -202,17 +206,19 @@ class Loader(Iterator[Step]):
         """Plan one more step; False at the end."""
         if self._next >= self.steps.stop:
             return False
-        while self._in_epoch >= self._rows.shape[1]:
+        while self._in_epoch >= self._steps_in_epoch:
             self._epoch, self._in_epoch = self._epoch + 1, 0
-            self._enter_epoch()
-        if self._in_epoch // self.plan.shuffle_window != self._window:
+            self._steps_in_epoch = self.plan.steps_in(self._epoch)
+            self._window = range(0)
+        if self._in_epoch not in self._window:
             self._enter_window()
         slots = []
-        for lane, row in zip(self._planned_lanes, self._rows[:, self._in_epoch].tolist(), strict=True):
+        rows = self._rows[:, self._in_epoch - self._window.start]
+        for lane, row in zip(self._planned_lanes, rows.tolist(), strict=True):
             if row == EMPTY:
                 continue
             place = self.reader.place(row)
-            has_neighbours = lane in self.lanes and not self._singly
+            has_neighbours = lane in self.lanes and row in self._reads
             reads = self._reads[row] if has_neighbours else _alone(place)
             slots.append(_Slot(lane, row, self._epoch, place, reads))
         self._planned.append(_Coming(self._next, slots))
@@ -220,26 +226,20 @@ class Loader(Iterator[Step]):
         self._in_epoch += 1
         return True
 
-    def _enter_epoch(self) -> None:
-        self._rows: Ints = self.plan.lanes(self._epoch, self._planned_lanes)
-        """Samples of the epoch, (planned lanes, steps); in a window that was entered, EMPTY where another
-        rank takes it."""
-        self._window = -1
+    def _enter_window(self) -> None:
+        """Find out what this rank takes in (the rest of) a window, and plan its reads."""
+        end = (self._in_epoch // self.plan.shuffle_window + 1) * self.plan.shuffle_window
+        self._window = range(self._in_epoch, min(end, self._steps_in_epoch))
+        self._rows = self.plan.lanes(self._epoch, self._planned_lanes, self._window)
+        if self.balance:
+            self._rows[~self.balance.is_taken(self._rows, self._epoch)] = EMPTY
+        own = self._own(self._rows)
+        own = own[own != EMPTY]
         # Spans of a whole window stay in memory until their last sample is used; where that is too much,
         # samples are read singly.
-        own = self._own(self._rows)
-        some = [self.reader.place(row) for row in own[own != EMPTY][:1000].tolist()]
+        some = [self.reader.place(row) for row in own[:: -(-len(own) // 1000) or 1].tolist()]
         size = float(np.mean([place.end - place.start for place in some])) if some else 0.0
-        window = min(self.plan.shuffle_window, self._rows.shape[1])
-        self._singly = size * len(self.lanes) * window > self.budget
-
-    def _enter_window(self) -> None:
-        """Find out what this rank takes of (the rest of) a window, and plan its reads."""
-        self._window = self._in_epoch // self.plan.shuffle_window
-        rows = self._rows[:, self._in_epoch : (self._window + 1) * self.plan.shuffle_window]
-        if self.balance:
-            rows[~self.balance.is_taken(rows, self._epoch)] = EMPTY
-        self._reads = {} if self._singly else self._plan_reads(self._own(rows))
+        self._reads = {} if size * len(own) > self.budget else self._plan_reads(own)
 
     def _own(self, rows: Ints) -> Ints:
         """Of the rows of all planned lanes those of this rank's."""
@@ -247,10 +247,9 @@ class Loader(Iterator[Step]):
         return rows[first : first + len(self.lanes)]
 
     def _plan_reads(self, rows: Ints) -> dict[int, _Reads]:
-        """The reads that bring the samples of (the rest of) a window, by row; neighbours come in one. What
-        other ranks have moved here comes singly."""
+        """The reads that bring some samples, (n,), by row; neighbours come in one."""
         reads: dict[int, _Reads] = {}
-        wanted, times = np.unique(rows[rows != EMPTY], return_counts=True)
+        wanted, times = np.unique(rows, return_counts=True)
         span, shard = None, -1
         for row, count in zip(wanted.tolist(), times.tolist(), strict=True):
             place = self.reader.place(row)

@@ -17,8 +17,8 @@ from data import storage
 from data.balance import Balance, Work, is_possible
 from data.cache import Cache
 from data.captions import CaptionEncoder
-from data.decode import SAMPLE_RATE
 from data.dataset import Dataset
+from data.decode import SAMPLE_RATE
 from data.loader import Loader, Read
 from data.order import Ints, Listed, Order, Plan, rank_lanes
 from data.samples import SampleReader
@@ -33,11 +33,14 @@ CAPTION_TOKENS = 32
 """Tokens of a caption, about, where only the length of its clip is known."""
 
 
-def sample_work(model: WhisperConfig, windows: Windows, seconds: npt.NDArray[np.float32], longest: float) -> Work:
+def sample_work(
+    model: WhisperConfig, windows: Windows, seconds: npt.NDArray[np.float32], longest: float
+) -> Work:
     """The work of samples in FLOPs. seconds: (n,) of all samples of the index; longest: seconds of a clip that
     are used."""
     by_positions = np.array(
-        [step_flops(model, positions, CAPTION_TOKENS) for positions in range(windows.whole // 2 + 1)], np.int64
+        [step_flops(model, positions, CAPTION_TOKENS) for positions in range(windows.whole // 2 + 1)],
+        np.int64,
     )
 
     def work(rows: Ints, epoch: int) -> Ints:

@@ -1,5 +1,5 @@
-"""`python -m tools.bench checkpoint|export|data|index|balance`: measures here what checkpoints, exports, data and
-the start of a run cost, in turn with what the same costs with other programs.
+"""`python -m tools.bench checkpoint|export|data|index|balance`: measures here what checkpoints, exports, data
+and the start of a run cost, in turn with what the same costs with other programs.
 
 `checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2. They save the same state, the
 fp32 weights and AdamW's two moments, in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds
@@ -51,8 +51,8 @@ rank and with several at a time. The files are in the page cache.
     memory        of all ranks together, beyond that after the imports: private, and PSS, which counts once
                   what ranks share; peak: of one rank other than rank 0
 
-`balance`: the planner of a run (order, dealing, reads) on made clips of seven sources with the reference's mix
-of lengths, for whisper-large-v3-turbo. Nothing is read, and no second process is started.
+`balance`: the planner of a run (order, dealing, reads) on made clips of seven sources with the reference's
+mix of lengths, for whisper-large-v3-turbo. Nothing is read, and no second process is started.
 
     fullest       work of the fullest rank over the mean, by FLOPs, mean of the steps: with the samples as
                   shuffled, and with some dealt to other ranks; and that in the worst of a hundred steps
