@@ -224,9 +224,20 @@ class Batch(Section):
 
     global_size: Annotated[int, NEW_EPOCH] = Field(64, ge=1)
     """Samples per optimizer step, over all ranks. It stays the same on any number of ranks."""
-    micro_size: Annotated[int, FREE] = Field(8, ge=1)
-    """Samples per forward pass of one rank; lower it when memory runs out. It changes nothing but
-    rounding."""
+    micro_seconds: Annotated[Literal["auto"] | Annotated[float, Field(gt=0)], FREE] = "auto"
+    """Seconds of audio per forward pass of one rank, at least one clip; lower it when memory runs out. It
+    changes nothing but rounding. `auto`: as much as the GPU's memory takes, found at the first start on each
+    kind of GPU; 120 on a CPU."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seconds_instead_of_samples(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "micro_size" in values:
+            raise ValueError(
+                "micro_size (samples per forward pass) is gone, as clips are packed at their own lengths now:"
+                " leave it out, or write micro_seconds, seconds of audio (8 clips of 30 s are 240)"
+            )
+        return values
 
 
 class Optim(Section):

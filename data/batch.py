@@ -1,9 +1,10 @@
-"""Samples stacked to the tensors that a forward pass takes."""
+"""Samples laid end to end to the tensors that a forward pass takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import torch
 
 from data.captions import IGNORED, Tokens
 from data.decode import SAMPLE_RATE
+from data.windows import HOP
 
 
 @dataclass(frozen=True)
@@ -33,60 +35,127 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A micro-batch.
+class Segments:
+    """Where the sequences lie that a tensor holds end to end. lengths: of the B sequences; bounds: (B + 1,)
+    int32, where each begins, and where the last one ends."""
 
-    waveforms: (B, N) int16 at 16 kHz; lengths: (B,) samples; decoder_input_ids, labels: (B, T) int64, -100
-    where nothing is to be learnt; source: (B,) source numbers; keys: of the B samples (none in a batch that
-    only keeps a rank in step); window: mel frames.
+    lengths: tuple[int, ...]
+    bounds: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Segments:
+        """Sequences of these lengths, on the CPU."""
+        return cls(tuple(lengths), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32))
+
+    def to(self, device: torch.device) -> Segments:
+        """The same on a device."""
+        return replace(self, bounds=self.bounds.to(device, non_blocking=True))
+
+    @property
+    def count(self) -> int:
+        """B."""
+        return len(self.lengths)
+
+    @property
+    def total(self) -> int:
+        """Sum of the lengths."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Largest length."""
+        return max(self.lengths)
+
+    @cached_property
+    def owners(self) -> torch.Tensor:
+        """(total,) int64: the sequence of each element."""
+        numbers = torch.arange(self.count, device=self.bounds.device)
+        return numbers.repeat_interleave(self.bounds.diff(), output_size=self.total)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """(total,) int64: the place of each element in its sequence, from 0."""
+        return torch.arange(self.total, device=self.bounds.device) - self.bounds[self.owners]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: B clips end to end.
+
+    waveforms: (N,) int16 at 16 kHz, and `sound` where each lies in it; audio: the encoder's positions of each
+    clip, half its mel frames; decoder_input_ids, labels: (T,) int64, -100 where nothing is to be learnt, and
+    `text` where each caption lies in them; source: (B,) source numbers; keys: of the B samples (none in a batch
+    that only keeps a rank in step).
     """
 
     waveforms: torch.Tensor
-    lengths: torch.Tensor
+    sound: Segments
+    audio: Segments
     decoder_input_ids: torch.Tensor
     labels: torch.Tensor
+    text: Segments
     source: torch.Tensor
     keys: tuple[str, ...]
-    window: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("waveforms", "lengths", "decoder_input_ids", "labels", "source")
+            for name in ("waveforms", "decoder_input_ids", "labels", "source")
         }
-        return replace(self, **moved)
+        segments = {name: getattr(self, name).to(device) for name in ("sound", "audio", "text")}
+        return replace(self, **moved, **segments)
 
 
-def collate(samples: Sequence[Sample], window: int, pad_id: int) -> Batch:
-    """Stack samples; pad waveforms with 0, decoder inputs with `pad_id` and labels with -100.
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Lay samples end to end.
 
-    Without samples the batch is one silent clip without labels: its loss and gradient are 0.
+    Without samples the batch is one silent clip of a single position without labels: its loss and gradient
+    are 0.
     """
-    silence = Sample(np.zeros(1, np.int16), Tokens([pad_id], [IGNORED]), "", 0, "")
+    silence = Sample(np.zeros(1, np.int16), Tokens([0], [IGNORED]), "", 0, "", frames=2)
     clips = list(samples) or [silence]
-    lengths = [len(clip.waveform) for clip in clips]
-    waveforms = torch.zeros(len(clips), max(lengths), dtype=torch.int16)
-    inputs = torch.full((len(clips), max(len(clip.tokens.labels) for clip in clips)), pad_id)
-    labels = torch.full_like(inputs, IGNORED)
-    for row, clip in enumerate(clips):
-        waveforms[row, : len(clip.waveform)] = torch.from_numpy(clip.waveform)
-        inputs[row, : len(clip.tokens.input_ids)] = torch.tensor(clip.tokens.input_ids)
-        labels[row, : len(clip.tokens.labels)] = torch.tensor(clip.tokens.labels)
     return Batch(
-        waveforms=waveforms,
-        lengths=torch.tensor(lengths),
-        decoder_input_ids=inputs,
-        labels=labels,
+        waveforms=torch.from_numpy(np.concatenate([clip.waveform for clip in clips])),
+        sound=Segments.of([len(clip.waveform) for clip in clips]),
+        audio=Segments.of([clip.frames // 2 for clip in clips]),
+        decoder_input_ids=torch.tensor([token for clip in clips for token in clip.tokens.input_ids]),
+        labels=torch.tensor([label for clip in clips for label in clip.tokens.labels]),
+        text=Segments.of([len(clip.tokens.labels) for clip in clips]),
         source=torch.tensor([clip.source for clip in clips]),
         keys=tuple(sample.key for sample in samples),
-        window=window,
     )
 
 
-def micro_batches(
-    samples: Sequence[Sample], micro_size: int, count: int, window: int, pad_id: int
-) -> list[Batch]:
-    """Cut a rank's samples of a step into exactly `count` micro-batches, empty ones at the end, so that all
-    ranks have as many."""
-    return [collate(samples[i * micro_size : (i + 1) * micro_size], window, pad_id) for i in range(count)]
+@dataclass(frozen=True)
+class Size:
+    """How much a micro-batch may hold.
+
+    seconds: of audio; window_seconds: the model's window; tokens: the decoder's positions. Captions count,
+    too: a batch of whole windows has at most so many tokens as they have positions, and no batch has more.
+    """
+
+    seconds: float
+    window_seconds: float
+    tokens: int
+
+    def of(self, sample: Sample) -> float:
+        """What a sample counts for, in seconds: its audio as the encoder takes it, or its caption if that is a
+        larger part of the decoder's positions."""
+        return max(
+            sample.frames * HOP / SAMPLE_RATE,
+            len(sample.tokens.labels) / self.tokens * self.window_seconds,
+        )
+
+    def cut(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Samples in turn, cut to groups of at most `seconds`; one that is larger stands alone."""
+        groups: list[list[Sample]] = []
+        room = 0.0
+        for sample in samples:
+            size = self.of(sample)
+            if not groups or size > room:
+                groups.append([])
+                room = self.seconds
+            groups[-1].append(sample)
+            room -= size
+        return groups

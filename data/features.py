@@ -7,50 +7,70 @@ from functools import lru_cache
 import torch
 from transformers.audio_utils import mel_filter_bank
 
+from data.batch import Segments
 from data.decode import SAMPLE_RATE
 from data.windows import HOP
 
 WINDOW = 400  # samples of the Hann window, 25 ms
+SILENCE = -10.0  # of the logarithm
 BAND = 16
 """Mel filters that are applied at a time: each looks at few bins, neighbours at the same."""
 
 
-def log_mel(waveforms: torch.Tensor, lengths: torch.Tensor, frames: int, mels: int) -> torch.Tensor:
-    """Log-mel spectrograms of a batch, each as if its waveform had been padded with silence to the window.
+def log_mel(
+    waveforms: torch.Tensor, sound: Segments, audio: Segments, mels: int, window: int
+) -> torch.Tensor:
+    """Log-mel spectrograms of clips that lie end to end, each as if its waveform had been padded with silence
+    to the model's window.
 
-    waveforms: (B, N) int16 at 16 kHz; lengths: (B,) samples of each that count, at most frames * 160. Returns
-    (B, mels, frames) float32. Equal to WhisperFeatureExtractor (fed the same int16) to 1e-5.
+    waveforms: (N,) int16 at 16 kHz; sound: where each clip lies in it; audio: half the mel frames that are
+    wanted of each; window: mel frames of the model's window. Returns (mels, F) float32, F the frames wanted of
+    all. Equal to the first frames of WhisperFeatureExtractor (fed the same int16) to 1e-5.
     """
-    out = torch.empty(len(waveforms), mels, frames, device=waveforms.device)
-    if waveforms.device.type == "cpu":  # faster by the clip, and only the frames that touch sound
-        for waveform, length, row in zip(waveforms, lengths.tolist(), out, strict=True):
-            _spectrum(waveform[None, :length], -(-(length + WINDOW // 2) // HOP), row[None])
-    else:
-        sounding = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
-        _spectrum(waveforms * sounding, frames, out)
-    return out
+    wanted = [2 * positions for positions in audio.lengths]
+    if waveforms.device.type == "cpu":  # faster by the clip
+        clips = zip(waveforms.split(list(sound.lengths)), wanted, strict=True)
+        return torch.cat(
+            [_spectra(clip, Segments.of([len(clip)]), Segments.of([n]), mels, window) for clip, n in clips], 1
+        )
+    return _spectra(waveforms, sound, Segments.of(wanted).to(waveforms.device), mels, window)
 
 
-def _spectrum(waveforms: torch.Tensor, touched: int, out: torch.Tensor) -> None:
-    """(B, N) int16 -> out, (B, mels, frames); only the first `touched` frames see sound, the others are the
-    value of silence."""
-    _, mels, frames = out.shape
-    touched = min(touched, frames)
-    audio = waveforms.to(torch.float32) / 32768
-    # Two more hops are more than half a window.
-    audio = torch.nn.functional.pad(audio, (0, min(frames, touched + 2) * HOP - audio.shape[1]))
-    half = WINDOW // 2
-    # Reflected at its ends, as Whisper's is.
-    padded = torch.cat([audio[:, 1 : half + 1].flip(1), audio, audio[:, -half - 1 : -1].flip(1)], dim=1)
-    hann, bands = _constants(mels, audio.device)
-    framed = padded[:, : WINDOW + (touched - 1) * HOP].unfold(-1, WINDOW, HOP) * hann
+def _spectra(
+    waveforms: torch.Tensor, sound: Segments, wanted: Segments, mels: int, window: int
+) -> torch.Tensor:
+    """(N,) int16 -> (mels, F). Frames that see sound are computed; the others are silent.
+
+    All of the former are needed, as the loudest of a clip sets its floor, even if fewer are wanted.
+    """
+    seeing = Segments.of([min(window, -(-(length + WINDOW // 2) // HOP)) for length in sound.lengths])
+    seeing = seeing.to(waveforms.device)
+    hann, bands = _constants(mels, waveforms.device)
+    framed = _framed(waveforms, sound, seeing, window) * hann
     squares = torch.view_as_real(torch.fft.rfft(framed)).square()
-    power = (squares[..., 0] + squares[..., 1]).mT  # (B, bins, touched)
-    energy = torch.cat([filters @ power[:, bins] for bins, filters in bands], dim=1)  # (B, mels, touched)
-    energy = energy.clamp_(min=1e-10).log10_()
-    floor = energy.amax((1, 2), keepdim=True) - 8.0
-    out[:, :, :touched] = (energy.maximum(floor) + 4.0) / 4.0
-    out[:, :, touched:] = (floor.clamp(min=-10.0) + 4.0) / 4.0
+    power = (squares[..., 0] + squares[..., 1]).T  # (bins, frames)
+    energy = torch.cat([filters @ power[bins] for bins, filters in bands]).clamp_(min=1e-10).log10_()
+    loudest = energy.new_full((sound.count,), SILENCE).scatter_reduce(
+        0, seeing.owners, energy.amax(0), "amax"
+    )
+    clip = wanted.owners
+    sees = wanted.positions < seeing.bounds.diff()[clip]
+    frames = (seeing.bounds[clip] + wanted.positions).clamp(max=seeing.total - 1)
+    return (energy[:, frames].where(sees, SILENCE).maximum(loudest[clip] - 8.0) + 4.0) / 4.0
+
+
+def _framed(waveforms: torch.Tensor, sound: Segments, seeing: Segments, window: int) -> torch.Tensor:
+    """What the frames see that see sound: (frames, WINDOW) float32. The padded clip is reflected at its ends,
+    as Whisper's is."""
+    slots = Segments.of([(frames + 2) * HOP for frames in seeing.lengths]).to(waveforms.device)
+    clip = slots.owners
+    place = (slots.positions - WINDOW // 2).abs()
+    last = window * HOP - 1
+    place = torch.where(place > last, 2 * last - place, place)
+    is_sound = place < sound.bounds.diff()[clip]
+    audio = waveforms[(sound.bounds[clip] + place).clamp(max=len(waveforms) - 1)] * is_sound / 32768
+    first = slots.bounds[:-1] // HOP
+    return audio.unfold(0, WINDOW, HOP)[first[seeing.owners] + seeing.positions]
 
 
 @lru_cache

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -14,9 +14,10 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from transformers.utils import logging
 
 from configs.errors import ConfigError, DataError, run_command
-from data.captions import LANGUAGE, TASK
 from data.decode import AUDIO_ENDINGS, SAMPLE_RATE, BadSample, decode
-from data.features import log_mel
+from data.windows import HOP, Windows
+from trainer.captioning import Generator
+from trainer.whisper import AUDIO_WINDOW, from_transformers
 
 
 def caption(
@@ -71,28 +72,24 @@ class _Captioner:
 
     def __init__(self, folder: Path, style: str | None) -> None:
         try:
-            self.model = WhisperForConditionalGeneration.from_pretrained(folder).eval()
+            theirs = WhisperForConditionalGeneration.from_pretrained(folder).eval()
             self.processor = WhisperProcessor.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder}: not a model that transformers loads: {error}") from None
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.frames = 2 * self.model.config.max_source_positions
-        self.seconds = self.frames / 100
-        self.options: dict[str, Any] = {}
-        if style:
-            prompt = self.processor.get_prompt_ids(style, return_tensors="pt")
-            self.options["prompt_ids"] = prompt.to(self.model.device)
-        if getattr(self.model.generation_config, "is_multilingual", False):
-            self.options |= {"language": LANGUAGE, "task": TASK}
+            model = from_transformers(theirs)
+        except (OSError, ValueError, ConfigError) as error:
+            raise ConfigError(f"{folder}: not a model that can be used: {error}") from None
+        window = getattr(model.config, AUDIO_WINDOW, "full")
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.windows = Windows(2 * model.config.max_source_positions, float(window == "full"), seed=0)
+        self.seconds = self.windows.whole * HOP / SAMPLE_RATE
+        self.prompt = self.processor.get_prompt_ids(style).tolist() if style else []
+        self.generator = Generator(model, theirs.generation_config)
 
-    @torch.no_grad()
     def __call__(self, waveform: torch.Tensor) -> str:
         """(n,) int16 at 16 kHz -> caption."""
-        clip = waveform[None, : self.frames * 160].to(self.model.device)
-        length = torch.tensor([clip.shape[1]], device=clip.device)
-        features = log_mel(clip, length, self.frames, self.model.config.num_mel_bins)
-        tokens = self.model.generate(features.to(self.model.dtype), **self.options)
-        text: str = self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+        clip = waveform[: self.windows.whole * HOP]
+        frames = int(self.windows.frames([len(clip)], [0], 0)[0])
+        tokens = self.generator(clip, frames, self.prompt)
+        text: str = self.processor.decode(tokens, skip_special_tokens=True)
         return text.strip()
 
 

@@ -18,6 +18,7 @@ from configs.run.folder import RunDir
 from tools.output import new_folder
 from trainer import checkpoint
 from trainer.weights import Weights, resolve
+from trainer.whisper import AUDIO_WINDOW
 
 
 class Dtype(StrEnum):
@@ -83,6 +84,7 @@ def _write_rest(run: RunDir, reader: checkpoint.Reader, folder: Path, dtype: Dty
     config.dtype = dtype.torch
     config.architectures = ["WhisperForConditionalGeneration"]
     config.use_cache = True
+    setattr(config, AUDIO_WINDOW, run.read_config().data.window)
     config.save_pretrained(folder)
     generation = GenerationConfig.from_pretrained(run.base)
     # Whisper bans quotes, colons and brackets, which captions are full of.

@@ -44,9 +44,17 @@ class World:
     def sum_fields(self, numbers: D) -> D:
         """Sums over all ranks of each field of a dataclass of numbers. Every rank must call it at the same
         point."""
+        return self.sum_fields_and_gather(numbers, 0.0)[0]
+
+    def sum_fields_and_gather(self, numbers: D, number: float) -> tuple[D, list[float]]:
+        """`sum_fields`, and another number of each rank by rank, in one collective. Every rank must call it at
+        the same point."""
         names = [field.name for field in dataclasses.fields(numbers)]
-        sums = self.sum([float(getattr(numbers, name)) for name in names])
-        return dataclasses.replace(numbers, **dict(zip(names, sums, strict=True)))
+        by_rank = [0.0] * self.size
+        by_rank[self.rank] = number
+        sums = self.sum([*(float(getattr(numbers, name)) for name in names), *by_rank])
+        summed = dataclasses.replace(numbers, **dict(zip(names, sums[: len(names)], strict=True)))
+        return summed, sums[len(names) :]
 
     def any(self, flag: bool) -> bool:
         """Whether something is so on any rank. Every rank must call it at the same point."""

@@ -5,22 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from configs.errors import DataError
 from configs.schema import RunConfig
-from data.batch import Sample, collate
-from data.captions import LANGUAGE, TASK
-from data.features import log_mel
+from data.batch import Sample, Size, collate
 from data.loader import Loader, Step
 from data.samples import Rejected
+from trainer.captioning import Generator
 from trainer.distributed import World
 from trainer.loaders import Loaders
 from trainer.loss import SourceTotals, token_losses
 from trainer.model import Captioner
 from trainer.records import SampleRecords
+from trainer.whisper import Whisper
 
 Fetch = Callable[[Loader], Step | None]
 """Gives the next step of a loader once all ranks have theirs, None where they leave off. Raises on all ranks
@@ -44,24 +44,25 @@ class Evaluator:
     captioner: Captioner
     loaders: Loaders
     records: SampleRecords
+    size: Size
     dtype: torch.dtype
     """Type of the weights that compute."""
 
     @torch.no_grad()
-    def loss(self, module: torch.nn.Module, fetch: Fetch) -> dict[str, float] | None:
+    def loss(self, module: Whisper, fetch: Fetch) -> dict[str, float] | None:
         """Mean loss of a caption token over all validation samples (`validation/loss`) and by source
-        (`validation/loss/SOURCE`).
+        (`validation/loss/SOURCE`), each clip padded to the whole window, as programs that use the export do;
+        where clips are trained at their own lengths, the same at these (`validation/loss_own`), too.
 
         Empty without validation samples; None where the ranks leave off. Raises DataError if none of a
         source's validation samples can be used.
         """
         rows_by_source = self.loaders.validation_rows(self.config.evaluate.max_samples)
         rows = [row for rows in rows_by_source for row in rows]
-        totals = SourceTotals.zeros(len(self._names), self.world.device)
+        at_full, at_own = (SourceTotals.zeros(len(self._names), self.world.device) for _ in range(2))
         rejected: list[Rejected] = []
-        frames, mels = self.loaders.order.frames, self.captioner.config.num_mel_bins
         module.eval()
-        with closing(self.loaders.validation(rows, self.config.batch.micro_size)) as loader:
+        with closing(self.loaders.validation(rows, self._windows_at_once)) as loader:
             for _ in loader.steps:
                 step = fetch(loader)
                 if step is None:
@@ -69,56 +70,71 @@ class Evaluator:
                     return None
                 self.records.quarantine(step.rejected, None)
                 rejected += step.rejected
-                batch = collate(step.samples, frames, self.captioner.pad_id).to(self.world.device)
-                totals.add(batch, token_losses(module, batch, mels, self.dtype))
+                self._add(at_full, module, [replace(clip, frames=self._whole) for clip in step.samples])
+                if self._at_own_lengths:
+                    self._add(at_own, module, step.samples)
         module.train()
-        totals = totals.over_ranks(self.world)
-        self._check_usable(rows_by_source, totals, rejected)
-        return totals.means(self._names, "validation/loss")
+        at_full, at_own = at_full.over_ranks(self.world), at_own.over_ranks(self.world)
+        self._check_usable(rows_by_source, at_full, rejected)
+        return at_full.means(self._names, "validation/loss") | at_own.means(
+            self._names, "validation/loss_own"
+        )
+
+    def _add(self, totals: SourceTotals, module: Whisper, samples: list[Sample]) -> None:
+        batch = collate(samples).to(self.world.device)
+        totals.add(batch, token_losses(module, batch, self.captioner.config, self.dtype))
 
     @torch.no_grad()
-    def captions(self, module: torch.nn.Module, fetch: Fetch) -> list[PanelClip] | None:
+    def captions(self, module: Whisper, fetch: Fetch) -> list[PanelClip] | None:
         """Captions of the panel: as many validation clips of each source. Rank 0 gets them, the others an
         empty list; None where the ranks leave off."""
         wanted = self.config.evaluate.captions
         rows_by_source = self.loaders.validation_rows(-(-wanted // len(self._names)))
         in_turn = [rows[turn] for turn in range(wanted) for rows in rows_by_source if turn < len(rows)]
         self.records.share_tokens()
+        generator = self.generator(module)
+        module.eval()
         clips = []
         with closing(self.loaders.validation(in_turn[:wanted], per_rank=1)) as loader:
             for _ in loader.steps:
                 step = fetch(loader)
                 if step is None:
+                    module.train()
                     return None
-                clips += [PanelClip(clip, self.caption(module, clip)) for clip in step.samples]
+                clips += [PanelClip(clip, self.caption(generator, clip)) for clip in step.samples]
+        module.train()
         by_rank = self.world.gather(clips) or []
         return [panel[turn] for turn in range(wanted) for panel in by_rank if turn < len(panel)]
 
-    def caption(self, module: torch.nn.Module, sample: Sample) -> str:
-        """The caption that a model gives a clip, greedily."""
-        config = self.captioner.model.generation_config
+    def generator(self, module: Whisper) -> Generator:
+        """Captions clips, without the tokens that Whisper bans and no caption has had."""
+        generation = copy.deepcopy(self.captioner.generation)
         learnt = self.records.caption_tokens
-        suppressed = [token for token in config.suppress_tokens or [] if not learnt[token]]
-        waveform = torch.from_numpy(sample.waveform)[None].to(self.world.device)
-        lengths = torch.tensor([len(sample.waveform)], device=waveform.device)
-        mels = self.captioner.config.num_mel_bins
-        features = log_mel(waveform, lengths, self.loaders.order.frames, mels).to(self.dtype)
+        suppressed = [token for token in generation.suppress_tokens or [] if not learnt[token]]
+        generation.suppress_tokens = suppressed or None
+        generation.max_length = self.captioner.config.max_target_positions
+        return Generator(module, generation)
+
+    def caption(self, generator: Generator, sample: Sample) -> str:
+        """The caption that the model gives a clip, greedily, at the windows that it is trained on."""
         prompt = self.loaders.encoder.prompts[self.config.data.sources[sample.source].style]
-        spoken = {}
-        if getattr(config, "is_multilingual", False):
-            spoken = {"language": LANGUAGE, "task": TASK}
-        chosen = copy.deepcopy(config)
-        chosen.suppress_tokens = suppressed or [-1]  # none; an empty list would be filled up with the model's
-        chosen.max_length = self.captioner.config.max_target_positions
-        module.eval()
-        tokens = module.generate(  # type: ignore[operator]
-            features,
-            generation_config=chosen,
-            prompt_ids=torch.tensor(prompt, device=waveform.device) if prompt else None,
-            **spoken,
-        )
-        module.train()
-        return str(self.captioner.processor.batch_decode(tokens, skip_special_tokens=True)[0]).strip()
+        frames = sample.frames if self._at_own_lengths else self._whole
+        tokens = generator(torch.from_numpy(sample.waveform), frames, prompt)
+        return str(self.captioner.processor.decode(tokens, skip_special_tokens=True)).strip()
+
+    @property
+    def _at_own_lengths(self) -> bool:
+        return self.config.data.window == "own"
+
+    @property
+    def _whole(self) -> int:
+        """Mel frames of the model's window."""
+        return self.loaders.windows.whole
+
+    @property
+    def _windows_at_once(self) -> int:
+        """Samples of a forward pass of the validation."""
+        return max(1, int(self.size.seconds / self.size.window_seconds))
 
     @property
     def _names(self) -> list[str]:

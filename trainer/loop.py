@@ -13,7 +13,7 @@ import torch
 from configs.errors import EarwitnessError, PeerFailed
 from configs.run.events import Evaluated, Skipped, Spike
 from configs.run.goodput import Phase
-from data.batch import Batch, micro_batches
+from data.batch import Batch, collate
 from data.loader import Loader, Step
 from data.retry import received
 from trainer.engines import Update
@@ -123,9 +123,15 @@ class Training:
         self.session, self.stop, self.watch = session, stop, watch
         self.config, self.world, self.engine = session.config, session.world, session.engine
         self.state, self.records, self.checkpoints = session.state, session.records, session.checkpoints
-        captioner, frames = session.captioner, session.loaders.order.frames
+        captioner = session.captioner
         self.evaluator = Evaluator(
-            session.config, session.world, captioner, session.loaders, session.records, session.engine.dtype
+            session.config,
+            session.world,
+            captioner,
+            session.loaders,
+            session.records,
+            session.size,
+            session.engine.dtype,
         )
         self.monitor = Monitor(
             session.config,
@@ -134,15 +140,14 @@ class Training:
             session.world,
             first_step=session.state.step,
             total_steps=session.total_steps,
-            sample_flops=lambda tokens: step_flops(captioner.config, frames // 2, tokens),
+            sample_flops=lambda sample: step_flops(
+                captioner.config, sample.frames // 2, len(sample.tokens.labels)
+            ),
             tell=watch,
         )
         self.clock = self.monitor.clock
         self.loader = session.loaders.training(range(session.state.step, session.total_steps))
         self.spikes = SpikeWindow(session.config.monitor.spike_sigma)
-        most_samples = -(-session.config.batch.global_size // session.world.size)
-        self.micro_batches = -(-most_samples // session.config.batch.micro_size)
-        """Micro-batches per step: of the rank with the most lanes, so that all ranks have as many."""
         self.first_step = session.state.step
         self.bad_samples = 0
         self.skips_in_a_row = 0
@@ -175,15 +180,9 @@ class Training:
                 return Outcome.FINISHED
 
             step, error = self.fetch(self.loader, Phase.DATA_WAIT)
-            batches = micro_batches(
-                step.samples,
-                self.config.batch.micro_size,
-                self.micro_batches,
-                self.session.loaders.order.window(self.state.step),
-                self.session.captioner.pad_id,
-            )
+            batches = [collate(samples) for samples in self.session.size.cut(step.samples)]
             # All ranks see the same sums, and so take the same way from here on.
-            sums = self.agree(step, batches, error)
+            sums, most_batches = self.agree(step, batches, error)
             if sums.failed:
                 self.leave_together(error)
             if sums.superseded or sums.unsaved:
@@ -195,6 +194,8 @@ class Training:
             self.save_is_due = sums.overdue > 0
             self.records.note(step)
             self.check_bad(int(sums.bad))
+            # Engines want as many micro-batches of all ranks: empty ones are added.
+            batches += [collate([])] * (most_batches - len(batches))
             self.take(step, batches, sums.tokens)
 
     def is_every(self, steps: int) -> bool:
@@ -205,8 +206,9 @@ class Training:
         """The next step's samples, or the error in their place."""
         return fetch(loader, self.state.step, self.stop, lambda: self.clock.enter(phase))
 
-    def agree(self, step: Step, batches: list[Batch], error: Exception | None) -> StepSums:
-        """The one agreement of a step: all ranks take it, or leave together."""
+    def agree(self, step: Step, batches: list[Batch], error: Exception | None) -> tuple[StepSums, int]:
+        """The one agreement of a step: all ranks take it, or leave together. Returns the sums over all ranks,
+        and the micro-batches of the rank that has the most, at least 1."""
         every_minutes = self.config.checkpoint.every_minutes
         minutes = (time.monotonic() - self.saved_at) / 60
         mine = StepSums(
@@ -215,23 +217,22 @@ class Training:
             unsaved=self.checkpoints.failed,
             stopping=self.stop.requested,
             overdue=every_minutes is not None and minutes > every_minutes,
-            tokens=sum(int(count_tokens(batch).sum()) for batch in batches),
+            tokens=sum(count_tokens(batch) for batch in batches),
             bad=sum(1 for sample in step.rejected if sample.bad),
             losses_before=float(self.taken.losses) if self.taken else 0.0,
         )
         self.watch.arrive()
-        sums = self.world.sum_fields(mine)
+        sums, batches_by_rank = self.world.sum_fields_and_gather(mine, len(batches))
         self.clock.enter(Phase.TRAINING)
-        return sums
+        return sums, max(1, *map(int, batches_by_rank))
 
     def take(self, step: Step, batches: list[Batch], tokens: float) -> None:
         """Take a step: forward, backward, update. tokens: caption tokens of the global batch."""
-        mels = self.session.captioner.config.num_mel_bins
         losses_of_step = torch.zeros((), dtype=torch.float64, device=self.world.device)
         self.taken = TakenStep(step, losses_of_step, tokens)
         for number, on_host in enumerate(batches):
             batch = on_host.to(self.world.device)
-            losses = token_losses(self.engine, batch, mels, self.engine.dtype)
+            losses = token_losses(self.engine, batch, self.session.captioner.config, self.engine.dtype)
             self.engine.backward(losses.sum() / max(1.0, tokens), last=number == len(batches) - 1)
             losses_of_step += losses.detach().sum()
             self.monitor.add(batch, losses)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import WhisperConfig
 
 from data.batch import Batch
 from data.captions import IGNORED
@@ -15,25 +16,26 @@ from data.features import log_mel
 from trainer.distributed import World
 
 
-def token_losses(forward: Callable[..., Any], batch: Batch, mels: int, dtype: torch.dtype) -> torch.Tensor:
-    """Sums of the caption tokens' losses, by sample: (B,) float32.
+def token_losses(
+    forward: Callable[..., Any], batch: Batch, config: WhisperConfig, dtype: torch.dtype
+) -> torch.Tensor:
+    """Losses of the tokens: (T,) float32, 0 where nothing is to be learnt. config: of the model; dtype: of its
+    weights.
 
-    The sum over a global batch divided by its tokens does not depend on micro-batches or ranks (to 1e-6 in
-    fp32, 2e-4 in BF16).
+    A clip's losses do not depend on its neighbours, so neither does the sum over a global batch on
+    micro-batches or ranks (to 1e-6 in fp32, 2e-4 in BF16).
     """
-    features = log_mel(batch.waveforms, batch.lengths, batch.window, mels).to(dtype)
-    logits = forward(
-        input_features=features, decoder_input_ids=batch.decoder_input_ids, use_cache=False
-    ).logits
-    losses = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
+    window = 2 * config.max_source_positions
+    mel = log_mel(batch.waveforms, batch.sound, batch.audio, config.num_mel_bins, window).to(dtype)
+    logits = forward(mel=mel, audio=batch.audio, tokens=batch.decoder_input_ids, text=batch.text)
+    return torch.nn.functional.cross_entropy(
+        logits.float(), batch.labels, ignore_index=IGNORED, reduction="none"
     )
-    return losses.view_as(batch.labels).sum(1)
 
 
-def count_tokens(batch: Batch) -> torch.Tensor:
-    """Caption tokens by sample: (B,) int64."""
-    return (batch.labels != IGNORED).sum(1)
+def count_tokens(batch: Batch) -> int:
+    """Tokens that are to be learnt."""
+    return int((batch.labels != IGNORED).sum())
 
 
 @dataclass
@@ -50,9 +52,10 @@ class SourceTotals:
         return cls(losses, torch.zeros_like(losses))
 
     def add(self, batch: Batch, losses: torch.Tensor) -> None:
-        """Count a micro-batch. losses: (B,) sums of its token losses."""
-        self.losses.index_add_(0, batch.source, losses.detach().double())
-        self.tokens.index_add_(0, batch.source, count_tokens(batch).double())
+        """Count a micro-batch. losses: (T,) of its tokens."""
+        source = batch.source[batch.text.owners]
+        self.losses.index_add_(0, source, losses.detach().double())
+        self.tokens.index_add_(0, source, (batch.labels != IGNORED).double())
 
     def over_ranks(self, world: World) -> SourceTotals:
         """The sums over all ranks, on the CPU. All ranks call it."""

@@ -15,6 +15,7 @@ from configs.run.folder import RunDir
 from configs.schema import Model
 from data.captions import prefix_tokens
 from trainer.weights import UNTRAINED, base_missing, take_weights
+from trainer.whisper import Whisper, from_transformers
 
 RANDOM_PARTS = (
     "dropout",
@@ -28,22 +29,19 @@ RANDOM_PARTS = (
 
 @dataclass(frozen=True)
 class Captioner:
-    """A Whisper with its tokenizer and feature extractor (processor) and the tokens that captions start
-    from."""
+    """A Whisper with its generation config, its tokenizer and feature extractor (processor), and the tokens
+    that captions start from."""
 
-    model: WhisperForConditionalGeneration
+    model: Whisper
+    generation: GenerationConfig
     processor: WhisperProcessor
     prefix: Sequence[int]
 
     @property
     def config(self) -> WhisperConfig:
         """The model's config."""
-        return self.model.config
-
-    @property
-    def pad_id(self) -> int:
-        """Token that fills up decoder inputs."""
-        return int(self.config.pad_token_id or 0)
+        config: WhisperConfig = self.model.config
+        return config
 
     @property
     def frames(self) -> int:
@@ -76,9 +74,23 @@ def load(
             model = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name_or_path: {name}: cannot load a Whisper from there: {error}") from error
+    ours = _as_ours(model, name)
     if init_from:
-        take_weights(model, init_from)
-    return _prepare(model, processor, settings)
+        take_weights(ours, init_from)
+    return _prepare(ours, model.generation_config, processor, settings)
+
+
+def _as_ours(model: WhisperForConditionalGeneration, name: str) -> Whisper:
+    random = [part for part in RANDOM_PARTS if getattr(model.config, part, 0)]
+    if random:
+        raise ConfigError(
+            f"{name}: its config sets {', '.join(random)}. A step must not depend on how many ranks take it, so"
+            " set them to 0 (false), as in Whisper as published."
+        )
+    try:
+        return from_transformers(model)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _is_without_weights(folder: Path) -> bool:
@@ -100,12 +112,15 @@ def load_base(run: RunDir, settings: Model) -> Captioner:
     checkpoint. Raises CheckpointError."""
     try:
         processor = WhisperProcessor.from_pretrained(run.base)
-        model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(run.base))
-        model.generation_config = GenerationConfig.from_pretrained(run.base)
+        generation = GenerationConfig.from_pretrained(run.base)
+        with torch.device("meta"):
+            model = Whisper(WhisperConfig.from_pretrained(run.base))
+        model.to_empty(device="cpu")
+        model.tie_weights()
         model.load_state_dict(load_file(run.base / UNTRAINED), strict=False)
     except (OSError, ValueError) as error:
         raise base_missing(run, error) from error
-    return _prepare(model, processor, settings)
+    return _prepare(model, generation, processor, settings)
 
 
 def save_base(run: RunDir, captioner: Captioner) -> None:
@@ -113,7 +128,7 @@ def save_base(run: RunDir, captioner: Captioner) -> None:
     changes anything."""
     run.base.mkdir(parents=True, exist_ok=True)
     captioner.processor.save_pretrained(run.base)
-    captioner.model.generation_config.save_pretrained(run.base)
+    captioner.generation.save_pretrained(run.base)
     untrained = {
         **{name: p.detach() for name, p in captioner.model.named_parameters() if not p.requires_grad},
         **dict(captioner.model.named_buffers()),
@@ -126,17 +141,11 @@ def save_base(run: RunDir, captioner: Captioner) -> None:
 
 
 def _prepare(
-    model: WhisperForConditionalGeneration, processor: WhisperProcessor, settings: Model
+    model: Whisper, generation: GenerationConfig, processor: WhisperProcessor, settings: Model
 ) -> Captioner:
     """Set up for training what was loaded."""
-    random = [part for part in RANDOM_PARTS if getattr(model.config, part, 0)]
-    if random:
-        raise ConfigError(
-            f"{settings.name_or_path}: its config sets {', '.join(random)}. A step must not depend on how"
-            " many ranks take it, so set them to 0 (false), as in Whisper as published."
-        )
     model.requires_grad_(True)
-    model.model.encoder.embed_positions.requires_grad_(False)  # from_pretrained leaves it True
+    model.encoder.embed_positions.requires_grad_(False)  # from_pretrained leaves it True
     for prefix in settings.freeze:
         frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
         if not frozen:
@@ -146,9 +155,8 @@ def _prepare(
             )
         for parameter in frozen:
             parameter.requires_grad_(False)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.encoder.checkpointing = model.decoder.checkpointing = settings.gradient_checkpointing
     if settings.compile:
-        model.model.encoder.compile()
-    model.config.use_cache = not settings.gradient_checkpointing
-    return Captioner(model, processor, prefix_tokens(processor.tokenizer, model.generation_config))
+        for block in model.blocks:  # alike, so that the first one is compiled, and the others take its code
+            block.compile(dynamic=True)
+    return Captioner(model, generation, processor, prefix_tokens(processor.tokenizer, generation))

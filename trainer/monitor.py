@@ -22,7 +22,7 @@ from configs.run.folder import RunDir
 from configs.run.goodput import Clock, Phase, begin, goodput, summarize
 from configs.run.ledger import History
 from configs.schema import RunConfig
-from data.batch import Batch
+from data.batch import Batch, Sample
 from data.decode import SAMPLE_RATE
 from data.loader import Step
 from data.retry import STATS
@@ -62,9 +62,11 @@ class SpikeWindow:
 
 @dataclass(frozen=True)
 class Totals:
-    """Numbers since the last point of the curves, summed over all ranks. waited: seconds for data."""
+    """Numbers since the last point of the curves, summed over all ranks. flops: that the model took; waited:
+    seconds for data."""
 
     samples: float
+    flops: float
     audio_seconds: float
     waited: float
 
@@ -81,11 +83,10 @@ class Monitor:
         *,
         first_step: int,
         total_steps: int,
-        sample_flops: Callable[[float], float],
+        sample_flops: Callable[[Sample], float],
         tell: Callable[[Phase, int], None],
     ) -> None:
-        """first_step: steps taken before; sample_flops: FLOPs of a training step per sample, by the mean of
-        its caption tokens; tell: is told of each phase and the step that it belongs to."""
+        """first_step: steps taken before; sample_flops: FLOPs that a sample takes in a training step; tell: is told of each phase and the step that it belongs to."""
         self._config, self._run, self._attempt, self._world = config, run, attempt, world
         self._names = [source.name for source in config.data.sources]
         self._sample_flops, self._peak = sample_flops, peak_flops(config.monitor.peak_tflops, world.device)
@@ -109,7 +110,7 @@ class Monitor:
         self._reset()
 
     def add(self, batch: Batch, losses: torch.Tensor) -> None:
-        """Count a micro-batch. losses: (B,) sums of its token losses."""
+        """Count a micro-batch. losses: (T,) of its tokens."""
         self._totals.add(batch, losses)
 
     def step(self, data: Step, update: Update, lr: float, unusable: Counter[str]) -> None:
@@ -117,6 +118,7 @@ class Monitor:
         not use in this attempt, by source."""
         self._waited += data.waited
         self._samples += len(data.samples)
+        self._flops += sum(map(self._sample_flops, data.samples))
         self._seconds += sum(sample.seconds for sample in data.samples)
         self._step = data.number + 1
         if self._progress:
@@ -165,12 +167,12 @@ class Monitor:
 
     def _reset(self) -> None:
         self._totals = SourceTotals.zeros(len(self._names), self._world.device)
-        self._samples, self._seconds, self._waited = 0, 0.0, 0.0
+        self._samples, self._flops, self._seconds, self._waited = 0, 0.0, 0.0, 0.0
         self._since = time.perf_counter()
 
     def _report(self, update: Update, lr: float, unusable: Counter[str]) -> None:
         by_source = self._totals.over_ranks(self._world)
-        totals = self._world.sum_fields(Totals(self._samples, self._seconds, self._waited))
+        totals = self._world.sum_fields(Totals(self._samples, self._flops, self._seconds, self._waited))
         unusable_samples = self._world.sum([float(unusable[name]) for name in self._names])
         storage = self._world.sum([float(STATS[name]) for name in STORAGE])
         if self._writer is None:
@@ -178,7 +180,7 @@ class Monitor:
         seconds = time.perf_counter() - self._since
         scalars = by_source.means(self._names, "loss") or {"loss": 0.0}
         scalars |= {"grad_norm": update.grad_norm, "learning_rate": lr, "attempt": self._attempt}
-        scalars |= self._speeds(totals, float(by_source.tokens.sum()), seconds)
+        scalars |= self._speeds(totals, seconds)
         for name, count in zip(self._names, unusable_samples, strict=True):
             if count:
                 scalars[f"unusable_samples/{name}"] = count
@@ -193,15 +195,14 @@ class Monitor:
         self._writer.flush()
         self._show_status(scalars)
 
-    def _speeds(self, totals: Totals, tokens: float, seconds: float) -> dict[str, float]:
+    def _speeds(self, totals: Totals, seconds: float) -> dict[str, float]:
         speeds = {
             "speed/samples_per_second": totals.samples / seconds,
             "speed/audio_seconds_per_second": totals.audio_seconds / seconds,
             "speed/data_wait_share": totals.waited / self._world.size / seconds,
         }
         if self._peak and totals.samples:
-            flops = self._sample_flops(tokens / totals.samples) * totals.samples
-            speeds["speed/mfu"] = flops / seconds / (self._peak * self._world.size)
+            speeds["speed/mfu"] = totals.flops / seconds / (self._peak * self._world.size)
         return speeds
 
     def _show_status(self, scalars: dict[str, float]) -> None:

@@ -10,6 +10,7 @@ from configs.run.folder import RunDir
 from configs.run.goodput import Phase
 from configs.run.lease import Lease
 from configs.schema import RunConfig
+from data.batch import Size
 from trainer.changes import pinned
 from trainer.checkpoint import Manifest
 from trainer.checkpoints import Checkpoints
@@ -62,6 +63,8 @@ class Session:
     records: SampleRecords
     checkpoints: Checkpoints
     state: State
+    size: Size
+    """Of a micro-batch."""
     total_steps: int
 
     @property
@@ -82,7 +85,7 @@ class Session:
 
     def _manifest(self, reason: str, metrics: dict[str, float]) -> Manifest:
         self.records.share_tokens()
-        suppressed = self.captioner.model.generation_config.suppress_tokens or []
+        suppressed = self.captioner.generation.suppress_tokens or []
         order = self.loaders.order
         return Manifest(
             step=self.state.step,

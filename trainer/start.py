@@ -15,6 +15,7 @@ from configs.run.folder import RunDir
 from configs.run.lease import Lease
 from configs.schema import RunConfig
 from data import dataset
+from data.batch import Size
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
 from data.windows import Windows
@@ -24,6 +25,7 @@ from trainer.checkpoints import Checkpoints
 from trainer.distributed import World, has_bf16
 from trainer.engines import Engine
 from trainer.loaders import Loaders
+from trainer.micro import micro_seconds
 from trainer.mirror import Mirror
 from trainer.model import Captioner
 from trainer.records import SampleRecords
@@ -109,6 +111,11 @@ class Start:
                 grace_seconds=grace_seconds,
             ),
             state=State(resumed.step, resumed.evaluated),
+            size=Size(
+                seconds=micro_seconds(config.batch),
+                window_seconds=captioner.frames / 100,
+                tokens=captioner.config.max_target_positions,
+            ),
             total_steps=total_steps,
         )
 

@@ -13,6 +13,7 @@ from configs.errors import CheckpointError, ConfigError
 from configs.run.folder import RunDir
 from trainer import checkpoint
 from trainer.checkpoint import Reader
+from trainer.whisper import Whisper
 
 UNTRAINED = "untrained.safetensors"
 
@@ -30,7 +31,7 @@ class Weights:
         except OSError as error:
             raise base_missing(run, error) from None
         with torch.device("meta"):
-            model = WhisperForConditionalGeneration(config)
+            model = Whisper(config)
         self.shapes = _shapes(_tensors(model))
         """By name; tied weights come once."""
         missing = sorted(set(self.shapes) - {*reader.manifest.parameters, *self._base.keys()})
@@ -79,7 +80,7 @@ def resolve(source: Path, *, best: bool = False) -> tuple[RunDir, Path]:
 
 
 @torch.no_grad()
-def take_weights(model: WhisperForConditionalGeneration, source: Path) -> None:
+def take_weights(model: Whisper, source: Path) -> None:
     """Set all weights of a model to those of a run, a checkpoint or an export. Raises ConfigError if they
     cannot be read or do not fit."""
     targets = _tensors(model)

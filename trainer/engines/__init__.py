@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from trainer.whisper import Whisper
+
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 """What a checkpoint holds of each parameter: the fp32 weights and AdamW's two moments."""
 
@@ -42,8 +44,8 @@ class Engine(Protocol):
     dtype: torch.dtype
     """Of the weights that compute."""
 
-    def __call__(self, **inputs: Any) -> Any:
-        """Forward pass of the model."""
+    def __call__(self, **inputs: Any) -> torch.Tensor:
+        """Forward pass of the model, as `Whisper.forward` takes its inputs: logits (T, vocabulary)."""
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add a micro-batch's gradient; `last` marks the last one of a step."""
@@ -65,6 +67,6 @@ class Engine(Protocol):
         """Make the weights that compute from what every rank has loaded. Every rank must call it at the same
         point."""
 
-    def evaluation_module(self) -> torch.nn.Module:
+    def evaluation_module(self) -> Whisper:
         """The whole model as it is now, for evaluation and generation. Every rank must call it at the same
         point."""

@@ -11,24 +11,24 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import WhisperForConditionalGeneration
 
 from configs.schema import RunConfig
 from trainer.distributed import World
 from trainer.engines import KINDS, Fragment, Read, Update
 from trainer.optim import adamw
+from trainer.whisper import Whisper
 
 
 class Fsdp2Engine:
     """Shards as ZeRO-2 does: gradients are reduced once per step, weights gathered once per step."""
 
-    def __init__(self, model: WhisperForConditionalGeneration, config: RunConfig, world: World) -> None:
+    def __init__(self, model: Whisper, config: RunConfig, world: World) -> None:
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.engine.dtype]
         self._world, self._clip = world, config.optim.clip_grad_norm
         mesh = init_device_mesh(world.device.type, (world.size,))
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         self._model: Any = model
-        for module in (*self._model.model.encoder.layers, *self._model.model.decoder.layers, self._model):
+        for module in (*model.blocks, self._model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
             module.set_gradient_divide_factor(1.0)  # the sum over ranks, not the mean
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
@@ -37,9 +37,10 @@ class Fsdp2Engine:
         self._optimizer = adamw(model, config.optim)
         self._reset_optimizer(0)
 
-    def __call__(self, **inputs: Any) -> Any:
+    def __call__(self, **inputs: Any) -> torch.Tensor:
         """Forward pass of the model."""
-        return self._model(**inputs)
+        logits: torch.Tensor = self._model(**inputs)
+        return logits
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add a micro-batch's gradient; `last` marks the last one of a step."""
@@ -98,14 +99,13 @@ class Fsdp2Engine:
         """Nothing is to be done: weights are gathered from the shards at every step."""
 
     @torch.no_grad()
-    def evaluation_module(self) -> torch.nn.Module:
+    def evaluation_module(self) -> Whisper:
         """A copy of the whole model in `dtype`: generation bypasses the hooks that gather weights, and ranks
         stop at different lengths."""
         with torch.device("meta"):
-            whole: Any = WhisperForConditionalGeneration(self._model.config)
+            whole = Whisper(self._model.config)
         whole.to(self.dtype).to_empty(device=self._world.device)
         whole.tie_weights()
-        whole.generation_config = self._model.generation_config
         targets = dict(whole.named_parameters()) | dict(whole.named_buffers())
         for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
             targets[name].copy_(self._gathered(tensor) if isinstance(tensor, DTensor) else tensor)
