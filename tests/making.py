@@ -77,7 +77,7 @@ def config_values(
         "run": {"name": name, "dir": str(folder / name), "seed": 7},
         "model": {"name_or_path": str(model)},
         "data": {"sources": [source], "index_dir": str(folder / "index"), "audit": True, "threads": 1},
-        "batch": {"global_size": 8, "micro_size": 4},
+        "batch": {"global_size": 8, "micro_seconds": 4},
         "optim": {"lr": 1e-3, "max_steps": 4, "warmup_fraction": 0.0},
         "evaluate": {"captions": 2, "max_samples": 8},
         "monitor": {"every_steps": 1},

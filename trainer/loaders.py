@@ -36,8 +36,8 @@ CAPTION_TOKENS = 32
 def sample_work(
     model: WhisperConfig, windows: Windows, seconds: npt.NDArray[np.float32], longest: float
 ) -> Work:
-    """The work of samples in FLOPs. seconds: (n,) of all samples of the index; longest: seconds of a clip that
-    are used."""
+    """The work of samples in FLOPs. seconds: (n,) of all samples of the index; longest: seconds that are used
+    of a clip."""
     by_positions = np.array(
         [step_flops(model, positions, CAPTION_TOKENS) for positions in range(windows.whole // 2 + 1)],
         np.int64,
