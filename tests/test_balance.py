@@ -161,7 +161,7 @@ def test_a_quick_index_moves_nothing_and_says_what_a_full_one_would_bring(
     (said,) = capsys.readouterr().out.splitlines()
     samples = len(quick.dataset.training)
     assert said.startswith(f"the lengths of {samples} of {samples} clips are unknown (quick index)")
-    assert "python -m tools.index CONFIG" in said
+    assert "`python -m tools.index CONFIG`" in said
 
 
 @pytest.fixture

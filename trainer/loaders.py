@@ -99,11 +99,10 @@ class Loaders:
         if unknown:
             if self.world.rank == 0:
                 print(
-                    f"the lengths of {unknown:,} of {len(seconds):,} clips are unknown (quick index): none is"
-                    " moved between ranks, and at every step they wait for the one with the longest clips."
-                    " `python -m tools.index CONFIG` reads the shards once, and from the next start on ranks"
-                    " have nearly the same work (docs/benchmarks.md: 8 clips each, fullest rank 1.03 times"
-                    " the mean instead of 1.35)",
+                    f"the lengths of {unknown:,} of {len(seconds):,} clips are unknown (quick index): at"
+                    " every step all ranks wait for the one with the longest clips. A full index, by `python"
+                    " -m tools.index CONFIG`, lets them have nearly the same work from the next start on"
+                    " (docs/benchmarks.md, Balance)",
                     flush=True,
                 )
             return None

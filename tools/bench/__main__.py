@@ -58,8 +58,8 @@ mix of lengths, for whisper-large-v3-turbo. Nothing is read, and no second proce
                   shuffled, and with some dealt to other ranks; and that in the worst of a hundred steps
     share moved   of the samples, to another rank
     requests      reads per sample
-    milliseconds  CPU time of planning a step, on one rank
-    epoch         CPU seconds until an epoch can be planned, on one rank
+    milliseconds  CPU time of planning on one rank: of a step, all steps taken together, and until the first
+                  one is planned
 """
 
 from __future__ import annotations
