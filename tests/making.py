@@ -15,6 +15,9 @@ import numpy as np
 import soundfile
 
 from configs.run.folder import RunDir
+from configs.schema import Source
+from data.index import index_shard
+from data.sources import expand
 from tools.sandbox.whisper import make_whisper
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +69,13 @@ def make_clips(
 def make_model(folder: Path, **shape: int) -> Path:
     """A small Whisper for these clips, without weights."""
     return make_whisper(folder, map(caption_of, range(200)), **shape)
+
+
+def index_in_full(folder: Path, shards: str) -> None:
+    """Let the runs of `config_values` with this folder and these shards know the lengths of clips, so that
+    ranks are evened out."""
+    for shard in expand(Source(name="sounds", shards=[shards])):
+        index_shard(shard, folder / "index", full=True)
 
 
 def config_values(
