@@ -224,10 +224,17 @@ class Batch(Section):
 
     global_size: Annotated[int, NEW_EPOCH] = Field(64, ge=1)
     """Samples per optimizer step, over all ranks. It stays the same on any number of ranks."""
-    micro_seconds: Annotated[Literal["auto"] | Annotated[float, Field(gt=0)], FREE] = "auto"
+    micro_seconds: Annotated[Literal["auto"] | float, FREE] = "auto"
     """Seconds of audio per forward pass of one rank, at least one clip; lower it when memory runs out. It
     changes nothing but rounding. `auto`: as much as the GPU's memory takes, found at the first start on each
     kind of GPU; 120 on a CPU."""
+
+    @field_validator("micro_seconds")
+    @classmethod
+    def _is_a_length(cls, value: str | float) -> str | float:
+        if not isinstance(value, str) and value <= 0:
+            raise ValueError("write auto, or seconds of audio (more than 0)")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -24,44 +24,39 @@ def log_mel(
     to the model's window.
 
     waveforms: (N,) int16 at 16 kHz; sound: where each clip lies in it; audio: half the mel frames that are
-    wanted of each; window: mel frames of the model's window. Returns (mels, F) float32, F the frames wanted of
-    all. Equal to the first frames of WhisperFeatureExtractor (fed the same int16) to 1e-5.
+    wanted of each; window: mel frames of the model's window. Returns (mels, F) float32, F the frames wanted
+    of all. Equal to the first frames of WhisperFeatureExtractor (fed the same int16) to 1e-5.
     """
+    # All frames that see sound are computed, as the loudest of a clip sets its floor, even if fewer are wanted.
+    seeing = [min(window, -(-(length + WINDOW // 2) // HOP)) for length in sound.lengths]
     wanted = [2 * positions for positions in audio.lengths]
     if waveforms.device.type == "cpu":  # faster by the clip
-        clips = zip(waveforms.split(list(sound.lengths)), wanted, strict=True)
-        return torch.cat(
-            [_spectra(clip, Segments.of([len(clip)]), Segments.of([n]), mels, window) for clip, n in clips], 1
-        )
-    return _spectra(waveforms, sound, Segments.of(wanted).to(waveforms.device), mels, window)
-
-
-def _spectra(
-    waveforms: torch.Tensor, sound: Segments, wanted: Segments, mels: int, window: int
-) -> torch.Tensor:
-    """(N,) int16 -> (mels, F). Frames that see sound are computed; the others are silent.
-
-    All of the former are needed, as the loudest of a clip sets its floor, even if fewer are wanted.
-    """
-    seeing = Segments.of([min(window, -(-(length + WINDOW // 2) // HOP)) for length in sound.lengths])
-    seeing = seeing.to(waveforms.device)
-    hann, bands = _constants(mels, waveforms.device)
-    framed = _framed(waveforms, sound, seeing, window) * hann
-    squares = torch.view_as_real(torch.fft.rfft(framed)).square()
-    power = (squares[..., 0] + squares[..., 1]).T  # (bins, frames)
-    energy = torch.cat([filters @ power[bins] for bins, filters in bands]).clamp_(min=1e-10).log10_()
-    loudest = energy.new_full((sound.count,), SILENCE).scatter_reduce(
-        0, seeing.owners, energy.amax(0), "amax"
+        clips = zip(waveforms.split(list(sound.lengths)), seeing, wanted, strict=True)
+        return torch.cat([_of_clip(clip, sees, wants, mels, window) for clip, sees, wants in clips], 1)
+    device = waveforms.device
+    return _of_clips(
+        waveforms, sound, Segments.of(seeing).to(device), Segments.of(wanted).to(device), mels, window
     )
-    clip = wanted.owners
-    sees = wanted.positions < seeing.bounds.diff()[clip]
-    frames = (seeing.bounds[clip] + wanted.positions).clamp(max=seeing.total - 1)
-    return (energy[:, frames].where(sees, SILENCE).maximum(loudest[clip] - 8.0) + 4.0) / 4.0
 
 
-def _framed(waveforms: torch.Tensor, sound: Segments, seeing: Segments, window: int) -> torch.Tensor:
-    """What the frames see that see sound: (frames, WINDOW) float32. The padded clip is reflected at its ends,
-    as Whisper's is."""
+def _of_clip(waveform: torch.Tensor, seeing: int, wanted: int, mels: int, window: int) -> torch.Tensor:
+    """(n,) int16 -> (mels, wanted). seeing: frames that see sound."""
+    half = WINDOW // 2
+    audio = waveform.to(torch.float32) / 32768
+    # Two more hops are more than half a window.
+    audio = torch.nn.functional.pad(audio, (0, min(window, seeing + 2) * HOP - len(audio)))
+    # Reflected at its ends, as Whisper's is.
+    padded = torch.cat([audio[1 : half + 1].flip(0), audio, audio[-half - 1 : -1].flip(0)])
+    energy = _log_energy(padded[: WINDOW + (seeing - 1) * HOP].unfold(0, WINDOW, HOP), mels)
+    floor = energy.max() - 8.0
+    silent = energy.new_full((mels, max(0, wanted - seeing)), SILENCE)
+    return (torch.cat([energy[:, :wanted], silent], 1).maximum(floor) + 4.0) / 4.0
+
+
+def _of_clips(
+    waveforms: torch.Tensor, sound: Segments, seeing: Segments, wanted: Segments, mels: int, window: int
+) -> torch.Tensor:
+    """The same for all clips at once: (N,) int16 -> (mels, F)."""
     slots = Segments.of([(frames + 2) * HOP for frames in seeing.lengths]).to(waveforms.device)
     clip = slots.owners
     place = (slots.positions - WINDOW // 2).abs()
@@ -69,8 +64,23 @@ def _framed(waveforms: torch.Tensor, sound: Segments, seeing: Segments, window: 
     place = torch.where(place > last, 2 * last - place, place)
     is_sound = place < sound.bounds.diff()[clip]
     audio = waveforms[(sound.bounds[clip] + place).clamp(max=len(waveforms) - 1)] * is_sound / 32768
-    first = slots.bounds[:-1] // HOP
-    return audio.unfold(0, WINDOW, HOP)[first[seeing.owners] + seeing.positions]
+    frames = (slots.bounds[:-1] // HOP)[seeing.owners] + seeing.positions
+    energy = _log_energy(audio.unfold(0, WINDOW, HOP)[frames], mels)
+    loudest = energy.new_full((sound.count,), SILENCE)
+    loudest.scatter_reduce_(0, seeing.owners, energy.amax(0), "amax")
+    clip = wanted.owners
+    sees = wanted.positions < seeing.bounds.diff()[clip]
+    frames = (seeing.bounds[clip] + wanted.positions).clamp(max=seeing.total - 1)
+    return (energy[:, frames].where(sees, SILENCE).maximum(loudest[clip] - 8.0) + 4.0) / 4.0
+
+
+def _log_energy(framed: torch.Tensor, mels: int) -> torch.Tensor:
+    """What frames see, (frames, WINDOW) -> logarithm of the energy of their mel bands, (mels, frames)."""
+    hann, bands = _constants(mels, framed.device)
+    squares = torch.view_as_real(torch.fft.rfft(framed * hann)).square()
+    power = (squares[..., 0] + squares[..., 1]).T  # (bins, frames)
+    energy = torch.cat([filters @ power[bins] for bins, filters in bands])
+    return energy.clamp_(min=1e-10).log10_()
 
 
 @lru_cache

@@ -54,9 +54,9 @@ def _is_lost_peer(error: Exception) -> bool:
 
 def _out_of_memory(error: Exception, config: RunConfig | None) -> str:
     said = next(iter(str(error).splitlines()), type(error).__name__)
-    now = f"{config.batch.micro_size} now; " if config else ""
+    now = f"{config.batch.micro_seconds} now; " if config else ""
     return (
-        f"there is too little memory: {said}\nLower batch.micro_size ({now}it changes nothing but rounding),"
+        f"there is too little memory: {said}\nLower batch.micro_seconds ({now}it changes nothing but rounding),"
         " set model.gradient_checkpointing=true, lower data.read_ahead_mb if it is the host's memory, or take"
         " more memory, and start again."
     )

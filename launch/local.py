@@ -26,7 +26,7 @@ GRACE = 20.0
 """Seconds that the other ranks get to leave by themselves after one has failed."""
 GOOD = (ExitCode.FINISHED, ExitCode.SAVED)
 KILLED = (
-    "by hand, or by the system for want of memory (`dmesg` tells); then lower batch.micro_size or"
+    "by hand, or by the system for want of memory (`dmesg` tells); then lower batch.micro_seconds or"
     " data.read_ahead_mb"
 )
 TAIL = 20

@@ -76,7 +76,7 @@ def test_unknown_key_is_refused_with_the_nearest_one(
 
 
 def test_unknown_key_like_no_other_is_refused_with_all_that_there_are(write: Write) -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'batch\.zzz'; there are global_size, micro_size"):
+    with pytest.raises(ConfigError, match=r"unknown key 'batch\.zzz'; there are global_size, micro_seconds"):
         load(write(CONFIG), ["batch.zzz=1"])
 
 
@@ -112,12 +112,12 @@ def test_extends_merges_mappings_and_replaces_lists_relative_to_the_file(
     write(CONFIG, "base.yaml")
     write("extends: ../base.yaml\nbatch: {global_size: 32}\noptim: {lr: 1e-5}", "team/team.yaml")
     path = write(
-        "extends: team.yaml\nbatch: {micro_size: 2}\ndata: {sources: [{name: birds, shards: b.tar}]}",
+        "extends: team.yaml\nbatch: {micro_seconds: 2}\ndata: {sources: [{name: birds, shards: b.tar}]}",
         "team/mine.yaml",
     )
     monkeypatch.chdir(tmp_path)
     config = load(path.relative_to(tmp_path))
-    assert (config.batch.global_size, config.batch.micro_size) == (32, 2)
+    assert (config.batch.global_size, config.batch.micro_seconds) == (32, 2)
     assert (config.optim.lr, config.optim.max_steps) == (1e-5, 10)
     assert [source.name for source in config.data.sources] == ["birds"]
 

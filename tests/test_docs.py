@@ -51,7 +51,7 @@ def test_editors_find_the_schema_and_accept_our_configs(path: Path) -> None:
     "text",
     [
         "optim: {lrr: 1}",
-        "batch: {micro_size: 0}",
+        "batch: {micro_seconds: 0}",
         "data: {sources: [{name: a}]}",
         "data: {sources: [{name: a, shards: b, validation: 2}]}",
         "extends: 3",

@@ -42,7 +42,7 @@ class Elastic(Course):
             self.shards,
             **{
                 "engine": {"backend": backend, "dtype": precision},
-                "batch": {"global_size": 8, "micro_size": 2},
+                "batch": {"global_size": 8, "micro_seconds": 2},
                 "optim": {"max_steps": STEPS, "lr": 1e-3},
                 "checkpoint": {"every_steps": 1, "keep_last": 9},
                 "evaluate": {"every_steps": 1000, "captions": 0, "max_samples": 4},
@@ -129,7 +129,7 @@ def test_what_follows_a_resume_is_what_followed_in_the_uninterrupted_run(
     assert (
         launch(
             course.config(
-                run.path.name, backend, precision, batch={"global_size": 8, "micro_size": 1 + procs % 2}
+                run.path.name, backend, precision, batch={"global_size": 8, "micro_seconds": 1 + procs % 2}
             ),
             procs=procs,
         ).returncode
@@ -312,7 +312,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(course, whole, l
 CHANGES = {
     "optim.lr": {"optim": {"max_steps": STEPS, "lr": 2e-3}},
     "run.seed": {"run": {"seed": 8}},
-    "batch.global_size": {"batch": {"global_size": 4, "micro_size": 2}},
+    "batch.global_size": {"batch": {"global_size": 4, "micro_seconds": 2}},
 }
 
 

@@ -36,7 +36,7 @@ class Killed(Course):
             self.model,
             self.shards,
             optim={"max_steps": STEPS, "lr": 3e-4},
-            batch={"global_size": GLOBAL, "micro_size": micro},
+            batch={"global_size": GLOBAL, "micro_seconds": micro},
             engine={"backend": backend},
             checkpoint={"every_steps": EVERY, "keep_last": 2},
             evaluate={"every_steps": 6, "captions": 1, "max_samples": 4},

@@ -394,7 +394,7 @@ def test_too_little_memory(tmp_path: Path, shards: str) -> None:
         tmp_path,
         large,
         shards,
-        batch={"global_size": 50, "micro_size": 50},
+        batch={"global_size": 50, "micro_seconds": 50},
         evaluate={"captions": 0, "max_samples": 1},
     )
     limited = ["prlimit", f"--as={6 << 30}", sys.executable, "-m", "launch", "train", path]
@@ -403,7 +403,7 @@ def test_too_little_memory(tmp_path: Path, shards: str) -> None:
     assert done.returncode == 1
     assert (
         "there is too little memory: " in done.stderr
-        and "Lower batch.micro_size (50 now; it changes nothing but rounding)" in done.stderr
+        and "Lower batch.micro_seconds (50 now; it changes nothing but rounding)" in done.stderr
     )
     assert "Traceback" not in done.stderr
 

@@ -78,7 +78,7 @@ class Mirrored(Course):
     def config(self, name: str, steps: int, **sections: dict[str, Any]) -> dict[str, Any]:
         own = {
             "engine": {"backend": "fsdp2", "dtype": "fp32"},
-            "batch": {"micro_size": 8},
+            "batch": {"micro_seconds": 8},
             "optim": {"max_steps": steps, "lr": 1e-3, "schedule": "constant"},
             "evaluate": {"every_steps": 3, "captions": 0, "max_samples": 4},
             "checkpoint": {"every_steps": 1, "keep_last": 2, "mirror": self.place.url},

@@ -294,7 +294,7 @@ def restarted(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str
         optim={"max_steps": STEPS},
         checkpoint={"every_steps": 4},
         engine={"backend": "fsdp2"},
-        batch={"global_size": 2, "micro_size": 1},
+        batch={"global_size": 2, "micro_seconds": 1},
         evaluate={"every_steps": 3, "captions": 0, "max_samples": 2, "best_metric": "none"},
     )
     kills = [

@@ -40,7 +40,7 @@ def evaluating(course: Course, name: str, steps: int) -> dict[str, Any]:
     return values(
         course,
         name,
-        batch={"global_size": 2, "micro_size": 1},
+        batch={"global_size": 2, "micro_seconds": 1},
         optim={"max_steps": steps},
         evaluate={"every_steps": 1, "captions": 0, "max_samples": 1},
     )
@@ -151,7 +151,7 @@ def test_the_panel_is_prompted_with_the_style_of_each_clips_source(course: Cours
     config = values(
         course,
         "panel",
-        batch={"global_size": 1, "micro_size": 1},
+        batch={"global_size": 1, "micro_seconds": 1},
         optim={"max_steps": 1},
         evaluate={"every_steps": 1000, "captions": 3, "max_samples": 1},
     )
@@ -170,7 +170,7 @@ def test_a_save_is_due_after_some_minutes_whatever_the_step(course: Course) -> N
     config = values(
         course,
         "minutes",
-        batch={"global_size": 2, "micro_size": 1},
+        batch={"global_size": 2, "micro_seconds": 1},
         optim={"max_steps": 3},
         checkpoint={"every_steps": 1000, "every_minutes": 1e-9, "keep_last": 9},
     )
@@ -205,7 +205,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(cours
     config = values(
         course,
         "full",
-        batch={"global_size": 2, "micro_size": 1},
+        batch={"global_size": 2, "micro_seconds": 1},
         optim={"max_steps": 7},
         checkpoint={"every_steps": 2, "keep_last": 9},
     )

@@ -30,7 +30,7 @@ def test_memory_that_ran_out_is_told_whatever_raised_it(
     diagnosis = diagnose(error, config)
     assert diagnosis.cause is Cause.OUT_OF_MEMORY
     assert diagnosis.message.startswith("there is too little memory: ")
-    assert "Lower batch.micro_size (4 now" in diagnosis.message
+    assert "Lower batch.micro_seconds (4 now" in diagnosis.message
     assert diagnose(RuntimeError("another thing"), config).cause is Cause.ERROR
 
 

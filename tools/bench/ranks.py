@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from configs.run.folder import RunDir
 from configs.schema import RunConfig
-from data.batch import Batch
+from data.batch import Sample, collate
+from data.captions import Tokens
 from data.decode import SAMPLE_RATE
 from trainer import checkpoint, distributed, model
 from trainer.checkpoint import Manifest, Reader, sync
@@ -70,8 +71,8 @@ class Trainer:
         if world.rank == 0:
             model.save_base(RunDir(work / "earwitness"), captioner)
         self.shapes = {name: list(parameter.shape) for name, parameter in captioner.trained.items()}
-        self.mels = captioner.config.num_mel_bins
-        self.parameters = captioner.model.num_parameters()
+        self.whisper = captioner.config
+        self.parameters = sum(parameter.numel() for parameter in captioner.model.parameters())
         self.engine = Zero2Engine(captioner.model, config, world)
         self._writer: Writer | None = None
         self.held = 0.0
@@ -108,12 +109,11 @@ class Trainer:
     def step(self) -> float:
         """Take a step; returns its seconds."""
         began = time.perf_counter()
-        waveforms = torch.randint(-3000, 3000, (1, SECONDS * SAMPLE_RATE), dtype=torch.int16)
-        ids = torch.randint(9, 99, (1, TOKENS))
-        batch = Batch(
-            waveforms, torch.tensor([SECONDS * SAMPLE_RATE]), ids, ids, torch.zeros(1), (), 100 * SECONDS
-        )
-        losses = token_losses(self.engine, batch, self.mels, self.engine.dtype)
+        waveform = torch.randint(-3000, 3000, (SECONDS * SAMPLE_RATE,), dtype=torch.int16)
+        ids = torch.randint(9, 99, (TOKENS,))
+        tokens = Tokens(ids.tolist(), ids.tolist())
+        batch = collate([Sample(waveform.numpy(), tokens, "", 0, "", frames=100 * SECONDS)])
+        losses = token_losses(self.engine, batch, self.whisper, self.engine.dtype)
         self.engine.backward(losses.sum() / TOKENS / self.world.size, last=True)
         if self._writer:
             holding = time.perf_counter()

@@ -234,7 +234,7 @@ class _Start:
     def open_indexes(self) -> None:
         """Map the merged indexes, and cut the samples into runs."""
         self.dataset = dataset.open_dataset(self.config, self.folder)
-        self.order = self.dataset.order(self.config, FRAMES)
+        self.order = self.dataset.order(self.config)
         self.steps = self.order.steps_of(self.config.optim.epochs or 1)
 
     def plan(self, part: float) -> None:
@@ -242,6 +242,7 @@ class _Start:
         samples = SampleReader(
             self.dataset.training,
             NOT_NEEDED,
+            windows=NOT_NEEDED,
             max_seconds=SECONDS,
             overlong="skip",
             seed=0,

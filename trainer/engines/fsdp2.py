@@ -28,7 +28,8 @@ class Fsdp2Engine:
         mesh = init_device_mesh(world.device.type, (world.size,))
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         self._model: Any = model
-        for module in (*model.blocks, self._model):
+        sharded: list[Any] = [*model.blocks, model]
+        for module in sharded:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
             module.set_gradient_divide_factor(1.0)  # the sum over ranks, not the mean
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums

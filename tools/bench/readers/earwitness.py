@@ -17,14 +17,18 @@ from data.captions import CaptionEncoder, prefix_tokens
 from data.features import log_mel
 from data.loader import Loader
 from data.samples import SampleReader
+from data.windows import Windows
 from tools.bench.readers import BATCH, MELS, SECONDS, SEED, Ready, Task
+
+FRAMES = 100 * SECONDS
 
 
 def read(task: Task) -> Iterator[Ready]:
     """Batches with log-mel features, which this thread computes."""
     for batch in batches(task):
-        features = log_mel(batch.waveforms, batch.lengths, batch.window, MELS)
-        yield Ready(features, batch.labels, [key.rpartition("/")[2] for key in batch.keys])
+        features = log_mel(batch.waveforms, batch.sound, batch.audio, MELS, FRAMES)
+        by_clip = features.unflatten(1, (-1, FRAMES)).transpose(0, 1)
+        yield Ready(by_clip, batch.labels, [key.rpartition("/")[2] for key in batch.keys])
 
 
 def batches(task: Task) -> Iterator[Batch]:
@@ -50,12 +54,13 @@ def batches(task: Task) -> Iterator[Batch]:
     samples = SampleReader(
         clips.training,
         encoder,
+        windows=Windows(FRAMES, share=1.0, seed=SEED),  # padded, as what the others make is
         max_seconds=SECONDS,
         overlong=config.data.overlong,
         seed=SEED,
         crash_journal=CrashJournal(decoding_threads(config.data)),
     )
-    order = clips.order(config, 100 * SECONDS)
+    order = clips.order(config)
     loader = Loader(
         samples,
         order,
@@ -65,4 +70,4 @@ def batches(task: Task) -> Iterator[Batch]:
         read_ahead_mb=config.data.read_ahead_mb,
     )
     for step in loader:
-        yield collate(step.samples, order.window(step.number), tokenizer.pad_token_id)
+        yield collate(step.samples)
