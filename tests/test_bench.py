@@ -77,6 +77,7 @@ def test_readers_are_measured(tmp_path: Path) -> None:
         assert "waveforms" in name or figures["largest_mel_difference"] < 1e-3
 
 
+@pytest.mark.slow
 def test_balance_is_measured() -> None:
     options = ["--samples", 20_000, "--steps", 64, "--rounds", 1, "--json"]
     done = run_program("tools.bench", "balance", *options)
