@@ -81,16 +81,14 @@ class Balance:
 def is_possible(config: RunConfig, ranks: int) -> bool:
     """Whether ranks can be evened out: there are several, clips differ in work, and a rank has more than one
     of them to give."""
-    clips_differ = config.data.window == "own" and config.data.full_share < 1
-    return clips_differ and 1 < ranks < config.batch.global_size
+    return _clips_differ(config) and 1 < ranks < config.batch.global_size
 
 
 def remark_on_balance(config: RunConfig, ranks: int) -> str:
     """What to say where ranks have about one sample each, and so nothing to even them out with; empty
     otherwise."""
     size = config.batch.global_size
-    clips_differ = config.data.window == "own" and config.data.full_share < 1
-    if not clips_differ or ranks == 1 or size >= 2 * ranks:
+    if not _clips_differ(config) or ranks == 1 or size >= 2 * ranks:
         return ""
     return (
         f"one sample for each of {ranks} processes (batch.global_size={size}): at every step all wait for the"
@@ -98,3 +96,8 @@ def remark_on_balance(config: RunConfig, ranks: int) -> str:
         f" batch.global_size would help: with {4 * ranks}, four each, clips are moved between them until they"
         " are nearly even"
     )
+
+
+def _clips_differ(config: RunConfig) -> bool:
+    """Whether a clip's work depends on its length."""
+    return config.data.window == "own" and config.data.full_share < 1
