@@ -100,8 +100,8 @@ class Loaders:
             if self.world.rank == 0:
                 print(
                     f"the lengths of {unknown:,} of {len(seconds):,} clips are unknown (quick index): at"
-                    " every step all ranks wait for the one with the longest clips. A full index, by `python"
-                    " -m tools.index CONFIG`, lets them have nearly the same work from the next start on"
+                    " every step all ranks wait for the one with the longest clips. A full index, made"
+                    " by `python -m tools.index CONFIG` before a run begins, gives them nearly the same work"
                     " (docs/benchmarks.md, Balance)",
                     flush=True,
                 )
