@@ -47,8 +47,8 @@ class World:
         return self.sum_fields_and_gather(numbers, 0.0)[0]
 
     def sum_fields_and_gather(self, numbers: D, number: float) -> tuple[D, list[float]]:
-        """`sum_fields`, and another number of each rank by rank, in one collective. Every rank must call it at
-        the same point."""
+        """`sum_fields`, and another number of each rank by rank, in one collective. Every rank must call it
+        at the same point."""
         names = [field.name for field in dataclasses.fields(numbers)]
         by_rank = [0.0] * self.size
         by_rank[self.rank] = number

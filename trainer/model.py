@@ -84,8 +84,8 @@ def _as_ours(model: WhisperForConditionalGeneration, name: str) -> Whisper:
     random = [part for part in RANDOM_PARTS if getattr(model.config, part, 0)]
     if random:
         raise ConfigError(
-            f"{name}: its config sets {', '.join(random)}. A step must not depend on how many ranks take it, so"
-            " set them to 0 (false), as in Whisper as published."
+            f"{name}: its config sets {', '.join(random)}. A step must not depend on how many ranks take it,"
+            " so set them to 0 (false), as in Whisper as published."
         )
     try:
         return from_transformers(model)

@@ -86,7 +86,8 @@ class Monitor:
         sample_flops: Callable[[Sample], float],
         tell: Callable[[Phase, int], None],
     ) -> None:
-        """first_step: steps taken before; sample_flops: FLOPs that a sample takes in a training step; tell: is told of each phase and the step that it belongs to."""
+        """first_step: steps taken before; sample_flops: FLOPs that a sample takes in a training step; tell:
+        is told of each phase and the step that it belongs to."""
         self._config, self._run, self._attempt, self._world = config, run, attempt, world
         self._names = [source.name for source in config.data.sources]
         self._sample_flops, self._peak = sample_flops, peak_flops(config.monitor.peak_tflops, world.device)

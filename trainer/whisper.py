@@ -54,8 +54,8 @@ class Whisper(nn.Module):
         return [*self.encoder.layers, *self.decoder.layers]
 
     def forward(self, mel: Tensor, audio: Segments, tokens: Tensor, text: Segments) -> Tensor:
-        """mel: (mels, F) log-mel spectrograms; audio: the clips' audio positions; tokens: (T,) int64; text: the
-        clips' tokens. Returns logits (T, vocabulary)."""
+        """mel: (mels, F) log-mel spectrograms; audio: the clips' audio positions; tokens: (T,) int64; text:
+        the clips' tokens. Returns logits (T, vocabulary)."""
         return self.proj_out(self.decoder(tokens, text, self.encoder(mel, audio), audio))
 
 
@@ -86,8 +86,8 @@ class Encoder(nn.Module):
         return cast(Tensor, self.layer_norm(x))
 
     def _convolve(self, mel: Tensor, audio: Segments) -> Tensor:
-        """Both convolutions over all clips at once: (mels, F) -> (P, d). Silent columns between the clips, and
-        nothing in them before the second one, make it what each clip alone would give."""
+        """Both convolutions over all clips at once: (mels, F) -> (P, d). Silent columns between the clips,
+        and nothing in them before the second one, make it what each clip alone would give."""
         clip = audio.owners  # (P,): the clip of each position
         columns = torch.arange(mel.shape[1], device=mel.device) + GAP * clip.repeat_interleave(2)
         apart = mel.new_zeros(mel.shape[0], mel.shape[1] + GAP * audio.count)
