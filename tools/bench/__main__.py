@@ -71,7 +71,7 @@ import typer
 
 from configs.errors import EarwitnessError, run_command
 from configs.ports import free_ports
-from tools.bench import data, starts
+from tools.bench import compare, data, starts, step
 from tools.bench.data import Form, Pipeline, Store
 from tools.bench.ranks import SECONDS
 from tools.bench.report import ROOT, Figures, Summary, aims, describe, environment, report, say, summary
@@ -132,7 +132,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Measure checkpoints, exports, data and starts on this machine.",
+    help="Measure steps, checkpoints, exports, data and starts on this machine.",
 )
 Procs = Annotated[int, typer.Option(min=1, help="Ranks that save.")]
 Model = Annotated[Shape, typer.Option(help="Shape of the Whisper.")]
@@ -287,6 +287,11 @@ def bench_index(
     }
     tables = {"first start": {"merge": summary(merge_rounds)}, "later start": later}
     report(conditions, tables, aims(worst, INDEX_AIMS), as_json=as_json)
+
+
+app.command("step")(step.bench_step)
+app.command("scaling")(step.bench_scaling)
+app.command("compare")(compare.bench_compare)
 
 
 @contextmanager
