@@ -109,6 +109,7 @@ def main(task: Task) -> None:
             max_grad_norm=1.0,
             weight_decay=0.0,
             bf16=task.bf16,
+            use_cpu=not torch.cuda.is_available(),
             seed=task.seed,
             logging_strategy="no",
             save_strategy="no",
