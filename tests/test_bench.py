@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gzip
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ import soundfile
 import torch
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
+from configs.errors import DataError
 from tests.making import caption_of, make_model, run_program, sound_of
+from tools.bench import trace
 from tools.bench.captioned import clips_of, judge
 from tools.bench.compare import Method, Recipe, Results, Trained, Which
 from tools.bench.made import SHARES, _draw_seconds
@@ -221,3 +224,33 @@ def test_clips_are_as_long_as_the_reference_has_them() -> None:
     assert set(seconds["audioset"]) == {10.0} and set(seconds["music"]) == {30.0}
     assert min(map(min, seconds.values())) >= 0.5 and max(map(max, seconds.values())) <= 30
     assert mean == pytest.approx(12.3, abs=0.5)
+
+
+def test_a_trace_tells_how_long_a_gpu_was_idle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def event(category: str, name: str, begin: float, length: float) -> dict:
+        return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": length}
+
+    events = [
+        event("kernel", "product", 100, 400),
+        event("gpu_memcpy", "copy", 300, 300),  # at the same time as the product, and longer
+        event("kernel", "product", 610, 190),  # after 10 us
+        event("kernel", "sum", 1000, 100),  # after 200 us
+        event("cuda_runtime", "cudaStreamSynchronize", 0, 5000),
+        {"ph": "i", "name": "no length", "ts": 0},
+    ]
+    file = tmp_path / "trace.json.gz"
+    file.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    idle = trace.idle(trace.read(file))
+    assert idle["milliseconds"] == pytest.approx(1.0)
+    assert idle["idle_share"] == pytest.approx(0.21) and idle["idle_share_in_long_gaps"] == pytest.approx(0.2)
+    trace.bench_trace(file)
+    told = capsys.readouterr().out
+    assert "product" in told and "cudaStreamSynchronize: 5.0 ms" in told
+
+
+def test_a_trace_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    event = {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 1}
+    file.write_text(json.dumps({"traceEvents": [event]}), encoding="utf-8")
+    with pytest.raises(DataError, match="no kernels"):
+        trace.read(file)

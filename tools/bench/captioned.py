@@ -70,7 +70,9 @@ def judge(folder: Path, clips: list[Clip]) -> Figures:
     that generation starts from.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
+    torch.nn.Module.to(model, device)
     processor = WhisperProcessor.from_pretrained(folder)
     encoder = CaptionEncoder(
         processor.tokenizer,

@@ -17,7 +17,6 @@ import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.errors import ConfigError
 from configs.run.events import TrainingBegan
@@ -26,7 +25,7 @@ from configs.schema import Data
 from tools.bench.captioned import clips_of, judge, tables_of
 from tools.bench.report import Aim, describe, grouped, run_module, say, verdicts
 from tools.bench.seq2seq import Task
-from tools.bench.step import DirOption, JsonOption, Window, WindowOption, device_name, dtype
+from tools.bench.step import DirOption, JsonOption, Window, WindowOption, device_name, dtype, read_curves
 
 Number = TypeVar("Number", int, float)
 
@@ -93,9 +92,10 @@ class Trained:
     def from_json(cls, line: str) -> Trained:
         """From a line of the results."""
         values = json.loads(line)
-        method = Method(**values.pop("method") | {"who": Which(values["who"])})
-        del values["who"]
-        return cls(method=method, recipe=Recipe(**values.pop("recipe")), **values)
+        method = values.pop("method")
+        return cls(
+            method=Method(Which(method.pop("who")), **method), recipe=Recipe(**values.pop("recipe")), **values
+        )
 
     @property
     def samples_per_second(self) -> float:
@@ -171,7 +171,7 @@ class Results:
         self._trained.append(trained)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"who": trained.method.who, **dataclasses.asdict(trained)}) + "\n")
+            file.write(json.dumps(dataclasses.asdict(trained)) + "\n")
 
 
 class Comparison:
@@ -259,9 +259,7 @@ def _read(run: RunDir) -> dict[str, Any]:
     """What a run tells of its training: the curves are drawn once, at the end of the last step."""
     began = run.ledger.read().last(TrainingBegan)
     assert began
-    events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
-    events.Reload()
-    last = events.Scalars("speed/samples_per_second")[-1]
+    last = read_curves(run)["speed/samples_per_second"][-1]
     samples = sum(len(line["keys"]) for line in run.audit.read().values)
     return {"steps": last.step, "samples": samples, "seconds": last.wall_time - began.time}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def main(task: Task) -> None:
     """Train, keep the result, and print how long it took."""
     model = WhisperForConditionalGeneration.from_pretrained(task.model, dtype=torch.float32)
     many_languages = getattr(model.generation_config, "is_multilingual", False)
-    speech = {"language": LANGUAGE, "task": TASK} if many_languages else {}
+    speech: dict[str, Any] = {"language": LANGUAGE, "task": TASK} if many_languages else {}
     processor = WhisperProcessor.from_pretrained(task.model, **speech)
     longest = model.config.max_target_positions
     # Before the time is taken, and kept in memory: what others do in `map` and read from a disk.
@@ -133,4 +134,5 @@ def main(task: Task) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with several it would split each batch between them
     main(Task(**json.loads(sys.argv[1])))

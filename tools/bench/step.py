@@ -284,16 +284,21 @@ def _await_step(process: subprocess.Popen[str], last: int) -> None:
     raise EarwitnessError(f"the run ended before step {last}:\n{output[-3000:]}")
 
 
-def _read(run: RunDir, length: Length) -> Measured:
-    """The curves of a run, from the end of the warm-up on."""
+def read_curves(run: RunDir) -> dict[str, list[Any]]:
+    """The points of a run's curves, with their `step`, `value` and `wall_time`, by the curve's name."""
     events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
     events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def _read(run: RunDir, length: Length) -> Measured:
+    """The figures of a run, from the end of the warm-up on."""
+    curves = read_curves(run)
     figures_by_step: dict[int, Figures] = {}
-    drawn = events.Tags()["scalars"]
-    for tag in filter(drawn.__contains__, CURVES):
-        for point in events.Scalars(tag):
+    for tag, name in CURVES.items():
+        for point in curves.get(tag, []):
             if length.warm_up < point.step <= length.warm_up + length.steps:
-                figures_by_step.setdefault(point.step, {})[CURVES[tag]] = point.value
+                figures_by_step.setdefault(point.step, {})[name] = point.value
     progress = run.ledger.read().of(Progress)
     rounds = [figures_by_step[step] for step in sorted(figures_by_step)]
     return Measured(rounds, progress[0].seconds["first_step"])
