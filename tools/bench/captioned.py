@@ -14,6 +14,7 @@ import soundfile
 import soxr
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers.utils import logging
 
 from configs.errors import ConfigError, DataError
 from data.captions import IGNORED, CaptionEncoder, prefix_tokens
@@ -69,6 +70,7 @@ def judge(folder: Path, clips: list[Clip]) -> Figures:
     folder: a model as `from_pretrained` loads it. Each caption counts with its end, and without the tokens
     that generation starts from.
     """
+    logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     model.eval()

@@ -60,18 +60,20 @@ class Recipe:
 @dataclass(frozen=True)
 class Method:
     """A way to train. window, full_share: as `data.window` and `data.full_share` name them; the Trainer has
-    full windows alone."""
+    full windows alone, and one process."""
 
     who: Which
     window: str
     full_share: float = 1.0
+    ranks: int = 1
 
     @property
     def name(self) -> str:
         """In tables."""
         if self.who is Which.trainer:
             return TRAINER
-        return f"own windows, {self.full_share:g} full" if self.window == "own" else "full windows"
+        windows = f"own windows, {self.full_share:g} full" if self.window == "own" else "full windows"
+        return f"{windows}, {self.ranks} ranks" if self.ranks > 1 else windows
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,7 @@ def bench_compare(
     as_json: JsonOption = False,
 ) -> None:
     """Measure this trainer and transformers' Seq2SeqTrainer, in turn: samples/s, and validation loss."""
-    methods = [method for method in _methods(window, shares) if only in (None, method.who)]
-    if any(method.who is Which.trainer for method in methods) and not importlib.util.find_spec("accelerate"):
-        raise ConfigError("transformers' Trainer needs accelerate: pip install accelerate (or --only ours)")
+    methods = [method for method in _methods(window, shares, ranks) if only in (None, method.who)]
     where = Path(model)
     recipe = Recipe(
         str(where.resolve()) if where.is_dir() else model, str(clips.resolve()), epochs, max_steps, lr
@@ -139,11 +139,16 @@ def bench_compare(
     with tempfile.TemporaryDirectory(prefix="bench-", dir=dir) as name:
         work = Path(name).resolve()
         results = Results((out or work) / RESULTS)
-        bench = Comparison(work, recipe, ranks)
-        for seed in _numbers("--seeds", seeds, int):
-            for method in methods:
-                if not results.have(method, seed, recipe):
-                    results.add(bench.train(method, seed))
+        due = [
+            (method, seed)
+            for seed in _numbers("--seeds", seeds, int)
+            for method in methods
+            if not results.have(method, seed, recipe)
+        ]
+        _check_installed([method for method, _ in due])
+        bench = Comparison(work, recipe)
+        for method, seed in due:
+            results.add(bench.train(method, seed))
         _report(results.of(recipe), as_json=as_json)
 
 
@@ -177,8 +182,8 @@ class Results:
 class Comparison:
     """Trains in processes of their own, and judges the results."""
 
-    def __init__(self, work: Path, recipe: Recipe, ranks: int) -> None:
-        self._work, self._recipe, self._ranks = work, recipe, ranks
+    def __init__(self, work: Path, recipe: Recipe) -> None:
+        self._work, self._recipe = work, recipe
         self._validation = clips_of(Path(recipe.clips), "validation")
 
     def train(self, method: Method, seed: int) -> Trained:
@@ -194,7 +199,6 @@ class Comparison:
         conditions = describe("torch", "transformers", "deepspeed") | {
             "device": device_name(),
             "dtype": dtype(),
-            "ranks": self._ranks,
         }
         return Trained(method, seed, self._recipe, conditions, losses=losses, **figures)
 
@@ -217,7 +221,7 @@ class Comparison:
     def _train_ours(self, method: Method, seed: int, result: Path) -> dict[str, Any]:
         run = RunDir(self._work / "run")
         config = self._write_config(run, method, seed)
-        run_module("launch", "train", config, "--procs", self._ranks, gpus=True)
+        run_module("launch", "train", config, "--procs", method.ranks, gpus=True)
         run_module("tools.export", run.path, result)
         figures = _read(run)
         shutil.rmtree(run.path)
@@ -264,11 +268,17 @@ def _read(run: RunDir) -> dict[str, Any]:
     return {"steps": last.step, "samples": samples, "seconds": last.wall_time - began.time}
 
 
-def _methods(window: Window, shares: str) -> list[Method]:
+def _check_installed(methods: list[Method]) -> None:
+    """Raise ConfigError if the Trainer is among them and cannot be imported."""
+    if any(method.who is Which.trainer for method in methods) and not importlib.util.find_spec("accelerate"):
+        raise ConfigError("transformers' Trainer needs accelerate: pip install accelerate (or --only ours)")
+
+
+def _methods(window: Window, shares: str, ranks: int) -> list[Method]:
     """The ways to train that are compared, the Trainer's last."""
-    ours = [Method(Which.ours, "full")]
+    ours = [Method(Which.ours, "full", ranks=ranks)]
     if window is Window.own:
-        ours = [Method(Which.ours, "own", share) for share in _numbers("--shares", shares, float)]
+        ours = [Method(Which.ours, "own", share, ranks) for share in _numbers("--shares", shares, float)]
     return [*ours, Method(Which.trainer, "full")]
 
 

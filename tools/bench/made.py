@@ -74,7 +74,7 @@ WORDS = [
     "the",
     "station.",
 ]
-FEWEST_WORDS, MOST_WORDS = 20, 34
+FEWEST_WORDS, MOST_WORDS = 48, 80
 """Of a caption: 60 to 100 tokens."""
 
 
