@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from configs.run.events import AttemptBegan
 from configs.run.folder import RunDir
-from configs.run.goodput import Clock, Phase, begin, goodput, summarize
+from configs.run.goodput import BUSY, Clock, Phase, begin, goodput, summarize
 from configs.run.ledger import History
 from configs.schema import RunConfig
 from data.batch import Batch, Sample
 from data.decode import SAMPLE_RATE
 from data.loader import Step
 from data.retry import STATS
+from data.windows import HOP
 from trainer.curves import open_curves
 from trainer.distributed import World
 from trainer.engines import Update
@@ -62,11 +63,12 @@ class SpikeWindow:
 
 @dataclass(frozen=True)
 class Totals:
-    """Numbers since the last point of the curves, summed over all ranks. flops: that the model took; waited:
-    seconds for data."""
+    """Numbers since the last point of the curves, summed over all ranks. flops: that the model took;
+    useful_flops: those for frames that hold sound; waited: seconds for data."""
 
     samples: float
     flops: float
+    useful_flops: float
     audio_seconds: float
     waited: float
 
@@ -120,6 +122,7 @@ class Monitor:
         self._waited += data.waited
         self._samples += len(data.samples)
         self._flops += sum(map(self._sample_flops, data.samples))
+        self._useful_flops += sum(self._sample_flops(_without_padding(clip)) for clip in data.samples)
         self._seconds += sum(sample.seconds for sample in data.samples)
         self._step = data.number + 1
         if self._progress:
@@ -168,12 +171,16 @@ class Monitor:
 
     def _reset(self) -> None:
         self._totals = SourceTotals.zeros(len(self._names), self._world.device)
-        self._samples, self._flops, self._seconds, self._waited = 0, 0.0, 0.0, 0.0
+        self._samples, self._flops, self._useful_flops, self._seconds, self._waited = 0, 0.0, 0.0, 0.0, 0.0
+        self._phases = dict(self.clock.seconds)
+        self._since_step = self._step
         self._since = time.perf_counter()
 
     def _report(self, update: Update, lr: float, unusable: Counter[str]) -> None:
         by_source = self._totals.over_ranks(self._world)
-        totals = self._world.sum_fields(Totals(self._samples, self._flops, self._seconds, self._waited))
+        totals = self._world.sum_fields(
+            Totals(self._samples, self._flops, self._useful_flops, self._seconds, self._waited)
+        )
         unusable_samples = self._world.sum([float(unusable[name]) for name in self._names])
         storage = self._world.sum([float(STATS[name]) for name in STORAGE])
         if self._writer is None:
@@ -190,6 +197,7 @@ class Monitor:
         scalars["memory/host_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         if self._world.device.type == "cuda":
             scalars["memory/device_gb"] = torch.cuda.max_memory_allocated(self._world.device) / 1e9
+            scalars["memory/device_reserved_gb"] = torch.cuda.max_memory_reserved(self._world.device) / 1e9
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, self._step)
         self._show_unusable(self._writer)
@@ -202,8 +210,13 @@ class Monitor:
             "speed/audio_seconds_per_second": totals.audio_seconds / seconds,
             "speed/data_wait_share": totals.waited / self._world.size / seconds,
         }
+        for phase in BUSY:
+            spent = self.clock.seconds[phase] - self._phases[phase]
+            speeds[f"step_seconds/{phase}"] = spent / (self._step - self._since_step)
         if self._peak and totals.samples:
-            speeds["speed/mfu"] = totals.flops / seconds / (self._peak * self._world.size)
+            peak = self._peak * self._world.size
+            speeds["speed/mfu"] = totals.flops / seconds / peak
+            speeds["speed/useful_mfu"] = totals.useful_flops / seconds / peak
         return speeds
 
     def _show_status(self, scalars: dict[str, float]) -> None:
@@ -270,3 +283,8 @@ class Monitor:
             self._progress.console.print(text)
         else:
             print(text, flush=True)
+
+
+def _without_padding(sample: Sample) -> Sample:
+    """The same sample without frames that hold no sound."""
+    return replace(sample, frames=min(sample.frames, 2 * max(1, -(-len(sample.waveform) // (2 * HOP)))))

@@ -1,5 +1,33 @@
-"""`python -m tools.bench checkpoint|export|data|index|balance`: measures here what checkpoints, exports, data
-and the start of a run cost, in turn with what the same costs with other programs.
+"""`python -m tools.bench step|scaling|compare|checkpoint|export|data|index|balance`: measures here what steps, saves,
+exports, data and the start of a run cost, in turn with what the same costs with other programs.
+
+`step`: `launch train` on a Whisper with random weights in the shape of a published one, and clips of the
+reference's mix of lengths, made here; with `--window full` the same clips, padded to 30 s. The figures are
+those of the run's own curves, after the warm-up: median of the intervals between their points.
+
+    mfu                 of all frames that the encoder takes; FLOPs of matrix products (trainer/flops.py)
+    useful mfu          the same without padding. The peak is that of the card's data sheet; on a CPU it is
+                        what a large matrix product reaches there ("matrix tflops")
+    data wait seconds   of a step, on rank 0; training: all else, until the next step; saving: waiting for a
+                        checkpoint's snapshot
+    host gigabytes      most memory of rank 0; device: most that tensors took of a GPU; reserved: by torch
+    device              the device alone, at the shapes of large-v3-turbo, in a process of its own: matrix
+                        product, attention forward and backward, log-mel of 30 s, copies from pinned memory
+
+`scaling`: the same on several numbers of ranks. efficiency: samples per second and rank, as a share of those
+of the first number. Ranks on a CPU share its cores.
+
+`compare`: Earwitness and transformers' Seq2SeqTrainer fine-tune the same Whisper in turn, each in a process
+of its own: same clips, number of samples, precision (BF16 where there is arithmetic for it; the Trainer by
+autocast), AdamW, linear rate without warm-up, norm of 1.0, global batch of 16. `--only` and `--out` do it in
+parts. What is specific to the Trainer favours it: its features are computed, and kept in memory, before the
+time is taken, where Earwitness decodes and transforms as it trains.
+
+    samples/s    from the beginning of training to the end of its last step, without evaluations and saves
+    loss         of a caption token on the validation clips, in fp32 at full windows, by transformers: the
+                 same judge for both
+
+`trace`: what a trace of torch's profiler says of a GPU: idle share, kernels by time, waits of the host.
 
 `checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2. They save the same state, the
 fp32 weights and AdamW's two moments, in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds
@@ -82,7 +110,7 @@ import typer
 from configs.errors import EarwitnessError, run_command
 from configs.ports import free_ports
 from configs.schema import RunConfig
-from tools.bench import balance, data, starts
+from tools.bench import balance, compare, data, starts, step, trace
 from tools.bench.data import Form, Pipeline, Store
 from tools.bench.ranks import SECONDS
 from tools.bench.report import ROOT, Figures, Summary, aims, describe, environment, report, say, summary
@@ -143,7 +171,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Measure checkpoints, exports, data and starts on this machine.",
+    help="Measure steps, checkpoints, exports, data and starts on this machine.",
 )
 Procs = Annotated[int, typer.Option(min=1, help="Ranks that save.")]
 Model = Annotated[Shape, typer.Option(help="Shape of the Whisper.")]
@@ -336,6 +364,10 @@ def bench_balance(
         "full_share": full_share,
     }
     report(conditions, {"balance": summaries}, {}, as_json=as_json)
+app.command("step")(step.bench_step)
+app.command("scaling")(step.bench_scaling)
+app.command("compare")(compare.bench_compare)
+app.command("trace")(trace.bench_trace)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any, NotRequired, TypedDict
 
 from rich.console import Console
 from rich.table import Table
+
+from configs.errors import EarwitnessError
 
 ROOT = Path(__file__).parents[2]
 Figures = dict[str, float]
@@ -43,12 +46,28 @@ class Aim:
         """Whether the figure is as small as it should be."""
         return self.value <= self.at_most
 
+    def __str__(self) -> str:
+        return f"{self.value:.3f}; aim: at most {self.at_most:.3g}, {'met' if self.met else 'NOT met'}"
 
-def environment() -> dict[str, str]:
-    """The environment of a process that is measured."""
+
+def environment(*, gpus: bool = False) -> dict[str, str]:
+    """The environment of a process that is measured. gpus: whether it sees those of this machine."""
     # Large pages: page faults cost a step of `small` 2.5-4 s of system time per rank without them here,
     # 0.9-2.7 s with them.
-    return os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "THP_MEM_ALLOC_ENABLE": "1"}
+    return variables if gpus else variables | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_module(*arguments: object, gpus: bool = False) -> str:
+    """Run `python -m ...` of Earwitness in a fresh process; returns what it prints. Raises EarwitnessError if
+    it fails."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(gpus=gpus), capture_output=True, encoding="utf-8", check=False
+    )
+    if done.returncode:
+        raise EarwitnessError(f"{arguments[0]} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout
 
 
 def say(text: str) -> None:
@@ -90,24 +109,28 @@ def report(
     unit: of the aims.
     """
     if as_json:
-        verdicts = {
-            name: {"value": aim.value, "at_most": aim.at_most, "met": aim.met} for name, aim in aims.items()
-        }
-        print(json.dumps({**conditions, **tables, "aims": verdicts}))
+        print(json.dumps({**conditions, **tables, "aims": verdicts(aims)}))
         return
-    print(", ".join(f"{name} {_grouped(value)}" for name, value in conditions.items()))
+    print(", ".join(f"{name} {grouped(value)}" for name, value in conditions.items()))
     for title, summaries in tables.items():
         Console(width=160).print(_table(title, summaries))
     for name, aim in aims.items():
-        verdict = "met" if aim.met else "NOT met"
-        print(f"{name}: {aim.value:.3f}{unit}; aim: at most {aim.at_most:g}, {verdict}")
+        print(f"{name}{unit}: {aim}")
 
 
-def _grouped(value: Any) -> str:
+def verdicts(aims: Mapping[str, Aim]) -> dict[str, dict[str, float | bool]]:
+    """Aims, as JSON has them."""
+    return {name: {"value": aim.value, "at_most": aim.at_most, "met": aim.met} for name, aim in aims.items()}
+
+
+def grouped(value: Any) -> str:
+    """A value as a line of text has it."""
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _table(title: str, summaries: dict[str, Summary]) -> Table:
+    if len(summaries) == 1:
+        return _list(title, *next(iter(summaries.items())))
     columns = list(dict.fromkeys(name for summary in summaries.values() for name in summary["median"]))
     table = Table(
         *(name.replace("_", "\n") for name in (title, *columns)),
@@ -119,6 +142,14 @@ def _table(title: str, summaries: dict[str, Summary]) -> Table:
         first = summary.get("first")
         if first is not None:
             table.add_row("  first", *(f"{first[name]:.3f}" if name in first else "" for name in columns))
+    return table
+
+
+def _list(title: str, method: str, figures: Summary) -> Table:
+    """A table of one measurement, with a line for each figure."""
+    table = Table("", method, title=f"{title}: median (lowest - highest)", title_justify="left")
+    for name in figures["median"]:
+        table.add_row(name.replace("_", " "), _cell(figures, name))
     return table
 
 

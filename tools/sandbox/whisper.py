@@ -41,12 +41,15 @@ def make_whisper(
     seconds: int = 2,
     mels: int = 80,
     vocabulary: int | None = None,
+    decoder_layers: int | None = None,
+    positions: int = 64,
 ) -> Path:
     """Write config, processor and generation config of a Whisper without weights, so that training starts at
     random; returns `folder`.
 
     The tokenizer is a BPE trained on `captions`; `seconds`: the audio window; `vocabulary`: rows of the
-    embedding, default the tokenizer's tokens.
+    embedding, default the tokenizer's tokens; `decoder_layers`: default as many as the encoder's;
+    `positions`: the decoder's.
     """
     fast = _tokenizer(captions)
     ids: dict[str, Any] = {token: fast.convert_tokens_to_ids(token) for token in SPECIAL}
@@ -63,13 +66,13 @@ def make_whisper(
         num_mel_bins=mels,
         d_model=width,
         encoder_layers=layers,
-        decoder_layers=layers,
+        decoder_layers=decoder_layers or layers,
         encoder_attention_heads=heads,
         decoder_attention_heads=heads,
         encoder_ffn_dim=4 * width,
         decoder_ffn_dim=4 * width,
         max_source_positions=POSITIONS_PER_SECOND * seconds,
-        max_target_positions=64,
+        max_target_positions=positions,
         suppress_tokens=None,
         begin_suppress_tokens=None,
         **special,
@@ -84,7 +87,7 @@ def make_whisper(
         task_to_id={"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]},
         no_timestamps_token_id=ids["<|notimestamps|>"],
         prev_sot_token_id=ids["<|startofprev|>"],
-        max_length=64,
+        max_length=positions,
         return_timestamps=False,
         **special,
     )
