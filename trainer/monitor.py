@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from configs.run.events import AttemptBegan
+from configs.run.events import AttemptBegan, FirstStep
 from configs.run.folder import RunDir
 from configs.run.goodput import Clock, Phase, begin, goodput, summarize
 from configs.run.ledger import History
+from configs.run.stopwatch import Stopwatch
 from configs.schema import RunConfig
 from data.batch import Batch, Sample
 from data.decode import SAMPLE_RATE
@@ -85,8 +86,10 @@ class Monitor:
         total_steps: int,
         sample_flops: Callable[[Sample], float],
         tell: Callable[[Phase, int], None],
+        stopwatch: Stopwatch,
     ) -> None:
-        """first_step: steps taken before; sample_flops: FLOPs that a sample takes in a training step; tell: is told of each phase and the step that it belongs to."""
+        """first_step: steps taken before; sample_flops: FLOPs that a sample takes in a training step; tell: is
+        told of each phase and the step that it belongs to; stopwatch: of this start."""
         self._config, self._run, self._attempt, self._world = config, run, attempt, world
         self._names = [source.name for source in config.data.sources]
         self._sample_flops, self._peak = sample_flops, peak_flops(config.monitor.peak_tflops, world.device)
@@ -95,6 +98,7 @@ class Monitor:
         self._history = History([])
         self._progress: Progress | None = None
         self._noted_at, self._noted_step = 0.0, first_step
+        self._stopwatch = stopwatch
         self._quarantine_bytes = 0
         """Of the quarantine that the curves show."""
         if world.rank == 0:
@@ -108,6 +112,7 @@ class Monitor:
         began = self._history.last(AttemptBegan)
         self.clock = Clock(began.time if began else time.time(), lambda phase: tell(phase, self._step))
         self._reset()
+        stopwatch.lap("monitor")
 
     def add(self, batch: Batch, losses: torch.Tensor) -> None:
         """Count a micro-batch. losses: (T,) of its tokens."""
@@ -127,6 +132,8 @@ class Monitor:
         is_due = self._step % self._config.monitor.every_steps == 0 or self._step == self._total_steps
         if self.clock.steps == 1 or (is_due and time.monotonic() - self._noted_at > NOTE_EVERY):
             self._note()
+        if self.clock.steps == 1:
+            self._tell_first_step()
         if is_due:
             self._report(update, lr, unusable)
             self._reset()
@@ -246,6 +253,15 @@ class Monitor:
         if len(attempts) > 1:
             text += f", resumed at step {self._step} after: {attempts[-2].words or 'nobody knows'}"
         self._writer.add_text("restarts", text, self._step)
+
+    def _tell_first_step(self) -> None:
+        """Tell the ledger where the seconds until now went."""
+        before = (Phase.EVALUATION, Phase.SAVING, Phase.DATA_WAIT)
+        spent = {phase.value: self.clock.seconds[phase] for phase in before if self.clock.seconds[phase]}
+        self._stopwatch.lap(Phase.FIRST_STEP.value, less=spent)
+        if self._world.rank == 0:
+            seconds = {part: round(spent, 3) for part, spent in self._stopwatch.seconds.items()}
+            self._run.ledger.record(FirstStep(attempt=self._attempt, step=self._step, seconds=seconds))
 
     def _note(self) -> None:
         """Tell the ledger where this attempt's time went, and the curves where that of the run did."""

@@ -1,5 +1,5 @@
-"""`python -m tools.bench checkpoint|export|data|index`: measures here what checkpoints, exports, data and the
-start of a run cost, in turn with what the same costs with other programs.
+"""`python -m tools.bench checkpoint|export|data|index|start`: measures here what checkpoints, exports, data
+and the start of a run cost, in turn with what the same costs with other programs.
 
 `checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2. They save the same state, the
 fp32 weights and AdamW's two moments, in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds
@@ -50,6 +50,14 @@ rank and with several at a time. The files are in the page cache.
     first batch   check, open and the slowest plan
     memory        of all ranks together, beyond that after the imports: private, and PSS, which counts once
                   what ranks share; peak: of one rank other than rank 0
+
+`start`: `launch train` on a run of a Whisper with random weights, which goes on from its checkpoint for one
+step; as the run itself tells it of rank 0 (event `first_step`, docs/status.md). Code and files are in the
+page cache.
+
+    launch        from the command to the process of rank 0
+    total         from the command to the first step
+    the others    parts of the way in between, one after the other
 """
 
 from __future__ import annotations
@@ -71,7 +79,7 @@ import typer
 
 from configs.errors import EarwitnessError, run_command
 from configs.ports import free_ports
-from tools.bench import data, starts
+from tools.bench import data, restarts, starts
 from tools.bench.data import Form, Pipeline, Store
 from tools.bench.ranks import SECONDS
 from tools.bench.report import ROOT, Figures, Summary, aims, describe, environment, report, say, summary
@@ -109,6 +117,13 @@ EXPORT_WORK = {
 }
 
 
+class Backend(StrEnum):
+    """Engines, as `engine.backend` names them."""
+
+    zero2 = "zero2"
+    fsdp2 = "fsdp2"
+
+
 class Shape(StrEnum):
     """Sizes of Whisper; `sandbox` is that of the tests."""
 
@@ -144,6 +159,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 ALL_FORMS, ALL_PLACES, ALL_READERS = list(Form), list(Store), list(Pipeline)
+ALL_BACKENDS = list(Backend)
 
 
 @app.command("checkpoint")
@@ -287,6 +303,35 @@ def bench_index(
     }
     tables = {"first start": {"merge": summary(merge_rounds)}, "later start": later}
     report(conditions, tables, aims(worst, INDEX_AIMS), as_json=as_json)
+
+
+@app.command("start")
+def bench_start(
+    procs: Annotated[int, typer.Option(min=1, help="Ranks of the run.")] = 1,
+    backend: Annotated[
+        list[Backend], typer.Option(help="Its engine; may be given several times.")
+    ] = ALL_BACKENDS,
+    model: Annotated[Shape, typer.Option(help="Shape of the Whisper.")] = Shape.sandbox,
+    rounds: Rounds = 5,
+    dir: Dir = Path(),
+    as_json: Json = False,
+) -> None:
+    """Measure the restart of a run, from the command to the first step, by part."""
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=dir) as name:
+        runs = {
+            engine: restarts.make(Path(name).resolve() / engine, engine.value, procs, model.sizes)
+            for engine in backend
+        }
+        for config in runs.values():
+            restarts.measure(config, procs, step=1)
+        start_rounds: dict[str, list[Figures]] = {}
+        for number in range(rounds):
+            say(f"round {number + 1} of {rounds}")
+            for engine, config in runs.items():
+                start_rounds.setdefault(engine, []).append(restarts.measure(config, procs, step=number + 2))
+    starts_by_engine = {engine: summary(figures) for engine, figures in start_rounds.items()}
+    conditions = describe("torch", "deepspeed", "transformers") | {"model": model.value, "procs": procs}
+    report(conditions, {"start": starts_by_engine}, {}, as_json=as_json)
 
 
 @contextmanager
