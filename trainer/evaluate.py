@@ -120,7 +120,7 @@ class Evaluator:
         prompt = self.loaders.encoder.prompts[self.config.data.sources[sample.source].style]
         frames = sample.frames if self._at_own_lengths else self._whole
         tokens = generator(torch.from_numpy(sample.waveform), frames, prompt)
-        return str(self.captioner.processor.decode(tokens, skip_special_tokens=True)).strip()
+        return str(self.captioner.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     @property
     def _at_own_lengths(self) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
+from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
 
 from configs.errors import ConfigError
 from configs.run.folder import RunDir
@@ -16,6 +17,9 @@ from configs.schema import Model
 from data.captions import prefix_tokens
 from trainer.weights import UNTRAINED, base_missing, take_weights
 from trainer.whisper import Whisper, from_transformers
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration
 
 RANDOM_PARTS = (
     "dropout",
@@ -29,12 +33,13 @@ RANDOM_PARTS = (
 
 @dataclass(frozen=True)
 class Captioner:
-    """A Whisper with its generation config, its tokenizer and feature extractor (processor), and the tokens
-    that captions start from."""
+    """A Whisper with its generation config, its tokenizer and feature extractor, and the tokens that captions
+    start from."""
 
     model: Whisper
     generation: GenerationConfig
-    processor: WhisperProcessor
+    tokenizer: WhisperTokenizer
+    feature_extractor: WhisperFeatureExtractor
     prefix: Sequence[int]
 
     @property
@@ -63,11 +68,14 @@ def load(
     checkpoint or export whose weights it takes instead of its own. Raises ConfigError if it cannot be had or
     cannot be trained exactly.
     """
+    from transformers import WhisperForConditionalGeneration  # a second, which a run that goes on can spare
+
     name = settings.name_or_path
     if pretrained and pretrained.is_dir():
         name = str(pretrained)
     try:
-        processor = WhisperProcessor.from_pretrained(name)
+        tokenizer = WhisperTokenizer.from_pretrained(name)
+        feature_extractor = WhisperFeatureExtractor.from_pretrained(name)
         if _is_without_weights(Path(name)):
             model = _with_random_weights(Path(name), seed)
         else:
@@ -77,7 +85,7 @@ def load(
     ours = _as_ours(model, name)
     if init_from:
         take_weights(ours, init_from)
-    return _prepare(ours, model.generation_config, processor, settings)
+    return _prepare(ours, model.generation_config, tokenizer, feature_extractor, settings)
 
 
 def _as_ours(model: WhisperForConditionalGeneration, name: str) -> Whisper:
@@ -100,6 +108,8 @@ def _is_without_weights(folder: Path) -> bool:
 
 
 def _with_random_weights(folder: Path, seed: int) -> WhisperForConditionalGeneration:
+    from transformers import WhisperForConditionalGeneration
+
     torch.manual_seed(seed)
     model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(folder))
     if (folder / "generation_config.json").exists():
@@ -111,7 +121,8 @@ def load_base(run: RunDir, settings: Model) -> Captioner:
     """The model of a run that has started: its shape and its untrained tensors; the trained ones come from a
     checkpoint. Raises CheckpointError."""
     try:
-        processor = WhisperProcessor.from_pretrained(run.base)
+        tokenizer = WhisperTokenizer.from_pretrained(run.base)
+        feature_extractor = WhisperFeatureExtractor.from_pretrained(run.base)
         generation = GenerationConfig.from_pretrained(run.base)
         with torch.device("meta"):
             model = Whisper(WhisperConfig.from_pretrained(run.base))
@@ -120,14 +131,16 @@ def load_base(run: RunDir, settings: Model) -> Captioner:
         model.load_state_dict(load_file(run.base / UNTRAINED), strict=False)
     except (OSError, ValueError) as error:
         raise base_missing(run, error) from error
-    return _prepare(model, generation, processor, settings)
+    return _prepare(model, generation, tokenizer, feature_extractor, settings)
 
 
 def save_base(run: RunDir, captioner: Captioner) -> None:
     """Write `base/`: all that export and offline nodes need besides a checkpoint. Call before training
     changes anything."""
+    from transformers import WhisperProcessor
+
     run.base.mkdir(parents=True, exist_ok=True)
-    captioner.processor.save_pretrained(run.base)
+    WhisperProcessor(captioner.feature_extractor, captioner.tokenizer).save_pretrained(run.base)
     captioner.generation.save_pretrained(run.base)
     untrained = {
         **{name: p.detach() for name, p in captioner.model.named_parameters() if not p.requires_grad},
@@ -141,7 +154,11 @@ def save_base(run: RunDir, captioner: Captioner) -> None:
 
 
 def _prepare(
-    model: Whisper, generation: GenerationConfig, processor: WhisperProcessor, settings: Model
+    model: Whisper,
+    generation: GenerationConfig,
+    tokenizer: WhisperTokenizer,
+    feature_extractor: WhisperFeatureExtractor,
+    settings: Model,
 ) -> Captioner:
     """Set up for training what was loaded."""
     model.requires_grad_(True)
@@ -159,4 +176,5 @@ def _prepare(
     if settings.compile:
         for block in model.blocks:  # alike, so that the first one is compiled, and the others take its code
             block.compile(dynamic=True)
-    return Captioner(model, generation, processor, prefix_tokens(processor.tokenizer, generation))
+    prefix = prefix_tokens(tokenizer, generation)
+    return Captioner(model, generation, tokenizer, feature_extractor, prefix)

@@ -183,7 +183,7 @@ class Start:
 
     def _encoder(self, captioner: Captioner) -> CaptionEncoder:
         return CaptionEncoder(
-            captioner.processor.tokenizer,
+            captioner.tokenizer,
             captioner.prefix,
             positions=captioner.config.max_target_positions,
             long_caption=self.config.data.long_caption,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers import WhisperConfig
 
 from configs.errors import CheckpointError, ConfigError
 from configs.run.folder import RunDir
@@ -83,6 +83,8 @@ def resolve(source: Path, *, best: bool = False) -> tuple[RunDir, Path]:
 def take_weights(model: Whisper, source: Path) -> None:
     """Set all weights of a model to those of a run, a checkpoint or an export. Raises ConfigError if they
     cannot be read or do not fit."""
+    from transformers import WhisperForConditionalGeneration
+
     targets = _tensors(model)
     try:
         weights: Weights | dict[str, torch.Tensor]
