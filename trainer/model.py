@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
+from tokenizers import Tokenizer
 
 from configs.errors import ConfigError
 from configs.run.folder import RunDir
@@ -19,7 +22,7 @@ from trainer.weights import UNTRAINED, base_missing, take_weights
 from trainer.whisper import Whisper, from_transformers
 
 if TYPE_CHECKING:
-    from transformers import WhisperForConditionalGeneration
+    from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperTokenizer
 
 RANDOM_PARTS = (
     "dropout",
@@ -33,20 +36,31 @@ RANDOM_PARTS = (
 
 @dataclass(frozen=True)
 class Captioner:
-    """A Whisper with its generation config, its tokenizer and feature extractor, and the tokens that captions
-    start from."""
+    """A Whisper with its tokenizer, the values of its generation config, and the tokens that captions start
+    from. source: where transformers finds all of that."""
 
     model: Whisper
-    generation: GenerationConfig
-    tokenizer: WhisperTokenizer
-    feature_extractor: WhisperFeatureExtractor
+    source: str
+    tokenizer: Tokenizer
+    generation: dict[str, Any]
     prefix: Sequence[int]
 
     @property
     def config(self) -> WhisperConfig:
-        """The model's config."""
+        """The model's config: its values alone where the run goes on."""
         config: WhisperConfig = self.model.config
         return config
+
+    def decode(self, tokens: torch.Tensor) -> str:
+        """The caption that (n,) tokens say, without what it was asked with."""
+        return str(self._reader.decode(tokens, skip_special_tokens=True)).strip()
+
+    @cached_property
+    def _reader(self) -> WhisperTokenizer:
+        from transformers import WhisperTokenizer
+
+        tokenizer: WhisperTokenizer = WhisperTokenizer.from_pretrained(self.source)
+        return tokenizer
 
     @property
     def frames(self) -> int:
@@ -68,14 +82,14 @@ def load(
     checkpoint or export whose weights it takes instead of its own. Raises ConfigError if it cannot be had or
     cannot be trained exactly.
     """
-    from transformers import WhisperForConditionalGeneration  # a second, which a run that goes on can spare
+    # Takes more than a second, and a run that goes on does without it.
+    from transformers import WhisperForConditionalGeneration, WhisperTokenizer
 
     name = settings.name_or_path
     if pretrained and pretrained.is_dir():
         name = str(pretrained)
     try:
-        tokenizer = WhisperTokenizer.from_pretrained(name)
-        feature_extractor = WhisperFeatureExtractor.from_pretrained(name)
+        tokenizer = WhisperTokenizer.from_pretrained(name).backend_tokenizer
         if _is_without_weights(Path(name)):
             model = _with_random_weights(Path(name), seed)
         else:
@@ -85,7 +99,7 @@ def load(
     ours = _as_ours(model, name)
     if init_from:
         take_weights(ours, init_from)
-    return _prepare(ours, model.generation_config, tokenizer, feature_extractor, settings)
+    return _prepare(ours, name, tokenizer, model.generation_config.to_dict(), settings)
 
 
 def _as_ours(model: WhisperForConditionalGeneration, name: str) -> Whisper:
@@ -108,7 +122,7 @@ def _is_without_weights(folder: Path) -> bool:
 
 
 def _with_random_weights(folder: Path, seed: int) -> WhisperForConditionalGeneration:
-    from transformers import WhisperForConditionalGeneration
+    from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
     torch.manual_seed(seed)
     model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(folder))
@@ -121,27 +135,29 @@ def load_base(run: RunDir, settings: Model) -> Captioner:
     """The model of a run that has started: its shape and its untrained tensors; the trained ones come from a
     checkpoint. Raises CheckpointError."""
     try:
-        tokenizer = WhisperTokenizer.from_pretrained(run.base)
-        feature_extractor = WhisperFeatureExtractor.from_pretrained(run.base)
-        generation = GenerationConfig.from_pretrained(run.base)
+        config, generation = (
+            json.loads((run.base / file).read_text(encoding="utf-8"))
+            for file in ("config.json", "generation_config.json")
+        )
+        tokenizer = Tokenizer.from_buffer((run.base / "tokenizer.json").read_bytes())
         with torch.device("meta"):
-            model = Whisper(WhisperConfig.from_pretrained(run.base))
+            model = Whisper(SimpleNamespace(**config))
         model.to_empty(device="cpu")
         model.tie_weights()
         model.load_state_dict(load_file(run.base / UNTRAINED), strict=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: the config lacks a value
         raise base_missing(run, error) from error
-    return _prepare(model, generation, tokenizer, feature_extractor, settings)
+    return _prepare(model, str(run.base), tokenizer, generation, settings)
 
 
 def save_base(run: RunDir, captioner: Captioner) -> None:
     """Write `base/`: all that export and offline nodes need besides a checkpoint. Call before training
     changes anything."""
-    from transformers import WhisperProcessor
+    from transformers import GenerationConfig, WhisperProcessor
 
     run.base.mkdir(parents=True, exist_ok=True)
-    WhisperProcessor(captioner.feature_extractor, captioner.tokenizer).save_pretrained(run.base)
-    captioner.generation.save_pretrained(run.base)
+    WhisperProcessor.from_pretrained(captioner.source).save_pretrained(run.base)
+    GenerationConfig.from_dict(captioner.generation).save_pretrained(run.base)
     untrained = {
         **{name: p.detach() for name, p in captioner.model.named_parameters() if not p.requires_grad},
         **dict(captioner.model.named_buffers()),
@@ -154,11 +170,7 @@ def save_base(run: RunDir, captioner: Captioner) -> None:
 
 
 def _prepare(
-    model: Whisper,
-    generation: GenerationConfig,
-    tokenizer: WhisperTokenizer,
-    feature_extractor: WhisperFeatureExtractor,
-    settings: Model,
+    model: Whisper, source: str, tokenizer: Tokenizer, generation: dict[str, Any], settings: Model
 ) -> Captioner:
     """Set up for training what was loaded."""
     model.requires_grad_(True)
@@ -177,4 +189,4 @@ def _prepare(
         for block in model.blocks:  # alike, so that the first one is compiled, and the others take its code
             block.compile(dynamic=True)
     prefix = prefix_tokens(tokenizer, generation)
-    return Captioner(model, generation, tokenizer, feature_extractor, prefix)
+    return Captioner(model, source, tokenizer, generation, prefix)

@@ -88,8 +88,8 @@ class Monitor:
         tell: Callable[[Phase, int], None],
         stopwatch: Stopwatch,
     ) -> None:
-        """first_step: steps taken before; sample_flops: FLOPs that a sample takes in a training step; tell: is
-        told of each phase and the step that it belongs to; stopwatch: of this start."""
+        """first_step: steps taken before; sample_flops: FLOPs that a sample takes in a training step; tell:
+        is told of each phase and the step that it belongs to; stopwatch: of this start."""
         self._config, self._run, self._attempt, self._world = config, run, attempt, world
         self._names = [source.name for source in config.data.sources]
         self._sample_flops, self._peak = sample_flops, peak_flops(config.monitor.peak_tflops, world.device)

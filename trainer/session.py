@@ -88,7 +88,7 @@ class Session:
 
     def _manifest(self, reason: str, metrics: dict[str, float]) -> Manifest:
         self.records.share_tokens()
-        suppressed = self.captioner.generation.suppress_tokens or []
+        suppressed = self.captioner.generation.get("suppress_tokens") or []
         order = self.loaders.order
         return Manifest(
             step=self.state.step,

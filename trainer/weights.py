@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import WhisperConfig
 
 from configs.errors import CheckpointError, ConfigError
 from configs.run.folder import RunDir
@@ -24,6 +23,8 @@ class Weights:
 
     def __init__(self, run: RunDir, reader: Reader) -> None:
         """Raises CheckpointError if the two do not make up a model."""
+        from transformers import WhisperConfig
+
         self.reader = reader
         try:
             self._base = safe_open(run.base / UNTRAINED, "pt")
