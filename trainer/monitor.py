@@ -10,12 +10,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from configs.run.events import AttemptBegan, FirstStep
 from configs.run.folder import RunDir
@@ -27,12 +25,15 @@ from data.batch import Batch, Sample
 from data.decode import SAMPLE_RATE
 from data.loader import Step
 from data.retry import STATS
-from trainer.curves import open_curves
 from trainer.distributed import World
 from trainer.engines import Update
 from trainer.evaluate import PanelClip
 from trainer.flops import peak_flops
 from trainer.loss import SourceTotals
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
 
 SPIKE_WINDOW = 100
 """Steps that a loss is compared with; the first SPIKE_WINDOW / 5 of an attempt are only collected."""
@@ -102,6 +103,8 @@ class Monitor:
         self._quarantine_bytes = 0
         """Of the quarantine that the curves show."""
         if world.rank == 0:
+            from trainer.curves import open_curves  # TensorBoard, which the other ranks do without
+
             self._history = run.ledger.read()
             # What the attempts before have drawn and this one draws anew is taken back; step 0 is evaluated
             # again, as it is never saved.
@@ -159,6 +162,9 @@ class Monitor:
             self._writer.close()
 
     def _open_terminal(self) -> Progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
