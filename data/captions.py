@@ -73,11 +73,13 @@ class CaptionEncoder:
     ) -> None:
         """`prefix`: the tokens that generation starts from; `positions`: the decoder's (448), prompt and
         prefix included."""
-        self.tokenizer, self.prefix, self.end = tokenizer, list(prefix), tokenizer.token_to_id(END)
+        self.tokenizer, self.prefix, self.end = tokenizer, list(prefix), _id(tokenizer, END)
         self.positions, self.long_caption = positions, long_caption
         tokenizer.encode_special_tokens = True  # written in a caption, they are text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.prompts = {
-            style: [tokenizer.token_to_id(PROMPT), *self._ids(f" {style.strip()}")] if style else []
+            style: [_id(tokenizer, PROMPT), *self._ids(f" {style.strip()}")] if style else []
             for style in {None, *styles}
         }
 
@@ -101,6 +103,14 @@ class CaptionEncoder:
         sequence = [*before, *ids[:room], self.end]
         labels = [IGNORED] * (len(before) - 1) + sequence[len(before) :]
         return Tokens(sequence[:-1], labels, cut=max(0, len(ids) - room))
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    """Raises ConfigError if there is no such token."""
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise ConfigError(f"the tokenizer of the model knows no {token}: it is none of a Whisper")
+    return number
 
 
 def prefix_tokens(tokenizer: Tokenizer, generation_config: dict[str, Any]) -> list[int]:

@@ -63,6 +63,15 @@ def test_starts_are_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_restarts_are_measured(tmp_path: Path) -> None:
+    parts = bench(tmp_path, "start", "--backend", "fsdp2")["start"]
+    seconds = {part: figures["median"]["fsdp2"] for part, figures in parts.items()}
+    total = seconds.pop("total")
+    assert list(seconds)[:3] == ["launch", "interpreter", "torch"] and list(seconds)[-1] == "first_step"
+    assert sum(seconds.values()) == pytest.approx(total) and all(part >= 0 for part in seconds.values())
+
+
+@pytest.mark.slow
 def test_readers_are_measured(tmp_path: Path) -> None:
     form = "flac-10s-16k-mono"
     places = ("local", "s3-far")

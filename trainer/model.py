@@ -188,5 +188,4 @@ def _prepare(
     if settings.compile:
         for block in model.blocks:  # alike, so that the first one is compiled, and the others take its code
             block.compile(dynamic=True)
-    prefix = prefix_tokens(tokenizer, generation)
-    return Captioner(model, source, tokenizer, generation, prefix)
+    return Captioner(model, source, tokenizer, generation, prefix_tokens(tokenizer, generation))

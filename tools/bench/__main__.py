@@ -329,9 +329,24 @@ def bench_start(
             say(f"round {number + 1} of {rounds}")
             for engine, config in runs.items():
                 start_rounds.setdefault(engine, []).append(restarts.measure(config, procs, step=number + 2))
-    starts_by_engine = {engine: summary(figures) for engine, figures in start_rounds.items()}
     conditions = describe("torch", "deepspeed", "transformers") | {"model": model.value, "procs": procs}
-    report(conditions, {"start": starts_by_engine}, {}, as_json=as_json)
+    report(conditions, {"start": _by_part(start_rounds)}, {}, as_json=as_json)
+
+
+def _by_part(start_rounds: dict[str, list[Figures]]) -> dict[str, Summary]:
+    """A summary of each part of a start, in the order in which they come, with a figure for each engine."""
+    parts = list(dict.fromkeys(part for starts in start_rounds.values() for part in starts[0]))
+    by_part = {}
+    for part in parts:
+        engines = [engine for engine, starts in start_rounds.items() if part in starts[0]]
+        rounds = zip(*(start_rounds[engine] for engine in engines), strict=True)
+        by_part[part] = summary(
+            [
+                {engine: start[part] for engine, start in zip(engines, one_each, strict=True)}
+                for one_each in rounds
+            ]
+        )
+    return by_part
 
 
 @contextmanager
