@@ -66,6 +66,11 @@ class Segments:
         """Largest length."""
         return max(self.lengths)
 
+    @property
+    def are_equal(self) -> bool:
+        """Whether all are equally long."""
+        return len(set(self.lengths)) == 1
+
     @cached_property
     def owners(self) -> torch.Tensor:
         """(total,) int64: the sequence of each element."""
@@ -84,8 +89,8 @@ class Batch:
 
     waveforms: (N,) int16 at 16 kHz, and `sound` where each lies in it; audio: the encoder's positions of each
     clip, half its mel frames; decoder_input_ids, labels: (T,) int64, -100 where nothing is to be learnt, and
-    `text` where each caption lies in them; source: (B,) source numbers; keys: of the B samples (none in a batch
-    that only keeps a rank in step).
+    `text` where each caption lies in them; source: (B,) source numbers; keys: of the B samples (none in a
+    batch that only keeps a rank in step).
     """
 
     waveforms: torch.Tensor
@@ -140,8 +145,8 @@ class Size:
     tokens: int
 
     def of(self, sample: Sample) -> float:
-        """What a sample counts for, in seconds: its audio as the encoder takes it, or its caption if that is a
-        larger part of the decoder's positions."""
+        """What a sample counts for, in seconds: its audio as the encoder takes it, or its caption if that is
+        a larger part of the decoder's positions."""
         return max(
             sample.frames * HOP / SAMPLE_RATE,
             len(sample.tokens.labels) / self.tokens * self.window_seconds,

@@ -28,7 +28,7 @@ def log_mel(
     wanted of each; window: mel frames of the model's window. Returns (mels, F) float32, F the frames wanted
     of all. Equal to the first frames of WhisperFeatureExtractor (fed the same int16) to 1e-5.
     """
-    # All frames that see sound are computed, as the loudest of a clip sets its floor, even if fewer are wanted.
+    # All that see sound are computed, even if fewer are wanted: the loudest of a clip sets its floor.
     seeing = [min(window, -(-(length + WINDOW // 2) // HOP)) for length in sound.lengths]
     wanted = [2 * positions for positions in audio.lengths]
     if waveforms.device.type == "cpu":  # faster by the clip

@@ -32,8 +32,8 @@ class Windows:
         return cls(whole, share, config.run.seed)
 
     def frames(self, lengths: npt.ArrayLike, rows: npt.ArrayLike, epoch: int) -> Ints:
-        """Mel frames of samples, (n,), an even number. lengths: (n,) in samples at 16 kHz; rows: (n,) theirs in
-        the index. The samples that are padded are others in each epoch, whatever the number of ranks."""
+        """Mel frames of samples, (n,), an even number. lengths: (n,) in samples at 16 kHz; rows: (n,) theirs
+        in the index. The samples that are padded are others in each epoch, whatever the number of ranks."""
         own = np.clip(-(-np.asarray(lengths, np.int64) // (2 * HOP)), 1, self.whole // 2) * 2
         is_padded = hashed(rows, self.seed, WHOLE, epoch) < np.uint64(min(self.share * 2.0**64, 2**64 - 1))
         return np.where(is_padded | (self.share >= 1), self.whole, own)

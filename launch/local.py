@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from configs.run.ends import Failure, rank_errors
 from configs.run.events import AttemptBegan, Hung
 from configs.run.folder import RunDir
 from configs.run.lease import claim
+from configs.run.memory import will_halve
 from configs.schema import RunConfig
 from slurm.chain import record_end, settle
 
@@ -35,29 +37,43 @@ TAIL = 20
 
 def run_ranks(run: RunDir, config: RunConfig, procs: int) -> int:
     """Train on `procs` processes; returns the exit code of the run. The error of the rank that failed is
-    printed last.
+    printed last. Where less audio at a time may need less memory than there is, it goes on with that.
 
     Raises ConfigError if another attempt is at work on the run.
     """
+    asked_to_stop = threading.Event()
+    while True:
+        attempt, code = _run_attempt(run, config, procs, asked_to_stop)
+        if code in GOOD or asked_to_stop.is_set() or not will_halve(run.ledger.read(), attempt):
+            return code
+        print("going on with less audio at a time", file=sys.stderr, flush=True)
+
+
+def _run_attempt(
+    run: RunDir, config: RunConfig, procs: int, asked_to_stop: threading.Event
+) -> tuple[int, int]:
+    """Number and exit code of one attempt."""
     lease = claim(run)
     try:
         settle(run)
         run.proposal.propose(config)
-        code, failure = _attempt(run, lease.attempt, procs)
+        code, failure = _attempt(run, lease.attempt, procs, asked_to_stop)
         record_end(run, lease.attempt, code, failure)
-        return code
+        return lease.attempt, code
     finally:
         if not lease.superseded():
             run.proposal.withdraw()
         lease.release()
 
 
-def _attempt(run: RunDir, attempt: int, procs: int) -> tuple[int, Failure | None]:
+def _attempt(
+    run: RunDir, attempt: int, procs: int, asked_to_stop: threading.Event
+) -> tuple[int, Failure | None]:
     run.ledger.record(AttemptBegan(attempt=attempt, ranks=procs, nodes=[socket.gethostname()]))
     run.attempt_logs(attempt).mkdir(parents=True, exist_ok=True)
     port = free_ports(1)[0]
     ranks = [_start(run, attempt, rank, procs, port) for rank in range(procs)]
-    _pass_signals_to(ranks)
+    _pass_signals_to(ranks, asked_to_stop)
     try:
         codes = _wait(ranks)
     finally:
@@ -101,24 +117,25 @@ def rank_environment(rank: int, procs: int, port: int) -> dict[str, str]:
     }
 
 
-def _pass_signals_to(ranks: list[subprocess.Popen[bytes]]) -> None:
-    asked = False
-
+def _pass_signals_to(ranks: list[subprocess.Popen[bytes]], asked_to_stop: threading.Event) -> None:
     def pass_on(signum: int, frame: object) -> None:
-        nonlocal asked
+        is_insisting = asked_to_stop.is_set() and signum == signal.SIGINT
         for process in ranks:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL if asked and signum == signal.SIGINT else signal.SIGTERM)
-        if not asked:
+                process.send_signal(signal.SIGKILL if is_insisting else signal.SIGTERM)
+        if not asked_to_stop.is_set():
             print(
                 "\nstopping: saving at the end of this step (Ctrl-C again to leave at once)",
                 file=sys.stderr,
                 flush=True,
             )
-        asked = True
+        asked_to_stop.set()
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(signum, pass_on)
+    if asked_to_stop.is_set():  # between two attempts
+        for process in ranks:
+            process.terminate()
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:

@@ -29,7 +29,15 @@ if __name__ == "__main__":
 from configs.cores import cores_of_rank, decoding_threads
 from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode, let_output_say_anything
 from configs.run.crash_journal import CrashJournal
-from configs.run.events import AttemptBegan, DeathInHand, Hung, RankFailed, TrainingBegan, TrainingEnded
+from configs.run.events import (
+    AttemptBegan,
+    DeathInHand,
+    Hung,
+    MicroSeconds,
+    RankFailed,
+    TrainingBegan,
+    TrainingEnded,
+)
 from configs.run.folder import RunDir
 from configs.run.lease import Lease
 from configs.run.stopwatch import Stopwatch
@@ -204,7 +212,7 @@ def _report(run: RunDir, attempt: int, rank: int, error: Exception) -> int:
         config = run.proposal.read()
     except ConfigError:
         config = None
-    diagnosis = diagnose(error, config)
+    diagnosis = diagnose(error, config, run.ledger.read().last(MicroSeconds, attempt))
     print(diagnosis.message, file=sys.stderr, flush=True)
     if not isinstance(error, PeerFailed):
         node = error.node if isinstance(error, UnfitNode) else node_name()

@@ -142,8 +142,16 @@ def command(request: dict[str, Any]) -> None:
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     retry.LIMITS = replace(retry.LIMITS, **request["limits"])
     kill, procs = Kill(**request["kill"]) if request["kill"] else None, request["procs"]
-    ranks = [Rank(rank, procs, kill, request["before"]) for rank in range(procs)]
-    local._start = lambda run, attempt, rank, procs, port: ranks[rank].begin(run, attempt, port)
+    of_attempts = [
+        [Rank(rank, procs, kill, request["before"]) for rank in range(procs)]
+        for _ in range(request["attempts"])
+    ]
+    begun = itertools.count()
+
+    def start(run: RunDir, attempt: int, rank: int, procs: int, port: int) -> Rank:
+        return of_attempts[next(begun) // procs][rank].begin(run, attempt, port)
+
+    local._start = start
     sys.argv = ["launch", "train", *request["arguments"], "--procs", str(procs)]
     run_command(app)
 
@@ -193,10 +201,11 @@ class Launcher:
         before: str = "",
         env: dict[str, str] | None = None,
         limits: dict[str, float] | None = None,
+        attempts: int = 1,
     ) -> Done:
         """Train; `config`: a file, or the values for one, which is left beside the run's folder. before: a
         function (`module:name`) that each rank calls before it works; limits: of what is waited for in
-        storage, where they are not the usual ones."""
+        storage, where they are not the usual ones; attempts: how many the launcher may make."""
         assert self._process.stdin and self._process.stdout
         if isinstance(config, dict):
             path = Path(f"{config['run']['dir']}.yaml")
@@ -215,6 +224,7 @@ class Launcher:
                 "before": before,
                 "env": env or {},
                 "limits": limits or {},
+                "attempts": attempts,
             }
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()

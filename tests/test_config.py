@@ -295,12 +295,14 @@ def test_what_is_compared_with_a_checkpoint_is_what_is_marked(tmp_path: Path) ->
     config = validate(config_values("run", tmp_path, tmp_path, "*.tar"), "test")
     assert sorted(pinned(config, "digest")) == [
         "batch.global_size",
+        "data.full_share",
         "data.long_caption",
         "data.max_seconds",
         "data.overlong",
         "data.shuffle_window",
         "data.sources",
         "data.sources.captions",
+        "data.window",
         "engine.dtype",
         "index",
         "model.freeze",

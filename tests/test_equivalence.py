@@ -25,7 +25,7 @@ from data.samples import SampleReader
 from data.windows import Windows
 from tests import stock
 from tests.forks import Launcher
-from tests.making import audit, config_values, make_clips, run_program
+from tests.making import audit, config_values, index_in_full, make_clips, run_program
 from trainer import checkpoint, model
 from trainer.checkpoint import Reader
 from trainer.whisper import as_transformers
@@ -77,6 +77,8 @@ def trained(
     assert (
         run_program("tools.pack", make_clips(folder / "clips", range(30)), folder / "shards").returncode == 0
     )
+
+    index_in_full(folder, f"{folder}/shards/*.tar")
 
     @functools.cache
     def train(case: Case) -> Path:
@@ -134,6 +136,9 @@ def test_all_runs_took_the_same_batches(trained, cases: list[Case]) -> None:
     assert len(reference) == STEPS
     assert sorted(len(keys) for keys in reference.values()) == [SHORT] + [GLOBAL] * (STEPS - 1)
     assert all(audit(trained(case)) == reference for case in cases)
+    lines = RunDir(trained(("zero2", "fp32", 3, 1))).audit.read().values
+    moved = [set(line["lanes"]) - set(rank_lanes(line["rank"], 3, GLOBAL)) for line in lines]
+    assert any(moved), "some were computed by another rank than the one that owns their lane"
 
 
 MORE_CASES = [

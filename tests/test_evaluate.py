@@ -76,7 +76,8 @@ def opened(model: Path, tmp_path: Path) -> Open:
         captioner: Any = types.SimpleNamespace(config=AutoConfig.from_pretrained(model))
         encoder = CaptionEncoder(tokenizer.backend_tokenizer, prefix, positions=64, long_caption="truncate")
         order, windows = found.order(config), Windows.of(config, 100 * WINDOW_SECONDS)
-        loaders = Loaders(config, world, found, encoder, order, windows, CrashJournal(8), frozenset())
+        journal, shape = CrashJournal(8), captioner.config
+        loaders = Loaders(config, world, found, encoder, order, windows, journal, frozenset(), shape)
         size = Size(WINDOW_SECONDS * micro, WINDOW_SECONDS, tokens=64)
         records = SampleRecords(config.data, RunDir(config.run.dir), 0, world, torch.zeros(1))
         return Evaluator(config, world, captioner, loaders, records, size, torch.float32)

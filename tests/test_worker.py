@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from configs.errors import CannotMeet, CheckpointError, ConfigError, DataError, PeerFailed, UnfitNode
 from configs.load import validate
 from configs.run.causes import Cause
+from configs.run.events import MicroSeconds
 from configs.run.lease import Superseded
 from launch.failures import diagnose
 from tests.making import config_values
@@ -20,7 +22,7 @@ from tests.making import config_values
     [
         MemoryError(),
         MemoryError("Unable to allocate 9 GiB"),
-        torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB\nmore"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
 def test_memory_that_ran_out_is_told_whatever_raised_it(
@@ -32,6 +34,35 @@ def test_memory_that_ran_out_is_told_whatever_raised_it(
     assert diagnosis.message.startswith("there is too little memory: ")
     assert "Lower batch.micro_seconds (4 now" in diagnosis.message
     assert diagnose(RuntimeError("another thing"), config).cause is Cause.ERROR
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB\nmore"),
+        RuntimeError("CUDA error: out of memory\nmore"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_what_to_do_without_gpu_memory_depends_on_who_chose_the_micro_batch(
+    tmp_path: Path, model: Path, error: Exception
+) -> None:
+    values = config_values("run", tmp_path, model, "x.tar")
+    fixed = diagnose(error, validate(values, "test"))
+    assert fixed.cause is Cause.OUT_OF_GPU_MEMORY
+    assert "Lower batch.micro_seconds (4 now" in fixed.message and "or write auto" in fixed.message
+    values["batch"]["micro_seconds"] = "auto"
+    automatic = validate(values, "test")
+    taken = MicroSeconds(attempt=0, device="H100", setup="1 ranks", seconds=480, least=30, why="it fits")
+    assert "480 s of audio (batch.micro_seconds: auto); the next start takes half" in (
+        diagnose(error, automatic, taken).message
+    )
+    least = diagnose(error, automatic, replace(taken, seconds=30)).message
+    assert (
+        "No less audio than a window" in least and "gradient_checkpointing" in least and "half" not in least
+    )
+    of_host = diagnose(MemoryError(), automatic, taken).message
+    assert "data.read_ahead_mb" in of_host and "half" not in of_host, "the data's memory, not the GPU's"
 
 
 @pytest.mark.parametrize(

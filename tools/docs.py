@@ -143,6 +143,8 @@ def editor_schema() -> str:
     source["validation"] = {
         "anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, source["validation"]]
     }
+    micro_seconds = schema["$defs"]["Batch"]["properties"]["micro_seconds"]
+    micro_seconds["anyOf"] = [{"const": "auto"}, {"type": "number", "exclusiveMinimum": 0}]
     document = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class Generator:
-    """Captions clips, one at a time, greedily as the generation config says. It shares the model's tensors."""
+    """Captions clips, one at a time, greedily as the generation config says. It shares the model's
+    tensors."""
 
     def __init__(self, model: Whisper, generation: GenerationConfig) -> None:
         self._model, self._generation = model, generation
@@ -27,8 +28,8 @@ class Generator:
 
     @torch.no_grad()
     def __call__(self, waveform: torch.Tensor, frames: int, prompt: list[int]) -> torch.Tensor:
-        """Tokens of a clip's caption, (n,), prompt and prefix included. waveform: (n,) int16 at 16 kHz; frames:
-        mel frames that the encoder takes; prompt: tokens of the style that is wanted, or none."""
+        """Tokens of a clip's caption, (n,), prompt and prefix included. waveform: (n,) int16 at 16 kHz;
+        frames: mel frames that the encoder takes; prompt: tokens of the style that is wanted, or none."""
         from transformers.modeling_outputs import BaseModelOutput
 
         config = self._model.config

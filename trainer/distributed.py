@@ -47,8 +47,8 @@ class World:
         return self.sum_fields_and_gather(numbers, 0.0)[0]
 
     def sum_fields_and_gather(self, numbers: D, number: float) -> tuple[D, list[float]]:
-        """`sum_fields`, and another number of each rank by rank, in one collective. Every rank must call it at
-        the same point."""
+        """`sum_fields`, and another number of each rank by rank, in one collective. Every rank must call it
+        at the same point."""
         names = [field.name for field in dataclasses.fields(numbers)]
         by_rank = [0.0] * self.size
         by_rank[self.rank] = number
@@ -59,6 +59,12 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether something is so on any rank. Every rank must call it at the same point."""
         return self.sum([flag])[0] > 0
+
+    def lowest(self, number: int) -> int:
+        """The lowest of all ranks' numbers. Every rank must call it at the same point."""
+        lowest = torch.tensor(number, dtype=torch.int64, device=self.device)
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        return int(lowest)
 
     def any_of_each(self, flags: torch.Tensor) -> torch.Tensor:
         """(n,) bool: true where it is true on any rank."""

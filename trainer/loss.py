@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def token_losses(
     forward: Callable[..., Any], batch: Batch, config: WhisperConfig, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Losses of the tokens: (T,) float32, 0 where nothing is to be learnt. config: of the model; dtype: of its
-    weights.
+    """Losses of the tokens: (T,) float32, 0 where nothing is to be learnt. config: of the model; dtype: of
+    its weights.
 
     A clip's losses do not depend on its neighbours, so neither does the sum over a global batch on
     micro-batches or ranks (to 1e-6 in fp32, 2e-4 in BF16).

@@ -106,8 +106,8 @@ def _as_ours(model: WhisperForConditionalGeneration, name: str) -> Whisper:
     random = [part for part in RANDOM_PARTS if getattr(model.config, part, 0)]
     if random:
         raise ConfigError(
-            f"{name}: its config sets {', '.join(random)}. A step must not depend on how many ranks take it, so"
-            " set them to 0 (false), as in Whisper as published."
+            f"{name}: its config sets {', '.join(random)}. A step must not depend on how many ranks take it,"
+            " so set them to 0 (false), as in Whisper as published."
         )
     try:
         return from_transformers(model)
@@ -173,6 +173,7 @@ def _prepare(
     model: Whisper, source: str, tokenizer: Tokenizer, generation: dict[str, Any], settings: Model
 ) -> Captioner:
     """Set up for training what was loaded."""
+    model.train()  # from_pretrained hands it out for use, and nothing is computed again then
     model.requires_grad_(True)
     model.encoder.embed_positions.requires_grad_(False)  # from_pretrained leaves it True
     for prefix in settings.freeze:

@@ -93,7 +93,15 @@ class Start:
             captioner=captioner,
             engine=engine,
             loaders=Loaders(
-                config, world, samples, self._encoder(captioner), order, windows, journal, poisoned
+                config,
+                world,
+                samples,
+                self._encoder(captioner),
+                order,
+                windows,
+                journal,
+                poisoned,
+                captioner.config,
             ),
             records=SampleRecords(config.data, run, self.lease.attempt, world, vocabulary),
             checkpoints=Checkpoints(
@@ -110,7 +118,7 @@ class Start:
             ),
             state=State(resumed.step, resumed.evaluated),
             size=Size(
-                seconds=micro_seconds(config.batch),
+                seconds=micro_seconds(config, run, self.lease.attempt, world, captioner, engine),
                 window_seconds=captioner.frames / 100,
                 tokens=captioner.config.max_target_positions,
             ),

@@ -16,6 +16,8 @@ class Cause(StrEnum):
     NODE_LOST = "node_lost"
     UNFIT_NODE = "unfit_node"
     OUT_OF_MEMORY = "out_of_memory"
+    """The host's."""
+    OUT_OF_GPU_MEMORY = "out_of_gpu_memory"
     HANG = "hang"
     CRASH = "crash"
     POISONED_SAMPLE = "poisoned_sample"
@@ -37,12 +39,14 @@ WORDS = {
     Cause.STOPPED: "stopped by `launch stop`",
     Cause.BAD_INPUT: "bad config or data",
     Cause.SAVED: "asked to save",
+    Cause.OUT_OF_GPU_MEMORY: "out of GPU memory",
 }
 
 FINAL = {Cause.FINISHED, Cause.STOPPED, Cause.CANCELLED, Cause.BAD_INPUT, Cause.SUPERSEDED}
 """After these nothing follows."""
 FAILURES = {
     Cause.OUT_OF_MEMORY,
+    Cause.OUT_OF_GPU_MEMORY,
     Cause.HANG,
     Cause.CRASH,
     Cause.ERROR,

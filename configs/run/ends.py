@@ -97,7 +97,8 @@ def find_end(run: RunDir, history: History, attempt: int, outside: Outside) -> E
         node = failure.node if failure and failure.cause is Cause.NODE_LOST else ""
         return end(outside.job_cause, node or _before_it_could_save(saved), node)
     if error:
-        cause = Cause.OUT_OF_MEMORY if error.cause is Cause.OUT_OF_MEMORY else Cause.ERROR
+        is_for_memory = error.cause in (Cause.OUT_OF_MEMORY, Cause.OUT_OF_GPU_MEMORY)
+        cause = error.cause if is_for_memory else Cause.ERROR
         return end(cause, _of_rank(error), error.node)
     has_spoken = failure is not None and failure.rank in {error.rank for error in errors}
     if failure and (failure.by_signal or not has_spoken):

@@ -123,6 +123,20 @@ class FirstStep(Event, name="first_step"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MicroSeconds(Event, name="micro_seconds"):
+    """How much audio a forward pass of this attempt takes at most, by `batch.micro_seconds: auto`."""
+
+    device: str
+    """`cpu`, or the name of the GPUs."""
+    setup: str
+    """What else decides on what fits, as "2 ranks, zero2, bf16"."""
+    seconds: float
+    least: float
+    """Seconds of one window; less is never asked for."""
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class InitFrom(Event, name="init_from"):
     """The weights that this run begins with."""
 

@@ -53,6 +53,9 @@ class Engine(Protocol):
     def step(self, lr: float) -> Update:
         """Clip, update the weights and forget the gradient."""
 
+    def forget(self) -> None:
+        """Forget the gradient of micro-batches whose `last` one was marked, as if they had not been."""
+
     def fragments(self) -> list[Fragment]:
         """This rank's share of the state: views, not copies. The same stretches every time."""
 

@@ -61,6 +61,10 @@ class Fsdp2Engine:
         self._optimizer.zero_grad()
         return Update(norm, applied)
 
+    def forget(self) -> None:
+        """Forget the gradient."""
+        self._optimizer.zero_grad()
+
     def _grad_norm(self) -> float:
         """Norm of the whole gradient, in float64: by float32, as torch's get_total_norm takes it, that of 20
         million elements is off by a thousandth on a CPU."""

@@ -42,6 +42,8 @@ PRIVATE = (
     "param_names",
     "real_dp_process_group",
     "update_lp_params",
+    "averaged_gradients",
+    "all_grad_tensors",
 )
 
 
@@ -162,6 +164,12 @@ class Zero2Engine:
         self._engine.step()
         norm, applied = self._engine.get_global_grad_norm(), self._engine.was_step_applied()
         return Update(float(norm or 0.0), bool(applied))
+
+    def forget(self) -> None:
+        """Forget the gradient, as DeepSpeed does where it is not finite."""
+        self._zero.zero_grad()
+        for group in self._zero.averaged_gradients:
+            self._zero.averaged_gradients[group] = self._zero.all_grad_tensors[group] = None
 
     def fragments(self) -> list[Fragment]:
         """This rank's share of the state: views, not copies."""
