@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
 
 from configs.errors import ConfigError
 from data.decode import BadSample, Skipped
 
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
-
 LANGUAGE, TASK = "en", "transcribe"
 """What the prompt tokens of a multilingual Whisper say; captioners are used with generate(language="en",
 task="transcribe")."""
+END, PROMPT = "<|endoftext|>", "<|startofprev|>"
+"""Tokens that a caption ends with, and that a style begins with."""
 IGNORED = -100
 """Label of positions that the loss leaves out."""
 
@@ -63,7 +64,7 @@ class CaptionEncoder:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         prefix: Sequence[int],
         *,
         positions: int,
@@ -72,11 +73,14 @@ class CaptionEncoder:
     ) -> None:
         """`prefix`: the tokens that generation starts from; `positions`: the decoder's (448), prompt and
         prefix included."""
-        self.tokenizer, self.prefix = tokenizer, list(prefix)
+        self.tokenizer, self.prefix, self.end = tokenizer, list(prefix), _id(tokenizer, END)
         self.positions, self.long_caption = positions, long_caption
-        # Done here once, because threads share the encoder.
+        tokenizer.encode_special_tokens = True  # written in a caption, they are text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.prompts = {
-            style: tokenizer.get_prompt_ids(style).tolist() if style else [] for style in {None, *styles}
+            style: [_id(tokenizer, PROMPT), *self._ids(f" {style.strip()}")] if style else []
+            for style in {None, *styles}
         }
 
         longest_prompt = max(map(len, self.prompts.values()))
@@ -85,14 +89,9 @@ class CaptionEncoder:
                 f"data.sources: a style is longer than the {positions} positions of the decoder; say it in a"
                 " few words"
             )
-        self._ids("")  # the first call sets up the tokenizer
 
-    def _ids(self, caption: str) -> list[int]:
-        """Tokens of a caption; `<|endoftext|>` written in one is text."""
-        ids: list[int] = self.tokenizer(caption, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
-        return ids
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode(self, caption: str, style: str | None = None) -> Tokens:
         """Raises Skipped for a caption that does not fit, where the configuration says so."""
@@ -101,16 +100,24 @@ class CaptionEncoder:
         room = self.positions - len(before)
         if len(ids) > room and self.long_caption == "skip":
             raise Skipped(f"the caption has {len(ids)} tokens, there is room for {room}")
-        sequence = [*before, *ids[:room], self.tokenizer.eos_token_id]
+        sequence = [*before, *ids[:room], self.end]
         labels = [IGNORED] * (len(before) - 1) + sequence[len(before) :]
         return Tokens(sequence[:-1], labels, cut=max(0, len(ids) - room))
 
 
-def prefix_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    """Raises ConfigError if there is no such token."""
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise ConfigError(f"the tokenizer of the model knows no {token}: it is none of a Whisper")
+    return number
+
+
+def prefix_tokens(tokenizer: Tokenizer, generation_config: dict[str, Any]) -> list[int]:
     """The tokens that `generate(language="en", task="transcribe")` starts from: start, for a multilingual
     model language and task, no time stamps."""
     names = ["<|notimestamps|>"]
-    if getattr(generation_config, "is_multilingual", False):
+    if generation_config.get("is_multilingual"):
         names = [f"<|{LANGUAGE}|>", f"<|{TASK}|>", *names]
-    known = tokenizer.get_vocab()
-    return [generation_config.decoder_start_token_id, *(known[name] for name in names if name in known)]
+    known = [tokenizer.token_to_id(name) for name in names]
+    return [generation_config["decoder_start_token_id"], *(token for token in known if token is not None)]

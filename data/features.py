@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from transformers.audio_utils import mel_filter_bank
 
 from data.batch import Segments
 from data.decode import SAMPLE_RATE
@@ -87,14 +88,28 @@ def _log_energy(framed: torch.Tensor, mels: int) -> torch.Tensor:
 def _constants(mels: int, device: torch.device) -> tuple[torch.Tensor, list[tuple[slice, torch.Tensor]]]:
     """The window, and the mel filters in bands: the bins that neighbouring filters look at, and their weights
     (filters, bins)."""
-    bank = torch.from_numpy(
-        mel_filter_bank(
-            1 + WINDOW // 2, mels, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
-        )
-    )
+    bank = torch.from_numpy(mel_filters(mels))
     bands = []
     for filters in bank.T.to(device, torch.float32).split(BAND):
         seen = filters.any(0).nonzero()[:, 0]
         bins = slice(int(seen[0]), int(seen[-1]) + 1)
         bands.append((bins, filters[:, bins].contiguous()))
     return torch.hann_window(WINDOW, device=device), bands
+
+
+def mel_filters(mels: int) -> npt.NDArray[np.float64]:
+    """Slaney's mel filters, as Whisper has them: (bins, mels), triangles of equal area.
+
+    They are evenly spaced up to 1 kHz, and evenly in its logarithm above.
+    """
+    linear, per_log = 3 / 200, 27 / np.log(6.4)  # mels per Hz, and per unit of log(Hz)
+    highest = 1000 * linear + per_log * np.log(SAMPLE_RATE / 2 / 1000)
+    at = np.linspace(
+        0, highest, mels + 2
+    )  # where a filter ends, the next one peaks, and the one after begins
+    hertz = np.where(at < 1000 * linear, at / linear, 1000 * np.exp((at - 1000 * linear) / per_log))
+    bins = np.linspace(0, SAMPLE_RATE / 2, 1 + WINDOW // 2)[:, None]
+    begin, peak, end = hertz[:-2], hertz[1:-1], hertz[2:]
+    triangles = np.minimum((bins - begin) / (peak - begin), (end - bins) / (end - peak))
+    filters: npt.NDArray[np.float64] = np.maximum(0, triangles) * 2 / (end - begin)
+    return filters

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from data import retry
 from data.location import Location
-from data.retry import FAILURES, STATS, Trouble
+from data.retry import STATS, Trouble, failures
 
 T = TypeVar("T")
 Answer = dict[str, Any]
@@ -51,7 +51,7 @@ class Range:
                 await self._request()
                 if self.position < self.end:
                     raise EOFError(f"the answer ended {self.end - self.position} bytes too early")
-            except FAILURES as error:
+            except failures() as error:
                 await asyncio.sleep(self._trouble.failed(error))
                 if self.position > began:
                     STATS["resumed"] += 1

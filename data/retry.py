@@ -15,19 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from aiohttp import ClientError as HttpError
-from aiohttp import ClientResponseError
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-)
-from botocore.parsers import ResponseParserError
 from fsspec import AbstractFileSystem
-from huggingface_hub.errors import HfHubHTTPError
 
 from configs.errors import DataError, ShardError
 from data.location import Location, open_filesystem, renew
@@ -65,25 +53,6 @@ LIMITS = Limits()
 STATS: Counter[str] = Counter()
 """Counts since this process began: requests, bytes, retries, resumed, hedged, hedge_won, reread, and bytes
 from the cache (cached) and from this machine's file systems (local)."""
-HubError: type[Exception] = HfHubHTTPError.__bases__[0]
-"""The HTTPError of httpx or httpx2, whichever this huggingface_hub has."""
-FAILURES: tuple[type[Exception], ...] = (
-    OSError,
-    EOFError,
-    BotoCoreError,
-    ClientError,
-    HttpError,
-    HubError,
-    ResponseParserError,
-    ValueError,
-    TypeError,
-)
-"""Failures of file systems; whether one passes, `_judge` says."""
-NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
-EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
-"""These pass when whoever changes the keys has done so."""
-REFUSED = {"InvalidToken", "AuthorizationHeaderMalformed"}
-"""Denied, although the status is 400."""
 
 
 class Trouble:
@@ -111,7 +80,9 @@ class Trouble:
         self.failures += 1
         STATS["retries"] += 1
         failure = f"{self.location.url}: cannot {self.what}"
-        verdict = _judge(error)
+        from data.verdicts import judge
+
+        verdict = judge(error)
         if verdict.credentials and not self.location.is_local:
             renew(self.location, self._filesystem)
             if not self._renewed:
@@ -144,74 +115,21 @@ class Trouble:
         while True:
             try:
                 return action(*self.open())
-            except FAILURES as error:
+            except failures() as error:
                 time.sleep(self.failed(error))
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Failures of file systems, which may pass. As `except failures()` they are looked up when something has
+    failed."""
+    from data.verdicts import FAILURES
+
+    return FAILURES
 
 
 def received() -> int:
     """Bytes that have come since this process began, from wherever: as long as they do, nothing hangs."""
     return STATS["bytes"] + STATS["cached"] + STATS["local"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a failure means."""
-
-    reason: str = ""
-    """Why trying again would not help; empty if it may."""
-    credentials: bool = False
-    """Whether other credentials might help."""
-
-
-def _judge(error: Exception) -> Verdict:
-    status, code = _status(error), _code(error)
-    if status == 412:
-        return Verdict(
-            "it was replaced since it was indexed (its ETag is another one): index it again with `python -m"
-            " tools.index`, or start `tools.stage` again"
-        )
-    if status == 416:
-        return Verdict(
-            "it is shorter than it was when it was indexed: index it again with `python -m tools.index`"
-        )
-    # A HEAD's answer has no body that would say more than 400.
-    if code in EXPIRED or code == "400":
-        return Verdict(credentials=True)
-    if status in (401, 403) or code in REFUSED or isinstance(error, PermissionError):
-        said = [str(status)] if status else []
-        if code not in ("", *said):
-            said.append(code)
-        return Verdict(f"access denied ({' '.join(said) or error})", credentials=True)
-    if status == 404 or isinstance(error, FileNotFoundError):
-        more = "" if code in ("", "404", "NoSuchKey") else f" ({code})"
-        return Verdict(f"it does not exist{more}")
-    if isinstance(error, NO_CREDENTIALS):
-        return Verdict(str(error), credentials=True)
-    # ValueError and TypeError: of an endpoint, or an option, that is none.
-    if isinstance(error, (IsADirectoryError, ParamValidationError, ValueError, TypeError)):
-        return Verdict(" ".join(str(error).split()))
-    return Verdict()
-
-
-def _status(error: Exception) -> int:
-    """The status of a server's answer; 0 if there was none."""
-    cause = _cause(error)
-    if isinstance(cause, ClientError):
-        return int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    if isinstance(cause, ClientResponseError):
-        return cause.status
-    return int(getattr(getattr(error, "response", None), "status_code", 0))  # as HubError has it
-
-
-def _code(error: Exception) -> str:
-    """S3's word for an error, as NoSuchKey; empty if there is none."""
-    cause = _cause(error)
-    return str(cause.response.get("Error", {}).get("Code", "")) if isinstance(cause, ClientError) else ""
-
-
-def _cause(error: Exception) -> BaseException | None:
-    """What a server said, which file systems wrap."""
-    return error if isinstance(error, (ClientError, ClientResponseError)) else error.__cause__
 
 
 def advice(location: Location) -> str:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from botocore.exceptions import ClientError
 from fsspec import AbstractFileSystem
 from fsspec.asyn import get_loop
 from fsspec.utils import glob_translate
@@ -69,6 +68,8 @@ def find(location: Location) -> Stat | None:
             else:
                 entry = filesystem.info(path)
         except FileNotFoundError as error:  # fsspec's http says so of any failure
+            from botocore.exceptions import ClientError
+
             cause = error.__cause__
             said_so = isinstance(cause, (FileNotFoundError, ClientError))
             if cause is None or said_so or getattr(cause, "status", 0) in (404, 410):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from slurm.signals import StopFlag
 
 STOP = StopFlag()
 if __name__ == "__main__":
+    gc.disable()  # imports leave no garbage, but look for it would take a sixth of their time
     STOP.install()  # before the imports, which may take long on a network file system
 
 from configs.cores import cores_of_rank, decoding_threads
@@ -38,6 +40,7 @@ from configs.run.events import (
 )
 from configs.run.folder import RunDir
 from configs.run.lease import Lease
+from configs.run.stopwatch import Stopwatch
 from launch.failures import diagnose
 from slurm.job import in_job, join_job, node_name
 from slurm.watchdog import Hang, Watchdog
@@ -67,28 +70,36 @@ def main(run_path: str, attempt: int) -> int:
 
 
 def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
+    stopwatch = Stopwatch()
     config = run.proposal.read()
     slots = 2 * decoding_threads(config.data)  # of training's loader, and of an evaluation's
     journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
     nodes = _node_of_each_rank(run, lease.attempt)
     watch = _watchdog(run, lease, rank, nodes, journal, config.slurm.hang_seconds)
     # Imported here, so that a signal during these seconds is already heeded.
+    stopwatch.lap("interpreter")
     import torch
 
+    stopwatch.lap("torch")
     from trainer import distributed
     from trainer.loop import Outcome, train
     from trainer.preflight import look_over
     from trainer.start import Start, StopRequested
 
+    gc.freeze()  # what is imported stays
+    gc.enable()
+    stopwatch.lap("imports")
     torch.set_num_threads(cores_of_rank())
     gpus_per_node = config.slurm.gpus_per_node if in_job() else None
     grace_seconds = config.slurm.signal_seconds if in_job() else None
     device = distributed.choose_device(int(os.environ["LOCAL_RANK"]), node_name(), gpus_per_node)
     world = distributed.start(nodes, device)
+    stopwatch.lap("meeting")
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
+        stopwatch.lap("preflight")
     try:
-        session = Start(config, run, lease, world, stop).session(journal, grace_seconds)
+        session = Start(config, run, lease, world, stop, stopwatch).session(journal, grace_seconds)
     except StopRequested:
         return _leave(run, lease, world, stop, Outcome.SAVED, run.ledger.read().saved_step)
     if world.rank == 0:

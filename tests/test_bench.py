@@ -81,6 +81,15 @@ def test_starts_are_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_restarts_are_measured(tmp_path: Path) -> None:
+    parts = bench(tmp_path, "start", "--backend", "fsdp2")["start"]
+    seconds = {part: figures["median"]["fsdp2"] for part, figures in parts.items()}
+    total = seconds.pop("total")
+    assert list(seconds)[:3] == ["launch", "interpreter", "torch"] and list(seconds)[-1] == "first_step"
+    assert sum(seconds.values()) == pytest.approx(total) and all(part >= 0 for part in seconds.values())
+
+
+@pytest.mark.slow
 def test_readers_are_measured(tmp_path: Path) -> None:
     form = "flac-10s-16k-mono"
     places = ("local", "s3-far")
@@ -105,6 +114,8 @@ def test_balance_is_measured() -> None:
     eight, all_alone = by_ranks["ranks 8"], by_ranks["ranks 64"]
     assert eight["fullest_balanced"] < 1.05 < eight["fullest_as_shuffled"]
     assert 0 < eight["share_moved"] < 0.15 and all_alone["share_moved"] == 0
+
+
 def test_steps_are_measured(tmp_path: Path) -> None:
     result = bench(tmp_path, "step", *TINY_STEPS, "--window", "full", "monitor.spike_sigma=7", rounds=())
     step = result["step"]["sandbox"]

@@ -113,7 +113,7 @@ def test_indexes_are_merged_again_where_something_changed_and_only_there(
 def test_a_control_token_written_in_a_caption_is_text(model: Path) -> None:
     tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
     encoder = CaptionEncoder(
-        tokenizer,
+        tokenizer.backend_tokenizer,
         [tokenizer.convert_tokens_to_ids("<|startoftranscript|>")],
         positions=64,
         long_caption="truncate",
@@ -126,7 +126,13 @@ def test_a_control_token_written_in_a_caption_is_text(model: Path) -> None:
 def test_a_style_that_leaves_no_room_for_a_caption_is_refused(model: Path) -> None:
     tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
     with pytest.raises(ConfigError, match="longer than the 64 positions"):
-        CaptionEncoder(tokenizer, [0], positions=64, long_caption="truncate", styles=["much too long " * 64])
+        CaptionEncoder(
+            tokenizer.backend_tokenizer,
+            [0],
+            positions=64,
+            long_caption="truncate",
+            styles=["much too long " * 64],
+        )
 
 
 def test_a_sample_is_prompted_with_the_style_of_its_own_source(model: Path, tmp_path: Path) -> None:
@@ -138,7 +144,7 @@ def test_a_sample_is_prompted_with_the_style_of_its_own_source(model: Path, tmp_
     ]
     index = small.merged(tmp_path / "index", *sources)
     encoder = CaptionEncoder(
-        tokenizer, [7], positions=64, long_caption="truncate", styles=list(styles.values())
+        tokenizer.backend_tokenizer, [7], positions=64, long_caption="truncate", styles=list(styles.values())
     )
     samples = SampleReader(
         index, encoder, max_seconds=2.0, overlong="skip", seed=0, crash_journal=CrashJournal(1)

@@ -203,7 +203,7 @@ class Plain:
 
     def load(self, index: Index, rows: Iterable[int]) -> list[Sample]:
         encoder = CaptionEncoder(
-            self.captioner.processor.tokenizer, self.captioner.prefix, positions=64, long_caption="truncate"
+            self.captioner.tokenizer, self.captioner.prefix, positions=64, long_caption="truncate"
         )
         samples = SampleReader(
             index,

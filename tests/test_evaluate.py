@@ -71,10 +71,10 @@ def opened(model: Path, tmp_path: Path) -> Open:
         dataset.build(config, config.run.dir, WINDOW_SECONDS)
         found = dataset.open_dataset(config, config.run.dir)
         tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
-        prefix = prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model))
+        prefix = prefix_tokens(tokenizer.backend_tokenizer, GenerationConfig.from_pretrained(model).to_dict())
         world: Any = Rank(rank, ranks)
         captioner: Any = types.SimpleNamespace(config=AutoConfig.from_pretrained(model))
-        encoder = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="truncate")
+        encoder = CaptionEncoder(tokenizer.backend_tokenizer, prefix, positions=64, long_caption="truncate")
         order, windows = found.order(config), Windows.of(config, 100 * WINDOW_SECONDS)
         journal, shape = CrashJournal(8), captioner.config
         loaders = Loaders(config, world, found, encoder, order, windows, journal, frozenset(), shape)

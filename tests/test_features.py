@@ -14,7 +14,7 @@ from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperToken
 from data.batch import Batch, Sample, Segments, collate
 from data.captions import IGNORED, CaptionEncoder, Tokens, find_caption, prefix_tokens
 from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
-from data.features import WINDOW, _of_clips, log_mel
+from data.features import WINDOW, _of_clips, log_mel, mel_filters
 from data.windows import HOP
 from tests.making import caption_of
 
@@ -132,6 +132,11 @@ def test_features_of_real_clips(real_clips: Path, kind: str, mels: int) -> None:
     assert_equal(by_clip(on_device(clips, mels)), wanted)
 
 
+@mels_of_whispers
+def test_the_mel_filters_are_those_of_the_extractor(mels: int) -> None:
+    assert np.abs(mel_filters(mels) - extractor(mels, 30).mel_filters).max() < 1e-12
+
+
 @pytest.fixture(scope="module")
 def tokenizer(model: Path) -> WhisperTokenizerFast:
     return WhisperTokenizerFast.from_pretrained(model)
@@ -139,7 +144,7 @@ def tokenizer(model: Path) -> WhisperTokenizerFast:
 
 @pytest.fixture(scope="module")
 def prefix(model: Path, tokenizer: WhisperTokenizerFast) -> list[int]:
-    return prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model))
+    return prefix_tokens(tokenizer.backend_tokenizer, GenerationConfig.from_pretrained(model).to_dict())
 
 
 def test_the_prefix_is_what_generation_starts_from(
@@ -152,7 +157,7 @@ def test_the_prefix_is_what_generation_starts_from(
         "<|notimestamps|>",
     ]
     english = GenerationConfig(decoder_start_token_id=prefix[0], is_multilingual=False)
-    assert tokenizer.convert_ids_to_tokens(prefix_tokens(tokenizer, english)) == [
+    assert tokenizer.convert_ids_to_tokens(prefix_tokens(tokenizer.backend_tokenizer, english.to_dict())) == [
         "<|startoftranscript|>",
         "<|notimestamps|>",
     ]
@@ -163,7 +168,9 @@ def test_the_prefix_is_what_generation_starts_from(
 def test_labels_are_the_inputs_shifted_and_only_the_caption_is_learnt(
     tokenizer: WhisperTokenizerFast, prefix: list[int], caption: str, style: str | None
 ) -> None:
-    encoder = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip", styles=[style])
+    encoder = CaptionEncoder(
+        tokenizer.backend_tokenizer, prefix, positions=64, long_caption="skip", styles=[style]
+    )
     tokens = encoder.encode(caption, style)
     prompt = tokenizer.get_prompt_ids(style).tolist() if style else []
     assert tokens.input_ids[: len(prompt) + len(prefix)] == prompt + prefix
@@ -180,7 +187,9 @@ def test_a_caption_teaches_what_transformers_would_teach(
 ) -> None:
     """The same pairs of input and label as Hugging Face's own recipe: labels from the tokenizer, shifted
     right by the model."""
-    tokens = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip").encode(caption_of(5))
+    tokens = CaptionEncoder(tokenizer.backend_tokenizer, prefix, positions=64, long_caption="skip").encode(
+        caption_of(5)
+    )
     words = tokenizer(caption_of(5), add_special_tokens=False)["input_ids"]
     labels = [*prefix, *words, tokenizer.eos_token_id]
     assert tokens.input_ids == labels[:-1]
@@ -194,10 +203,14 @@ def test_a_caption_fits_the_positions_with_its_prompt(
 ) -> None:
     caption, style = "beep" + " beep" * words, "AudioCaps" if styled else None
     encoders = {
-        long: CaptionEncoder(tokenizer, prefix, positions=positions, long_caption=long, styles=["AudioCaps"])
+        long: CaptionEncoder(
+            tokenizer.backend_tokenizer, prefix, positions=positions, long_caption=long, styles=["AudioCaps"]
+        )
         for long in ("truncate", "skip")
     }
-    roomy = CaptionEncoder(tokenizer, prefix, positions=448, long_caption="skip", styles=["AudioCaps"])
+    roomy = CaptionEncoder(
+        tokenizer.backend_tokenizer, prefix, positions=448, long_caption="skip", styles=["AudioCaps"]
+    )
     whole = roomy.encode(caption, style)
     cut = encoders["truncate"].encode(caption, style)
     assert len(cut.input_ids) == len(cut.labels) == min(len(whole.input_ids), positions)
@@ -213,7 +226,7 @@ def test_a_caption_with_half_a_character_is_a_bad_sample_or_read(
     tokenizer: WhisperTokenizerFast, prefix: list[int]
 ) -> None:
     content = b'{"caption": "A bell \\ud83d"}'  # an emoji cut in two, as some crawlers leave it
-    encoder = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="skip")
+    encoder = CaptionEncoder(tokenizer.backend_tokenizer, prefix, positions=64, long_caption="skip")
     try:
         encoder.encode(find_caption(content, "caption"))
     except BadSample as error:

@@ -71,8 +71,8 @@ def opened(model: Path, tmp_path: Path) -> Open:
         found = dataset.open_dataset(config, config.run.dir)
         tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
         encoder = CaptionEncoder(
-            tokenizer,
-            prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model)),
+            tokenizer.backend_tokenizer,
+            prefix_tokens(tokenizer.backend_tokenizer, GenerationConfig.from_pretrained(model).to_dict()),
             positions=64,
             long_caption="truncate",
         )

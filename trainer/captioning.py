@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.modeling_outputs import BaseModelOutput
 
 from data.batch import Segments
 from data.captions import LANGUAGE, TASK
 from data.features import log_mel
 from trainer.whisper import Whisper, as_transformers
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 class Generator:
@@ -29,6 +30,8 @@ class Generator:
     def __call__(self, waveform: torch.Tensor, frames: int, prompt: list[int]) -> torch.Tensor:
         """Tokens of a clip's caption, (n,), prompt and prefix included. waveform: (n,) int16 at 16 kHz;
         frames: mel frames that the encoder takes; prompt: tokens of the style that is wanted, or none."""
+        from transformers.modeling_outputs import BaseModelOutput
+
         config = self._model.config
         device = self._model.proj_out.weight.device
         waveform = waveform.to(device)

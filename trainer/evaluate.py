@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -108,7 +107,9 @@ class Evaluator:
 
     def generator(self, module: Whisper) -> Generator:
         """Captions clips, without the tokens that Whisper bans and no caption has had."""
-        generation = copy.deepcopy(self.captioner.generation)
+        from transformers import GenerationConfig
+
+        generation = GenerationConfig.from_dict(self.captioner.generation)
         learnt = self.records.caption_tokens
         suppressed = [token for token in generation.suppress_tokens or [] if not learnt[token]]
         generation.suppress_tokens = suppressed or None
@@ -120,7 +121,7 @@ class Evaluator:
         prompt = self.loaders.encoder.prompts[self.config.data.sources[sample.source].style]
         frames = sample.frames if self._at_own_lengths else self._whole
         tokens = generator(torch.from_numpy(sample.waveform), frames, prompt)
-        return str(self.captioner.processor.decode(tokens, skip_special_tokens=True)).strip()
+        return self.captioner.decode(tokens)
 
     @property
     def _at_own_lengths(self) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import WhisperConfig
+
+if TYPE_CHECKING:
+    from transformers import WhisperConfig
 
 PEAK_TFLOPS = {
     "H200": 989,

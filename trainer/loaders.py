@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from transformers import WhisperConfig
 
 from configs.cores import decoding_threads
 from configs.run.crash_journal import CrashJournal
@@ -25,6 +25,9 @@ from data.samples import SampleReader
 from data.windows import Windows
 from trainer.distributed import World
 from trainer.flops import step_flops
+
+if TYPE_CHECKING:
+    from transformers import WhisperConfig
 
 VALIDATION_AHEAD_MB = 64
 """Megabytes of validation samples that are read ahead, at most: what training has read ahead stays in

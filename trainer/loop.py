@@ -144,6 +144,7 @@ class Training:
                 captioner.config, sample.frames // 2, len(sample.tokens.labels)
             ),
             tell=watch,
+            stopwatch=session.stopwatch,
         )
         self.clock = self.monitor.clock
         self.loader = session.loaders.training(range(session.state.step, session.total_steps))

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import WhisperConfig
 
 from data.batch import Batch
 from data.captions import IGNORED
 from data.features import log_mel
 from trainer.distributed import World
+
+if TYPE_CHECKING:
+    from transformers import WhisperConfig
 
 
 def token_losses(

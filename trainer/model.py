@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
+from tokenizers import Tokenizer
 
 from configs.errors import ConfigError
 from configs.run.folder import RunDir
@@ -16,6 +20,9 @@ from configs.schema import Model
 from data.captions import prefix_tokens
 from trainer.weights import UNTRAINED, base_missing, take_weights
 from trainer.whisper import Whisper, from_transformers
+
+if TYPE_CHECKING:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperTokenizer
 
 RANDOM_PARTS = (
     "dropout",
@@ -29,19 +36,31 @@ RANDOM_PARTS = (
 
 @dataclass(frozen=True)
 class Captioner:
-    """A Whisper with its generation config, its tokenizer and feature extractor (processor), and the tokens
-    that captions start from."""
+    """A Whisper with its tokenizer, the values of its generation config, and the tokens that captions start
+    from. source: where transformers finds all of that."""
 
     model: Whisper
-    generation: GenerationConfig
-    processor: WhisperProcessor
+    source: str
+    tokenizer: Tokenizer
+    generation: dict[str, Any]
     prefix: Sequence[int]
 
     @property
     def config(self) -> WhisperConfig:
-        """The model's config."""
+        """The model's config: its values alone where the run goes on."""
         config: WhisperConfig = self.model.config
         return config
+
+    def decode(self, tokens: torch.Tensor) -> str:
+        """The caption that (n,) tokens say, without what it was asked with."""
+        return str(self._reader.decode(tokens, skip_special_tokens=True)).strip()
+
+    @cached_property
+    def _reader(self) -> WhisperTokenizer:
+        from transformers import WhisperTokenizer
+
+        tokenizer: WhisperTokenizer = WhisperTokenizer.from_pretrained(self.source)
+        return tokenizer
 
     @property
     def frames(self) -> int:
@@ -63,11 +82,14 @@ def load(
     checkpoint or export whose weights it takes instead of its own. Raises ConfigError if it cannot be had or
     cannot be trained exactly.
     """
+    # Takes more than a second, and a run that goes on does without it.
+    from transformers import WhisperForConditionalGeneration, WhisperTokenizer
+
     name = settings.name_or_path
     if pretrained and pretrained.is_dir():
         name = str(pretrained)
     try:
-        processor = WhisperProcessor.from_pretrained(name)
+        tokenizer = WhisperTokenizer.from_pretrained(name).backend_tokenizer
         if _is_without_weights(Path(name)):
             model = _with_random_weights(Path(name), seed)
         else:
@@ -77,7 +99,7 @@ def load(
     ours = _as_ours(model, name)
     if init_from:
         take_weights(ours, init_from)
-    return _prepare(ours, model.generation_config, processor, settings)
+    return _prepare(ours, name, tokenizer, model.generation_config.to_dict(), settings)
 
 
 def _as_ours(model: WhisperForConditionalGeneration, name: str) -> Whisper:
@@ -100,6 +122,8 @@ def _is_without_weights(folder: Path) -> bool:
 
 
 def _with_random_weights(folder: Path, seed: int) -> WhisperForConditionalGeneration:
+    from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
+
     torch.manual_seed(seed)
     model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(folder))
     if (folder / "generation_config.json").exists():
@@ -111,24 +135,29 @@ def load_base(run: RunDir, settings: Model) -> Captioner:
     """The model of a run that has started: its shape and its untrained tensors; the trained ones come from a
     checkpoint. Raises CheckpointError."""
     try:
-        processor = WhisperProcessor.from_pretrained(run.base)
-        generation = GenerationConfig.from_pretrained(run.base)
+        config, generation = (
+            json.loads((run.base / file).read_text(encoding="utf-8"))
+            for file in ("config.json", "generation_config.json")
+        )
+        tokenizer = Tokenizer.from_buffer((run.base / "tokenizer.json").read_bytes())
         with torch.device("meta"):
-            model = Whisper(WhisperConfig.from_pretrained(run.base))
+            model = Whisper(SimpleNamespace(**config))
         model.to_empty(device="cpu")
         model.tie_weights()
         model.load_state_dict(load_file(run.base / UNTRAINED), strict=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: the config lacks a value
         raise base_missing(run, error) from error
-    return _prepare(model, generation, processor, settings)
+    return _prepare(model, str(run.base), tokenizer, generation, settings)
 
 
 def save_base(run: RunDir, captioner: Captioner) -> None:
     """Write `base/`: all that export and offline nodes need besides a checkpoint. Call before training
     changes anything."""
+    from transformers import GenerationConfig, WhisperProcessor
+
     run.base.mkdir(parents=True, exist_ok=True)
-    captioner.processor.save_pretrained(run.base)
-    captioner.generation.save_pretrained(run.base)
+    WhisperProcessor.from_pretrained(captioner.source).save_pretrained(run.base)
+    GenerationConfig.from_dict(captioner.generation).save_pretrained(run.base)
     untrained = {
         **{name: p.detach() for name, p in captioner.model.named_parameters() if not p.requires_grad},
         **dict(captioner.model.named_buffers()),
@@ -141,7 +170,7 @@ def save_base(run: RunDir, captioner: Captioner) -> None:
 
 
 def _prepare(
-    model: Whisper, generation: GenerationConfig, processor: WhisperProcessor, settings: Model
+    model: Whisper, source: str, tokenizer: Tokenizer, generation: dict[str, Any], settings: Model
 ) -> Captioner:
     """Set up for training what was loaded."""
     model.train()  # from_pretrained hands it out for use, and nothing is computed again then
@@ -160,4 +189,4 @@ def _prepare(
     if settings.compile:
         for block in model.blocks:  # alike, so that the first one is compiled, and the others take its code
             block.compile(dynamic=True)
-    return Captioner(model, generation, processor, prefix_tokens(processor.tokenizer, generation))
+    return Captioner(model, source, tokenizer, generation, prefix_tokens(tokenizer, generation))

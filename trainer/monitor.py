@@ -10,29 +10,31 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
-from configs.run.events import AttemptBegan
+from configs.run.events import AttemptBegan, FirstStep
 from configs.run.folder import RunDir
 from configs.run.goodput import BUSY, Clock, Phase, begin, goodput, summarize
 from configs.run.ledger import History
+from configs.run.stopwatch import Stopwatch
 from configs.schema import RunConfig
 from data.batch import Batch, Sample
 from data.decode import SAMPLE_RATE
 from data.loader import Step
 from data.retry import STATS
 from data.windows import HOP
-from trainer.curves import open_curves
 from trainer.distributed import World
 from trainer.engines import Update
 from trainer.evaluate import PanelClip
 from trainer.flops import peak_flops
 from trainer.loss import SourceTotals
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
 
 SPIKE_WINDOW = 100
 """Steps that a loss is compared with; the first SPIKE_WINDOW / 5 of an attempt are only collected."""
@@ -87,9 +89,10 @@ class Monitor:
         total_steps: int,
         sample_flops: Callable[[Sample], float],
         tell: Callable[[Phase, int], None],
+        stopwatch: Stopwatch,
     ) -> None:
         """first_step: steps taken before; sample_flops: FLOPs that a sample takes in a training step; tell:
-        is told of each phase and the step that it belongs to."""
+        is told of each phase and the step that it belongs to; stopwatch: of this start."""
         self._config, self._run, self._attempt, self._world = config, run, attempt, world
         self._names = [source.name for source in config.data.sources]
         self._sample_flops, self._peak = sample_flops, peak_flops(config.monitor.peak_tflops, world.device)
@@ -98,9 +101,12 @@ class Monitor:
         self._history = History([])
         self._progress: Progress | None = None
         self._noted_at, self._noted_step = 0.0, first_step
+        self._stopwatch = stopwatch
         self._quarantine_bytes = 0
         """Of the quarantine that the curves show."""
         if world.rank == 0:
+            from trainer.curves import open_curves  # TensorBoard, which the other ranks do without
+
             self._history = run.ledger.read()
             # What the attempts before have drawn and this one draws anew is taken back; step 0 is evaluated
             # again, as it is never saved.
@@ -111,6 +117,7 @@ class Monitor:
         began = self._history.last(AttemptBegan)
         self.clock = Clock(began.time if began else time.time(), lambda phase: tell(phase, self._step))
         self._reset()
+        stopwatch.lap("monitor")
 
     def add(self, batch: Batch, losses: torch.Tensor) -> None:
         """Count a micro-batch. losses: (T,) of its tokens."""
@@ -131,6 +138,8 @@ class Monitor:
         is_due = self._step % self._config.monitor.every_steps == 0 or self._step == self._total_steps
         if self.clock.steps == 1 or (is_due and time.monotonic() - self._noted_at > NOTE_EVERY):
             self._note()
+        if self.clock.steps == 1:
+            self._tell_first_step()
         if is_due:
             self._report(update, lr, unusable)
             self._reset()
@@ -156,6 +165,9 @@ class Monitor:
             self._writer.close()
 
     def _open_terminal(self) -> Progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -260,6 +272,15 @@ class Monitor:
         if len(attempts) > 1:
             text += f", resumed at step {self._step} after: {attempts[-2].words or 'nobody knows'}"
         self._writer.add_text("restarts", text, self._step)
+
+    def _tell_first_step(self) -> None:
+        """Tell the ledger where the seconds until now went."""
+        before = (Phase.EVALUATION, Phase.SAVING, Phase.DATA_WAIT)
+        spent = {phase.value: self.clock.seconds[phase] for phase in before if self.clock.seconds[phase]}
+        self._stopwatch.lap(Phase.FIRST_STEP.value, less=spent)
+        if self._world.rank == 0:
+            seconds = {part: round(spent, 3) for part, spent in self._stopwatch.seconds.items()}
+            self._run.ledger.record(FirstStep(attempt=self._attempt, step=self._step, seconds=seconds))
 
     def _note(self) -> None:
         """Tell the ledger where this attempt's time went, and the curves where that of the run did."""

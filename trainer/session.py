@@ -9,6 +9,7 @@ from typing import Protocol
 from configs.run.folder import RunDir
 from configs.run.goodput import Phase
 from configs.run.lease import Lease
+from configs.run.stopwatch import Stopwatch
 from configs.schema import RunConfig
 from data.batch import Size
 from trainer.changes import pinned
@@ -66,6 +67,8 @@ class Session:
     size: Size
     """Of a micro-batch."""
     total_steps: int
+    stopwatch: Stopwatch
+    """Of this start, until its first step."""
 
     @property
     def attempt(self) -> int:
@@ -85,7 +88,7 @@ class Session:
 
     def _manifest(self, reason: str, metrics: dict[str, float]) -> Manifest:
         self.records.share_tokens()
-        suppressed = self.captioner.generation.suppress_tokens or []
+        suppressed = self.captioner.generation.get("suppress_tokens") or []
         order = self.loaders.order
         return Manifest(
             step=self.state.step,

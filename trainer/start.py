@@ -13,6 +13,7 @@ from configs.run.crash_journal import CrashJournal, find_poisoned
 from configs.run.events import InitFrom, LeftOut
 from configs.run.folder import RunDir
 from configs.run.lease import Lease
+from configs.run.stopwatch import Stopwatch
 from configs.schema import RunConfig
 from data import dataset
 from data.batch import Size
@@ -41,13 +42,14 @@ class StopRequested(Exception):
 @dataclass(frozen=True)
 class Start:
     """One start of a run. Every method is called by all ranks. stop: whether somebody asked to stop
-    meanwhile."""
+    meanwhile; stopwatch: is told what has been done."""
 
     config: RunConfig
     run: RunDir
     lease: Lease
     world: World
     stop: StopFlag
+    stopwatch: Stopwatch
 
     def session(self, journal: CrashJournal, grace_seconds: float | None) -> Session:
         """Everything that training needs.
@@ -63,16 +65,20 @@ class Start:
             mirror = Mirror(run, config, self.lease)
         folders = find_checkpoints(run, self.lease, mirror, world)
         captioner = self._model(has_checkpoint=bool(folders))
+        self.stopwatch.lap("model")
         self._check_stop()
         samples = self._dataset(captioner)
+        self.stopwatch.lap("index")
         self._check_stop()
         poisoned = self._poisoned()
         if world.rank == 0 and not folders:
             model.save_base(run, captioner)
         engine = self._engine(captioner)
+        self.stopwatch.lap("engine")
         shapes = {name: list(tensor.shape) for name, tensor in captioner.trained.items()}
         now = pinned(config, samples.training.digest)
         resumed = resume(folders, config, run, self.lease, world, engine, shapes, now)
+        self.stopwatch.lap("checkpoint")
         order = samples.order(config, resumed.epoch_base)
         windows = Windows.of(config, captioner.frames)
         total_steps = config.optim.max_steps or order.steps_of(config.optim.epochs or 0)
@@ -117,6 +123,7 @@ class Start:
                 tokens=captioner.config.max_target_positions,
             ),
             total_steps=total_steps,
+            stopwatch=self.stopwatch,
         )
 
     def _check_stop(self) -> None:
@@ -184,7 +191,7 @@ class Start:
 
     def _encoder(self, captioner: Captioner) -> CaptionEncoder:
         return CaptionEncoder(
-            captioner.processor.tokenizer,
+            captioner.tokenizer,
             captioner.prefix,
             positions=captioner.config.max_target_positions,
             long_caption=self.config.data.long_caption,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from configs.errors import CheckpointError, ConfigError
 from configs.run.folder import RunDir
@@ -24,6 +23,8 @@ class Weights:
 
     def __init__(self, run: RunDir, reader: Reader) -> None:
         """Raises CheckpointError if the two do not make up a model."""
+        from transformers import WhisperConfig
+
         self.reader = reader
         try:
             self._base = safe_open(run.base / UNTRAINED, "pt")
@@ -83,6 +84,8 @@ def resolve(source: Path, *, best: bool = False) -> tuple[RunDir, Path]:
 def take_weights(model: Whisper, source: Path) -> None:
     """Set all weights of a model to those of a run, a checkpoint or an export. Raises ConfigError if they
     cannot be read or do not fit."""
+    from transformers import WhisperForConditionalGeneration
+
     targets = _tensors(model)
     try:
         weights: Weights | dict[str, torch.Tensor]

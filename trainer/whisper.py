@@ -27,7 +27,7 @@ class Whisper(nn.Module):
     """Audio and the tokens before -> logits of the next token."""
 
     def __init__(self, config: Any) -> None:
-        """config: transformers' WhisperConfig."""
+        """config: transformers' WhisperConfig, or what has the same values."""
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({"encoder": Encoder(config), "decoder": Decoder(config)})
@@ -242,10 +242,11 @@ def from_transformers(model: nn.Module) -> Whisper:
 
 def as_transformers(model: Whisper, generation: Any) -> Any:
     """transformers' class with the same tensors, to generate with. generation: its GenerationConfig."""
-    from transformers import WhisperForConditionalGeneration  # takes long, and only captions need it
+    # Takes long, and only captions need it.
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     with torch.device("meta"):
-        theirs = WhisperForConditionalGeneration(model.config)
+        theirs = WhisperForConditionalGeneration(WhisperConfig.from_dict(_values(model.config)))
     _share(model, theirs)
     theirs.generation_config = generation
     return theirs
@@ -265,6 +266,11 @@ def _share(source: nn.Module, target: nn.Module) -> None:
             parameter.requires_grad_(parameters[name].requires_grad)
     target.load_state_dict(source.state_dict(keep_vars=True), assign=True)
     target.train(source.training)
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """Of transformers' WhisperConfig, or of what has the same values."""
+    return dict(config.to_dict() if hasattr(config, "to_dict") else vars(config))
 
 
 def _run(block: nn.Module, is_checkpointed: bool, x: Tensor, own: Segments, **rest: Any) -> Tensor:

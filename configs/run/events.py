@@ -113,6 +113,16 @@ class TrainingBegan(Event, name="start"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstStep(Event, name="first_step"):
+    """The first step of this attempt is taken."""
+
+    step: int
+    """Optimizer steps taken, this one included."""
+    seconds: dict[str, float]
+    """From the beginning of rank 0's process until then, by part, one after the other (docs/status.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MicroSeconds(Event, name="micro_seconds"):
     """How much audio a forward pass of this attempt takes at most, by `batch.micro_seconds: auto`."""
 

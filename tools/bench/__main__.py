@@ -1,5 +1,6 @@
-"""`python -m tools.bench step|scaling|compare|checkpoint|export|data|index|balance`: measures here what steps, saves,
-exports, data and the start of a run cost, in turn with what the same costs with other programs.
+"""`python -m tools.bench step|scaling|compare|checkpoint|export|data|index|balance|start|trace`: measures
+here what steps, saves, exports, data and the start of a run cost, in turn with what the same costs with other
+programs.
 
 `step`: `launch train` on a Whisper with random weights in the shape of a published one, and clips of the
 reference's mix of lengths, made here; with `--window full` the same clips, padded to 30 s. The figures are
@@ -88,6 +89,14 @@ mix of lengths, for whisper-large-v3-turbo. Nothing is read, and no second proce
     requests      reads per sample
     milliseconds  CPU time of planning on one rank: of a step, all steps taken together, and until the first
                   one is planned
+
+`start`: `launch train` on a run of a Whisper with random weights, which goes on from its checkpoint for one
+step; as the run itself tells it of rank 0 (event `first_step`, docs/status.md). Code and files are in the
+page cache.
+
+    launch        from the command to the process of rank 0
+    total         from the command to the first step
+    the others    parts of the way in between, one after the other
 """
 
 from __future__ import annotations
@@ -110,10 +119,11 @@ import typer
 from configs.errors import EarwitnessError, run_command
 from configs.ports import free_ports
 from configs.schema import RunConfig
-from tools.bench import balance, compare, data, starts, step, trace
+from tools.bench import balance, compare, data, restarts, starts, step, trace
 from tools.bench.data import Form, Pipeline, Store
 from tools.bench.ranks import SECONDS
 from tools.bench.report import ROOT, Figures, Summary, aims, describe, environment, report, say, summary
+from tools.bench.step import Backend
 from tools.sandbox import s3
 from tools.sandbox.whisper import make_whisper
 
@@ -183,6 +193,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 ALL_FORMS, ALL_PLACES, ALL_READERS = list(Form), list(Store), list(Pipeline)
+ALL_BACKENDS = list(Backend)
 
 
 @app.command("checkpoint")
@@ -364,10 +375,56 @@ def bench_balance(
         "full_share": full_share,
     }
     report(conditions, {"balance": summaries}, {}, as_json=as_json)
+
+
 app.command("step")(step.bench_step)
 app.command("scaling")(step.bench_scaling)
 app.command("compare")(compare.bench_compare)
 app.command("trace")(trace.bench_trace)
+
+
+@app.command("start")
+def bench_start(
+    procs: Annotated[int, typer.Option(min=1, help="Ranks of the run.")] = 1,
+    backend: Annotated[
+        list[Backend], typer.Option(help="Its engine; may be given several times.")
+    ] = ALL_BACKENDS,
+    model: Annotated[Shape, typer.Option(help="Shape of the Whisper.")] = Shape.sandbox,
+    rounds: Rounds = 5,
+    dir: Dir = Path(),
+    as_json: Json = False,
+) -> None:
+    """Measure the restart of a run, from the command to the first step, by part."""
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=dir) as name:
+        runs = {
+            engine: restarts.make(Path(name).resolve() / engine, engine.value, procs, model.sizes)
+            for engine in backend
+        }
+        for config in runs.values():
+            restarts.measure(config, procs, step=1)
+        start_rounds: dict[str, list[Figures]] = {}
+        for number in range(rounds):
+            say(f"round {number + 1} of {rounds}")
+            for engine, config in runs.items():
+                start_rounds.setdefault(engine, []).append(restarts.measure(config, procs, step=number + 2))
+    conditions = describe("torch", "deepspeed", "transformers") | {"model": model.value, "procs": procs}
+    report(conditions, {"start": _by_part(start_rounds)}, {}, as_json=as_json)
+
+
+def _by_part(start_rounds: dict[str, list[Figures]]) -> dict[str, Summary]:
+    """A summary of each part of a start, in the order in which they come, with a figure for each engine."""
+    parts = list(dict.fromkeys(part for starts in start_rounds.values() for part in starts[0]))
+    by_part = {}
+    for part in parts:
+        engines = [engine for engine, starts in start_rounds.items() if part in starts[0]]
+        rounds = zip(*(start_rounds[engine] for engine in engines), strict=True)
+        by_part[part] = summary(
+            [
+                {engine: start[part] for engine, start in zip(engines, one_each, strict=True)}
+                for one_each in rounds
+            ]
+        )
+    return by_part
 
 
 @contextmanager

@@ -77,8 +77,8 @@ def judge(folder: Path, clips: list[Clip]) -> Figures:
     torch.nn.Module.to(model, device)
     processor = WhisperProcessor.from_pretrained(folder)
     encoder = CaptionEncoder(
-        processor.tokenizer,
-        prefix_tokens(processor.tokenizer, model.generation_config),
+        processor.tokenizer.backend_tokenizer,
+        prefix_tokens(processor.tokenizer.backend_tokenizer, model.generation_config.to_dict()),
         positions=model.config.max_target_positions,
         long_caption="truncate",
     )

@@ -86,6 +86,20 @@ def _local_rank(device: torch.device) -> Iterator[None]:
         os.environ["LOCAL_RANK"] = before
 
 
+@contextmanager
+def _compiler_left_out() -> Iterator[None]:
+    """Let torch.compile do nothing meanwhile: to ask whether ZeRO knows an optimizer, DeepSpeed imports that
+    of Muon, which compiles its kernels; the import of the compiler takes most of a second."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
     """Elements [start, end) of a flattened parameter, which lie at `position` in a flat partition."""
@@ -116,7 +130,7 @@ class Zero2Engine:
             for name, p in model.named_parameters()
             if p.requires_grad
         }
-        with _local_rank(world.device):
+        with _local_rank(world.device), _compiler_left_out():
             self._engine, self._zero, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=adamw(model, config.optim),

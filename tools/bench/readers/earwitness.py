@@ -46,8 +46,8 @@ def batches(task: Task) -> Iterator[Batch]:
     clips = dataset.open_dataset(config, Path(task.work))
     tokenizer = WhisperProcessor.from_pretrained(task.model).tokenizer
     encoder = CaptionEncoder(
-        tokenizer,
-        prefix_tokens(tokenizer, GenerationConfig.from_pretrained(task.model)),
+        tokenizer.backend_tokenizer,
+        prefix_tokens(tokenizer.backend_tokenizer, GenerationConfig.from_pretrained(task.model).to_dict()),
         positions=64,
         long_caption="truncate",
     )
