@@ -116,6 +116,7 @@ def test_balance_is_measured() -> None:
     assert 0 < eight["share_moved"] < 0.15 and all_alone["share_moved"] == 0
 
 
+@pytest.mark.slow
 def test_steps_are_measured(tmp_path: Path) -> None:
     result = bench(tmp_path, "step", *TINY_STEPS, "--window", "full", "monitor.spike_sigma=7", rounds=())
     step = result["step"]["sandbox"]

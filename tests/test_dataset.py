@@ -19,6 +19,7 @@ from data.batch import Sample
 from data.captions import CaptionEncoder
 from data.index import TRAINING, VALIDATION, index_shard
 from data.samples import SampleReader
+from data.windows import Windows
 from tests import shards as small
 from tests.making import config_values
 
@@ -147,7 +148,13 @@ def test_a_sample_is_prompted_with_the_style_of_its_own_source(model: Path, tmp_
         tokenizer.backend_tokenizer, [7], positions=64, long_caption="truncate", styles=list(styles.values())
     )
     samples = SampleReader(
-        index, encoder, max_seconds=2.0, overlong="skip", seed=0, crash_journal=CrashJournal(1)
+        index,
+        encoder,
+        windows=Windows(200, share=0.0, seed=0),
+        max_seconds=2.0,
+        overlong="skip",
+        seed=0,
+        crash_journal=CrashJournal(1),
     )
     for row in range(len(index)):
         sample = samples.load(row)
