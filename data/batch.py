@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,6 +13,8 @@ import torch
 from data.captions import IGNORED, Tokens
 from data.decode import SAMPLE_RATE
 from data.windows import HOP
+
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,11 @@ class Segments:
 
     def to(self, device: torch.device) -> Segments:
         """The same on a device."""
-        return replace(self, bounds=self.bounds.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Change) -> Segments:
+        """The same with the tensor changed."""
+        return replace(self, bounds=change(self.bounds))
 
     @property
     def count(self) -> int:
@@ -99,12 +105,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Change) -> Batch:
+        """The same batch with each of its tensors changed."""
+        tensors = {
+            name: change(getattr(self, name))
             for name in ("waveforms", "decoder_input_ids", "labels", "source")
         }
-        segments = {name: getattr(self, name).to(device) for name in ("sound", "audio", "text")}
-        return replace(self, **moved, **segments)
+        segments = {name: getattr(self, name).map(change) for name in ("sound", "audio", "text")}
+        return replace(self, **tensors, **segments)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
