@@ -72,6 +72,11 @@ class Segments:
         """Largest length."""
         return max(self.lengths)
 
+    @property
+    def are_equal(self) -> bool:
+        """Whether all are equally long."""
+        return len(set(self.lengths)) == 1
+
     @cached_property
     def owners(self) -> torch.Tensor:
         """(total,) int64: the sequence of each element."""

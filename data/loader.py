@@ -6,11 +6,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from data import storage
+from data.balance import Balance
 from data.batch import Sample
 from data.location import Location
 from data.order import EMPTY, RUN_BYTES, Ints, Plan
@@ -29,13 +30,15 @@ Read = Callable[[Location, int, int], bytes]
 
 @dataclass
 class Step:
-    """What one rank has for a step: its samples in the order of its lanes, the rejected ones, and the seconds
-    it waited for them."""
+    """What one rank has for a step: its samples in the order of lanes, the rejected ones, and the seconds it
+    waited for them."""
 
     number: int
     samples: list[Sample]
     rejected: list[Rejected]
     waited: float
+    lanes: list[int] = field(default_factory=list)
+    """The lane of each sample."""
 
 
 @dataclass(eq=False)
@@ -66,6 +69,7 @@ class _Reads:
 class _Slot:
     """A sample of a step on its way."""
 
+    lane: int
     row: int
     epoch: int
     place: Place
@@ -92,7 +96,8 @@ class _Coming:
 
 
 class Loader(Iterator[Step]):
-    """Iterates over some steps of a plan, for the lanes of one rank.
+    """Iterates over some steps of a plan, for one rank: the samples of its lanes or, with a balance, what it
+    takes of all lanes.
 
     All bookkeeping happens in the thread that calls `next`; threads only read and decode. A failure to read
     surfaces in `next`.
@@ -107,10 +112,13 @@ class Loader(Iterator[Step]):
         *,
         threads: int,
         read_ahead_mb: int,
+        balance: Balance | None = None,
         read: Read = storage.read,
     ) -> None:
-        """read: gives a range of a shard, as `storage.read` does."""
+        """lanes: of this rank; read: gives a range of a shard, as `storage.read` does."""
         self.reader, self.plan, self.lanes, self.steps = reader, plan, lanes, steps
+        self.balance = balance
+        self._planned_lanes = range(balance.lanes) if balance else lanes
         self._read = read
         self.budget = read_ahead_mb << 20
         self._readers = ThreadPoolExecutor(READERS, "reader")
@@ -123,13 +131,13 @@ class Loader(Iterator[Step]):
         """Seconds that the next step was waited for."""
         self._next = steps.start
         self._epoch, self._in_epoch = plan.locate(steps.start)
-        self._singly = False
-        """Whether each sample of the epoch is read by itself."""
-        self._window = -1
-        """Number, in the epoch, of the window whose reads are planned."""
+        self._steps_in_epoch = plan.steps_in(self._epoch)
+        self._window = range(0)
+        """Steps of the epoch whose reads are planned."""
+        self._rows: Ints
+        """Samples of the window, (planned lanes, steps); EMPTY where another rank takes one."""
         self._reads: dict[int, _Reads] = {}
-        """Those of the window's samples, by row."""
-        self._enter_epoch()
+        """Those of the window's samples, by row; none where each sample is read by itself."""
 
     def ready(self, seconds: float | None) -> bool:
         """Wait until `next` has something to give at once: the next step, the error in its place, or the end.
@@ -159,9 +167,13 @@ class Loader(Iterator[Step]):
                 if span.uses == 0:
                     self._held -= span.end - span.start
                     span.content = None  # the window still holds the span
-        samples = [result for result in done if isinstance(result, Sample)]
+        samples = {
+            slot.lane: result
+            for slot, result in zip(step.slots, done, strict=True)
+            if isinstance(result, Sample)
+        }
         rejected = [result for result in done if isinstance(result, Rejected)]
-        return Step(step.number, samples, rejected, waited)
+        return Step(step.number, list(samples.values()), rejected, waited, list(samples))
 
     def close(self) -> None:
         """Give up what is under way."""
@@ -194,37 +206,50 @@ class Loader(Iterator[Step]):
         """Plan one more step; False at the end."""
         if self._next >= self.steps.stop:
             return False
-        while self._in_epoch >= self._rows.shape[1]:
+        while self._in_epoch >= self._steps_in_epoch:
             self._epoch, self._in_epoch = self._epoch + 1, 0
-            self._enter_epoch()
-        window = self._in_epoch // self.plan.shuffle_window
-        if window != self._window and not self._singly:
-            end = (window + 1) * self.plan.shuffle_window
-            self._window, self._reads = window, self._plan_reads(self._rows[:, self._in_epoch : end])
+            self._steps_in_epoch = self.plan.steps_in(self._epoch)
+            self._window = range(0)
+        if self._in_epoch not in self._window:
+            self._enter_window()
         slots = []
-        rows = self._rows[:, self._in_epoch]
-        for row in rows[rows != EMPTY].tolist():
+        rows = self._rows[:, self._in_epoch - self._window.start]
+        for lane, row in zip(self._planned_lanes, rows.tolist(), strict=True):
+            if row == EMPTY:
+                continue
             place = self.reader.place(row)
-            slots.append(_Slot(row, self._epoch, place, _alone(place) if self._singly else self._reads[row]))
+            has_neighbours = lane in self.lanes and row in self._reads
+            reads = self._reads[row] if has_neighbours else _alone(place)
+            slots.append(_Slot(lane, row, self._epoch, place, reads))
         self._planned.append(_Coming(self._next, slots))
         self._next += 1
         self._in_epoch += 1
         return True
 
-    def _enter_epoch(self) -> None:
-        self._rows: Ints = self.plan.lanes(self._epoch, self.lanes)
-        self._window = -1
+    def _enter_window(self) -> None:
+        """Find out what this rank takes in (the rest of) a window, and plan its reads."""
+        end = (self._in_epoch // self.plan.shuffle_window + 1) * self.plan.shuffle_window
+        self._window = range(self._in_epoch, min(end, self._steps_in_epoch))
+        self._rows = self.plan.lanes(self._epoch, self._planned_lanes, self._window)
+        if self.balance:
+            self._rows[~self.balance.is_taken(self._rows, self._epoch)] = EMPTY
+        own = self._own(self._rows)
+        own = own[own != EMPTY]
         # Spans of a whole window stay in memory until their last sample is used; where that is too much,
         # samples are read singly.
-        some = [self.reader.place(row) for row in self._rows[self._rows != EMPTY][:1000].tolist()]
+        some = [self.reader.place(row) for row in own[:: -(-len(own) // 1000) or 1].tolist()]
         size = float(np.mean([place.end - place.start for place in some])) if some else 0.0
-        window = min(self.plan.shuffle_window, self._rows.shape[1])
-        self._singly = size * len(self.lanes) * window > self.budget
+        self._reads = {} if size * len(own) > self.budget else self._plan_reads(own)
+
+    def _own(self, rows: Ints) -> Ints:
+        """Of the rows of all planned lanes those of this rank's."""
+        first = self.lanes.start - self._planned_lanes.start
+        return rows[first : first + len(self.lanes)]
 
     def _plan_reads(self, rows: Ints) -> dict[int, _Reads]:
-        """The reads that bring the samples of (the rest of) a window, by row; neighbours come in one."""
+        """The reads that bring some samples, (n,), by row; neighbours come in one."""
         reads: dict[int, _Reads] = {}
-        wanted, times = np.unique(rows[rows != EMPTY], return_counts=True)
+        wanted, times = np.unique(rows, return_counts=True)
         span, shard = None, -1
         for row, count in zip(wanted.tolist(), times.tolist(), strict=True):
             place = self.reader.place(row)

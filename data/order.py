@@ -9,7 +9,7 @@ neighbouring lanes. So the position of the whole job is one integer, the global 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -33,13 +33,14 @@ SHUFFLE_RUNS, SHUFFLE_LANE, CYCLE, CROP, WHOLE = 1, 2, 3, 4, 5
 """Purposes of random keys."""
 
 
-def random_keys(count: int, seed: int, *purpose: int) -> Keys:
-    """Random 64-bit keys, (count,), which depend on `seed` and `purpose` alone.
+def random_keys(count: int, seed: int, *purpose: int, first: int = 0) -> Keys:
+    """Random 64-bit keys, (count,), which depend on `seed` and `purpose` alone: those from number `first` on.
 
     They are the same in every version of numpy, which promises the raw stream of PCG64 and what SeedSequence
     makes of a seed, but not how a Generator permutes or draws.
     """
-    return np.random.PCG64(np.random.SeedSequence(seed, spawn_key=purpose)).random_raw(count)
+    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=purpose))
+    return bits.advance(first).random_raw(count)
 
 
 def hashed(rows: npt.ArrayLike, seed: int, *purpose: int) -> Keys:
@@ -82,8 +83,12 @@ class Plan(Protocol):
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step in that epoch) of a step."""
 
-    def lanes(self, epoch: int, lanes: range) -> Ints:
-        """Samples of some lanes in an epoch: (len(lanes), steps), EMPTY where there is none."""
+    def steps_in(self, epoch: int) -> int:
+        """Steps of an epoch."""
+
+    def lanes(self, epoch: int, lanes: range, steps: range | None = None) -> Ints:
+        """Samples of some lanes in some steps of an epoch, by default all: (len(lanes), len(steps)), EMPTY
+        where there is none."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,36 @@ class Listed:
         """There is one epoch."""
         return 0, step
 
-    def lanes(self, epoch: int, lanes: range) -> Ints:
-        """Samples of some lanes: (len(lanes), steps), EMPTY where the last step has none."""
-        slots = np.full(self.steps * self.width, EMPTY, np.int64)
-        slots[: len(self.rows)] = self.rows
-        return slots.reshape(self.steps, self.width).T[lanes.start : lanes.stop]
+    def steps_in(self, epoch: int) -> int:
+        """All of them."""
+        return self.steps
+
+    def lanes(self, epoch: int, lanes: range, steps: range | None = None) -> Ints:
+        """Samples of some lanes in some steps, by default all: (len(lanes), len(steps)), EMPTY where the last
+        step has none."""
+        steps = range(self.steps) if steps is None else steps
+        rows = self.rows[steps.start * self.width : steps.stop * self.width]
+        slots = np.full(len(steps) * self.width, EMPTY, np.int64)
+        slots[: len(rows)] = rows
+        return slots.reshape(len(steps), self.width).T[lanes.start : lanes.stop]
+
+
+@dataclass(frozen=True)
+class _Queue:
+    """The samples of an epoch, run after run in the order of the shuffled runs.
+
+    shift: (r,) first sample of each run, less its first place in the queue; ends: (r,) place after its last.
+    """
+
+    shift: Ints
+    ends: Ints
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def samples(self, places: Ints) -> Ints:
+        """The samples at some places, (n,)."""
+        return self.shift[np.searchsorted(self.ends, places, "right")] + places
 
 
 @dataclass(frozen=True)
@@ -132,6 +162,8 @@ class Order:
     """Global step at which this order begins; later than 0 for a run whose data were changed on purpose."""
     base_epoch: int = 0
     """The epoch that begins there."""
+    _queues: dict[int, _Queue] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """That of the epoch whose lanes were asked for last, by epoch."""
 
     def samples_in(self, epoch: int) -> int:
         """Samples of an epoch."""
@@ -158,34 +190,44 @@ class Order:
             epoch += 1
         return epoch, step
 
-    def lanes(self, epoch: int, lanes: range) -> Ints:
-        """Samples of some lanes in an epoch: (len(lanes), steps_in(epoch)), EMPTY where a lane is one
-        shorter."""
-        runs = self._runs_in(epoch)
-        runs = runs[random_keys(len(runs), self.seed, SHUFFLE_RUNS, epoch).argsort(kind="stable")]
-        lengths = self._lengths()[runs]
-        total = int(lengths.sum())
-        cuts = [lane * total // self.global_batch for lane in range(lanes.start, lanes.stop + 1)]
-        first, last = np.searchsorted(np.cumsum(lengths), [cuts[0], cuts[-1]], "right")
-        # From here on the runs that these lanes touch.
-        begin = int(lengths[:first].sum())
-        runs, lengths = runs[first : last + 1], lengths[first : last + 1]
-        starts = np.cumsum(lengths) - lengths
-        samples = np.repeat(self.runs[runs] - starts, lengths) + np.arange(lengths.sum())
-        out = np.full((len(lanes), -(-total // self.global_batch)), EMPTY, np.int64)
+    def lanes(self, epoch: int, lanes: range, steps: range | None = None) -> Ints:
+        """Samples of some lanes in some steps of an epoch, by default all: (len(lanes), len(steps)), EMPTY
+        where a lane is one shorter."""
+        queue = self._queue(epoch)
+        if steps is None:
+            steps = range(-(-len(queue) // self.global_batch))
+        window = self.shuffle_window
+        whole_windows = range(steps.start // window * window, -(-steps.stop // window) * window)
+        out = np.full((len(lanes), len(steps)), EMPTY, np.int64)
         for row, lane in enumerate(lanes):
-            stretch = samples[cuts[row] - begin : cuts[row + 1] - begin]
-            out[row, : len(stretch)] = self._shuffled(stretch, epoch, lane)
+            begin, end = (number * len(queue) // self.global_batch for number in (lane, lane + 1))
+            places = np.arange(begin + whole_windows.start, min(begin + whole_windows.stop, end))
+            samples = self._shuffled(queue.samples(places), epoch, lane, whole_windows.start)
+            samples = samples[steps.start - whole_windows.start :][: len(steps)]
+            out[row, : len(samples)] = samples
         return out
 
-    def _shuffled(self, stretch: Ints, epoch: int, lane: int) -> Ints:
-        """Shuffle a lane inside windows of `shuffle_window` samples."""
+    def _shuffled(self, stretch: Ints, epoch: int, lane: int, first: int) -> Ints:
+        """Shuffle a stretch of a lane, which begins at its sample `first`, inside windows of `shuffle_window`
+        samples."""
         window = min(self.shuffle_window, max(1, len(stretch)))
         # A short last window is filled up with the largest key, which a stable sort leaves at the end.
         keys = np.full((-(-len(stretch) // window), window), np.iinfo(np.uint64).max, np.uint64)
-        keys.flat[: len(stretch)] = random_keys(len(stretch), self.seed, SHUFFLE_LANE, epoch, lane)
+        keys.flat[: len(stretch)] = random_keys(
+            len(stretch), self.seed, SHUFFLE_LANE, epoch, lane, first=first
+        )
         places = keys.argsort(axis=1, kind="stable") + window * np.arange(len(keys))[:, None]
         return stretch[places.ravel()[: len(stretch)]]
+
+    def _queue(self, epoch: int) -> _Queue:
+        if epoch not in self._queues:
+            runs = self._runs_in(epoch)
+            runs = runs[random_keys(len(runs), self.seed, SHUFFLE_RUNS, epoch).argsort(kind="stable")]
+            lengths = self._lengths()[runs]
+            ends = np.cumsum(lengths)
+            self._queues.clear()
+            self._queues[epoch] = _Queue(self.runs[runs] - (ends - lengths), ends)
+        return self._queues[epoch]
 
     def _runs_in(self, epoch: int) -> Ints:
         """Runs of an epoch, unshuffled: each `floor(weight)` times, and of the rest the epoch's slice of a

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from configs.cores import remark_on_cores
 from configs.errors import EarwitnessError
-from configs.schema import RunConfig
+from configs.schema import RunConfig, node_range
+from data.balance import remark_on_balance
 from slurm import cluster
 from slurm.submit import cores_per_task
 
@@ -158,6 +159,23 @@ def _cores_of_each(what: str, config: RunConfig, cores: int) -> Finding:
     return Finding(what, "ok", f"{cores} for each process")
 
 
+def _balance(config: RunConfig) -> Iterator[Finding]:
+    """Whether the processes of a job, and those of this machine, have samples to even out their work with."""
+    if cluster.can_submit():
+        _, most_nodes = node_range(config.slurm.nodes)
+        yield from _remark_on_balance("balance in a job", config, most_nodes * config.slurm.tasks)
+    torch = sys.modules.get("torch")  # _packages says if it is not there
+    gpus = torch.cuda.device_count() if torch else 0
+    if gpus > 1:
+        yield from _remark_on_balance("balance here", config, gpus)
+
+
+def _remark_on_balance(what: str, config: RunConfig, ranks: int) -> Iterator[Finding]:
+    remark = remark_on_balance(config, ranks)
+    if remark:
+        yield Finding(what, "note", remark)
+
+
 def _credentials() -> Iterator[Finding]:
     import boto3
 
@@ -182,6 +200,7 @@ def _config(path: Path) -> Iterator[Finding]:
         config = load(path)
         yield Finding("config", "ok", str(path))
         yield from _cores(config)
+        yield from _balance(config)
         shards = list_shards(config)
         for source in config.data.sources:
             its_shards = [shard for shard in shards if shard.source is source]

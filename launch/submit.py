@@ -21,6 +21,7 @@ from configs.run.folder import PACKAGES, RunDir
 from configs.run.lease import Lease, holder
 from configs.schema import RunConfig, node_range
 from data import storage
+from data.balance import remark_on_balance
 from data.dataset import list_shards, load_sidecars
 from data.sources import Shard
 from slurm import cluster
@@ -218,10 +219,19 @@ def _submit_index(config: RunConfig, run: RunDir) -> str:
 
 def _remarks(config: RunConfig, run: RunDir) -> Iterator[str]:
     """What is good to know before a run is submitted."""
-    yield _samples_of_each(config)
+    yield from _remarks_on_samples(config)
     yield from _remarks_on_cores(config)
     yield from _remarks_on_checkpoints(config, run)
     yield from _remarks_on_folder(run)
+
+
+def _remarks_on_samples(config: RunConfig) -> Iterator[str]:
+    """How many samples each process gets, and whether they are enough to even out their work."""
+    yield _samples_of_each(config)
+    _, most = _rank_range(config)
+    remark = remark_on_balance(config, most)
+    if remark:
+        yield f"note: {remark}"
 
 
 def _remarks_on_cores(config: RunConfig) -> Iterator[str]:

@@ -15,6 +15,9 @@ import numpy as np
 import soundfile
 
 from configs.run.folder import RunDir
+from configs.schema import Source
+from data.index import index_shard
+from data.sources import expand
 from tools.sandbox.whisper import make_whisper
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +71,13 @@ def make_model(folder: Path, **shape: int) -> Path:
     return make_whisper(folder, map(caption_of, range(200)), **shape)
 
 
+def index_in_full(folder: Path, shards: str) -> None:
+    """Let the runs of `config_values` with this folder and these shards know the lengths of clips, so that
+    ranks are evened out."""
+    for shard in expand(Source(name="sounds", shards=[shards])):
+        index_shard(shard, folder / "index", full=True)
+
+
 def config_values(
     name: str, folder: Path, model: Path, shards: str, **sections: dict[str, object]
 ) -> dict[str, dict[str, object]]:
@@ -105,12 +115,17 @@ def run_program(
 
 @dataclass
 class Taken:
-    """What the audit says of a step in an attempt: keys in the order of lanes, samples that could not be
-    used, ranks that have reported."""
+    """What the audit says of a step in an attempt: keys by lane, samples that could not be used, ranks that
+    have reported."""
 
-    keys: list[str] = field(default_factory=list)
+    by_lane: dict[int, str] = field(default_factory=dict)
     rejected: list[str] = field(default_factory=list)
     ranks: int = 0
+
+    @property
+    def keys(self) -> list[str]:
+        """In the order of lanes."""
+        return [self.by_lane[lane] for lane in sorted(self.by_lane)]
 
 
 def audit_of_attempts(run: Path) -> dict[tuple[int, int], Taken]:
@@ -118,7 +133,9 @@ def audit_of_attempts(run: Path) -> dict[tuple[int, int], Taken]:
     found: dict[tuple[int, int], Taken] = defaultdict(Taken)
     for line in sorted(RunDir(run).audit.read().values, key=lambda line: line["rank"]):
         taken = found[line["attempt"], line["step"]]
-        taken.keys += line["keys"]
+        by_lane = dict(zip(line["lanes"], line["keys"], strict=True))
+        assert not by_lane.keys() & taken.by_lane.keys(), "a sample is computed by one rank"
+        taken.by_lane |= by_lane
         taken.rejected += line.get("rejected", [])
         taken.ranks += 1
     return found

@@ -75,3 +75,15 @@ def test_readers_are_measured(tmp_path: Path) -> None:
         figures = reading["median"]
         assert positive(figures) and figures["distinct_samples"] == 32
         assert "waveforms" in name or figures["largest_mel_difference"] < 1e-3
+
+
+@pytest.mark.slow
+def test_balance_is_measured() -> None:
+    options = ["--samples", 20_000, "--steps", 64, "--rounds", 1, "--json"]
+    done = run_program("tools.bench", "balance", *options)
+    assert done.returncode == 0, done.stderr
+    by_ranks = {name: table["median"] for name, table in json.loads(done.stdout)["balance"].items()}
+    assert set(by_ranks) == {f"ranks {ranks}" for ranks in (2, 4, 8, 16, 32, 64)}
+    eight, all_alone = by_ranks["ranks 8"], by_ranks["ranks 64"]
+    assert eight["fullest_balanced"] < 1.05 < eight["fullest_as_shuffled"]
+    assert 0 < eight["share_moved"] < 0.15 and all_alone["share_moved"] == 0

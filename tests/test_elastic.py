@@ -18,7 +18,7 @@ import torch
 from configs.run.events import Changed, Damaged, Spike, TrainingBegan
 from configs.run.folder import RunDir
 from tests.forks import Course, Kill, Launcher
-from tests.making import audit, config_values, make_clips, run_program
+from tests.making import audit, config_values, index_in_full, make_clips, run_program
 from tests.test_equivalence import TOLERANCE, losses
 from trainer import checkpoint
 from trainer.checkpoint import Reader
@@ -91,7 +91,9 @@ def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launch
         ).returncode
         == 0
     )
-    return Elastic(folder, model, f"{folder}/shards/*.tar", launch)
+    shards = f"{folder}/shards/*.tar"
+    index_in_full(folder, shards)
+    return Elastic(folder, model, shards, launch)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,16 +17,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from configs.run.crash_journal import CrashJournal
 from configs.run.folder import RunDir
 from data import dataset
-from data.batch import Sample, collate
+from data.batch import Sample
 from data.captions import IGNORED, CaptionEncoder
-from data.features import log_mel
 from data.index import Index
 from data.order import rank_lanes
 from data.samples import SampleReader
+from data.windows import Windows
+from tests import stock
 from tests.forks import Launcher
-from tests.making import audit, config_values, make_clips, run_program
+from tests.making import audit, config_values, index_in_full, make_clips, run_program
 from trainer import checkpoint, model
 from trainer.checkpoint import Reader
+from trainer.whisper import as_transformers
 
 Case = tuple[str, str, int, int]
 """Backend, precision, ranks, micro-batch."""
@@ -76,6 +78,8 @@ def trained(
         run_program("tools.pack", make_clips(folder / "clips", range(30)), folder / "shards").returncode == 0
     )
 
+    index_in_full(folder, f"{folder}/shards/*.tar")
+
     @functools.cache
     def train(case: Case) -> Path:
         backend, precision, procs, micro = case
@@ -118,9 +122,12 @@ def test_validation_loss_is_that_of_all_its_samples_for_any_ranks_and_micro_batc
     samples = plain.load(plain.dataset.validation, range(VALIDATION))
     assert len(plain.dataset.validation) == VALIDATION
     with torch.no_grad():
-        expected = plain.loss(samples).item() / learnt_tokens(samples)
+        expected = plain.loss(samples, whole=True).item() / learnt_tokens(samples)
+        at_own_lengths = plain.loss(samples).item() / learnt_tokens(samples)
     for case, loss in first.items():
         assert loss == pytest.approx(expected, rel=TOLERANCE[precision]), case
+        own = curve(trained(case), "validation/loss_own")[0]
+        assert own == pytest.approx(at_own_lengths, rel=TOLERANCE[precision]), case
 
 
 @fast_or_all
@@ -129,6 +136,9 @@ def test_all_runs_took_the_same_batches(trained, cases: list[Case]) -> None:
     assert len(reference) == STEPS
     assert sorted(len(keys) for keys in reference.values()) == [SHORT] + [GLOBAL] * (STEPS - 1)
     assert all(audit(trained(case)) == reference for case in cases)
+    lines = RunDir(trained(("zero2", "fp32", 3, 1))).audit.read().values
+    moved = [set(line["lanes"]) - set(rank_lanes(line["rank"], 3, GLOBAL)) for line in lines]
+    assert any(moved), "some were computed by another rank than the one that owns their lane"
 
 
 MORE_CASES = [
@@ -182,13 +192,14 @@ class Plain:
         self.config = run.read_config()
         self.captioner = model.load(self.config.model, self.config.run.seed)
         self.dataset = dataset.open_dataset(self.config, run.path)
-        self.order = self.dataset.order(self.config, self.captioner.frames)
+        self.order = self.dataset.order(self.config)
+        self.windows = Windows.of(self.config, self.captioner.frames)
         self.masters = {
             name: p.detach().clone().requires_grad_() for name, p in self.captioner.trained.items()
         }
         self.precision, self.dtype = precision, DTYPE[precision]
-        self.network = self.captioner.model.to(self.dtype).train()
-        self.network.gradient_checkpointing_disable()
+        transformers = as_transformers(self.captioner.model, self.captioner.generation)
+        self.network = transformers.to(self.dtype).train()
 
     def load(self, index: Index, rows: Iterable[int]) -> list[Sample]:
         encoder = CaptionEncoder(
@@ -197,6 +208,7 @@ class Plain:
         samples = SampleReader(
             index,
             encoder,
+            windows=self.windows,
             max_seconds=self.captioner.frames / 100,
             overlong="skip",
             seed=self.config.run.seed,
@@ -204,24 +216,22 @@ class Plain:
         )
         return [samples.load(int(row)) for row in rows]
 
-    def loss(self, samples: list[Sample]) -> torch.Tensor:
-        """Cross-entropy, summed over the tokens of the captions; in fp32 as Hugging Face has it, too."""
-        pad = self.captioner.config.pad_token_id
-        batch = collate(samples, self.order.frames, pad)
-        mels = log_mel(batch.waveforms, batch.lengths, self.order.frames, self.captioner.config.num_mel_bins)
-        out = self.network(
-            input_features=mels.to(self.dtype),
-            decoder_input_ids=batch.decoder_input_ids,
-            labels=batch.labels,
-            use_cache=False,
-        )
-        total = torch.zeros(())
-        for logits, sample in zip(out.logits.float(), samples, strict=True):
+    def loss(self, samples: list[Sample], *, whole: bool = False) -> torch.Tensor:
+        """Cross-entropy, summed over the tokens of the captions, of transformers' Whisper with a window as
+        long as each clip; in fp32 as Hugging Face has it, too. whole: each is padded."""
+        total, of_transformers = torch.zeros(()), 0.0
+        for sample in samples:
+            clip = replace(sample, frames=self.windows.whole) if whole else sample
+            logits = stock.logits(self.network, clip, self.windows.whole).float()
             for position, token in enumerate(sample.tokens.labels):
                 if token != IGNORED:
                     total = total - logits[position].log_softmax(0)[token]
-        if self.precision == "fp32":
-            assert out.loss.item() == pytest.approx(total.item() / learnt_tokens(samples), rel=1e-5)
+            labels = torch.tensor([sample.tokens.labels])
+            mean = self.network.loss_function(
+                logits[None], labels, self.network.config.vocab_size, shift_labels=labels
+            )
+            of_transformers += mean.item() * learnt_tokens([sample])
+        assert of_transformers == pytest.approx(total.item(), rel=1e-5)
         return total
 
 

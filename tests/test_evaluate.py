@@ -18,9 +18,10 @@ from configs.load import validate
 from configs.run.crash_journal import CrashJournal
 from configs.run.folder import RunDir
 from data import dataset, location
-from data.batch import Batch
+from data.batch import Batch, Size
 from data.captions import CaptionEncoder, prefix_tokens
 from data.loader import Loader, Step
+from data.windows import Windows
 from tests.making import WINDOW_SECONDS, config_values
 from tools.sandbox import faults, s3
 from tools.sandbox.faults import Proxy
@@ -61,8 +62,7 @@ def opened(model: Path, tmp_path: Path) -> Open:
             tmp_path,
             model,
             shards,
-            data={"sources": [source], "max_seconds": 0.6, "overlong": "crop", **data},
-            batch={"micro_seconds": micro},
+            data={"sources": [source], "max_seconds": 0.6, "overlong": "crop", "window": "full", **data},
             evaluate={"max_samples": 1000},
         )
         config = validate(values, "test")
@@ -73,12 +73,14 @@ def opened(model: Path, tmp_path: Path) -> Open:
         tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
         prefix = prefix_tokens(tokenizer, GenerationConfig.from_pretrained(model))
         world: Any = Rank(rank, ranks)
-        captioner: Any = types.SimpleNamespace(config=AutoConfig.from_pretrained(model), pad_id=0)
+        captioner: Any = types.SimpleNamespace(config=AutoConfig.from_pretrained(model))
         encoder = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="truncate")
-        order = found.order(config, 100 * WINDOW_SECONDS)
-        loaders = Loaders(config, world, found, encoder, order, CrashJournal(8), frozenset())
+        order, windows = found.order(config), Windows.of(config, 100 * WINDOW_SECONDS)
+        journal, shape = CrashJournal(8), captioner.config
+        loaders = Loaders(config, world, found, encoder, order, windows, journal, frozenset(), shape)
+        size = Size(WINDOW_SECONDS * micro, WINDOW_SECONDS, tokens=64)
         records = SampleRecords(config.data, RunDir(config.run.dir), 0, world, torch.zeros(1))
-        return Evaluator(config, world, captioner, loaders, records, torch.float32)
+        return Evaluator(config, world, captioner, loaders, records, size, torch.float32)
 
     return opened
 
@@ -88,9 +90,12 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """What has been evaluated; the loss of a sample is a number that depends on its sound and its labels."""
     seen: list[Batch] = []
 
-    def losses(module: object, batch: Batch, mels: int, dtype: torch.dtype) -> torch.Tensor:
+    def losses(module: object, batch: Batch, config: object, dtype: torch.dtype) -> torch.Tensor:
         seen.append(batch)
-        return batch.waveforms.double().abs().sum(1) / 1e6 + batch.labels.double().clamp(min=0).sum(1)
+        sound = torch.stack(
+            [clip.double().abs().sum() for clip in batch.waveforms.split(batch.sound.lengths)]
+        )
+        return sound[batch.text.owners] / 1e6 + batch.labels.double().clamp(min=0)
 
     monkeypatch.setattr(evaluate, "token_losses", losses)
     return seen

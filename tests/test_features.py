@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperTokenizerFast
 
-from data.batch import Sample, collate
+from data.batch import Batch, Sample, Segments, collate
 from data.captions import IGNORED, CaptionEncoder, Tokens, find_caption, prefix_tokens
 from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
-from data.features import _spectrum, log_mel
+from data.features import WINDOW, _of_clips, log_mel
+from data.windows import HOP
 from tests.making import caption_of
 
 LENGTHS = [1, 150, 200, 201, SAMPLE_RATE // 2, 10 * SAMPLE_RATE, 30 * SAMPLE_RATE - 160, 30 * SAMPLE_RATE]
@@ -33,18 +34,32 @@ def reference(clips: list[np.ndarray], mels: int, seconds: int = 30) -> np.ndarr
     )["input_features"]
 
 
-def ours(clips: list[np.ndarray], mels: int, frames: int = 3000) -> np.ndarray:
-    """What training feeds the model, batch and all."""
-    batch = collate([Sample(clip, Tokens([0], [0]), "", 0, "") for clip in clips], frames, 0)
-    return log_mel(batch.waveforms, batch.lengths, frames, mels).numpy()
+def packed(clips: list[np.ndarray], frames: int) -> Batch:
+    """Clips end to end; frames: that are wanted of each, 0 for as many as it has."""
+    samples = [
+        Sample(clip, Tokens([0], [0]), "", 0, "", frames or 2 * -(-len(clip) // 320)) for clip in clips
+    ]
+    return collate(samples)
 
 
-def on_device(clips: list[np.ndarray], mels: int, frames: int = 3000) -> np.ndarray:
-    """The branch of log_mel for accelerators: the whole padded batch at once."""
-    batch = collate([Sample(clip, Tokens([0], [0]), "", 0, "") for clip in clips], frames, 0)
-    out = torch.empty(len(clips), mels, frames)
-    _spectrum(batch.waveforms, frames, out)
-    return out.numpy()
+def ours(clips: list[np.ndarray], mels: int, window: int = 3000) -> np.ndarray:
+    """What training feeds the model, each padded to the whole window."""
+    batch = packed(clips, window)
+    features = log_mel(batch.waveforms, batch.sound, batch.audio, mels, window)
+    return features.unflatten(1, (len(clips), window)).transpose(0, 1).numpy()
+
+
+def on_device(clips: list[np.ndarray], mels: int, frames: int = 3000, window: int = 3000) -> torch.Tensor:
+    """The branch of log_mel for accelerators: all clips at once. frames: as of `packed`."""
+    batch = packed(clips, frames)
+    seeing = [min(window, -(-(len(clip) + WINDOW // 2) // HOP)) for clip in clips]
+    wanted = Segments.of([2 * positions for positions in batch.audio.lengths])
+    return _of_clips(batch.waveforms, batch.sound, Segments.of(seeing), wanted, mels, window)
+
+
+def by_clip(features: torch.Tensor, window: int = 3000) -> np.ndarray:
+    """(mels, F) of whole windows -> (B, mels, window)."""
+    return features.unflatten(1, (-1, window)).transpose(0, 1).numpy()
 
 
 def noise(length: int, seed: int = 0) -> np.ndarray:
@@ -67,7 +82,7 @@ def test_features_are_those_of_stock_whisper_at_every_length(mels: int) -> None:
     ]
     wanted = reference(clips, mels)
     assert_equal(ours(clips, mels), wanted)
-    assert_equal(on_device(clips, mels), wanted)
+    assert_equal(by_clip(on_device(clips, mels)), wanted)
 
 
 @mels_of_whispers
@@ -78,7 +93,7 @@ def test_features_of_a_4_s_window(mels: int, lengths: list[int], seed: int) -> N
     wanted = reference(clips, mels, seconds=4)
     assert wanted.shape[2] == 400
     assert_equal(ours(clips, mels, 400), wanted)
-    assert_equal(on_device(clips, mels, 400), wanted)
+    assert_equal(by_clip(on_device(clips, mels, 400, 400), 400), wanted)
 
 
 def test_features_do_not_depend_on_the_batch() -> None:
@@ -86,9 +101,23 @@ def test_features_do_not_depend_on_the_batch() -> None:
     together = ours(clips, 80)
     for clip, row in zip(clips, together, strict=True):
         assert np.array_equal(ours([clip], 80)[0], row)
-    # What lies behind the length does not count.
-    padded = torch.from_numpy(np.pad(clips[2], (0, 5000), constant_values=12345))[None]
-    assert np.array_equal(log_mel(padded, torch.tensor([len(clips[2])]), 3000, 80)[0].numpy(), together[2])
+
+
+@mels_of_whispers
+def test_features_of_clips_at_their_own_lengths_are_the_first_of_those_of_stock_whisper(mels: int) -> None:
+    click = noise(SAMPLE_RATE)
+    click[-20:] = 32767  # the loudest of all, seen best by a frame behind the clip: it sets the floor
+    clips = [noise(length, seed) for seed, length in enumerate(LENGTHS)] + [click]
+    batch = packed(clips, 0)
+    features = log_mel(batch.waveforms, batch.sound, batch.audio, mels, 3000)
+    at_once = on_device(clips, mels, 0)
+    first = 0
+    for clip, wanted in zip(clips, reference(clips, mels), strict=True):
+        frames = 2 * -(-len(clip) // 320)
+        assert_equal(features[:, first : first + frames].numpy(), wanted[:, :frames])
+        assert_equal(at_once[:, first : first + frames].numpy(), wanted[:, :frames])
+        first += frames
+    assert first == features.shape[1]
 
 
 @mels_of_whispers
@@ -100,7 +129,7 @@ def test_features_of_real_clips(real_clips: Path, kind: str, mels: int) -> None:
     assert all(np.abs(clip).max() > 100 for clip in clips)
     wanted = reference(clips, mels)
     assert_equal(ours(clips, mels), wanted)
-    assert_equal(on_device(clips, mels), wanted)
+    assert_equal(by_clip(on_device(clips, mels)), wanted)
 
 
 @pytest.fixture(scope="module")

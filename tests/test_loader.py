@@ -21,23 +21,26 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from transformers import GenerationConfig, WhisperProcessor
+from transformers import GenerationConfig, WhisperConfig, WhisperProcessor
 
 from configs.errors import DataError, EarwitnessError, ShardError
 from configs.load import validate
 from configs.run.crash_journal import CrashJournal
 from data import dataset, location, retry, storage
+from data.balance import Balance
 from data.cache import Cache
 from data.captions import CaptionEncoder, prefix_tokens
 from data.index import index_shard
-from data.loader import Loader, Read, Step
+from data.loader import Loader, Step
 from data.location import Location
-from data.order import Order, rank_lanes
+from data.order import EMPTY, Order, rank_lanes
 from data.retry import STATS
 from data.samples import SampleReader
+from data.windows import Windows
 from tests.making import WINDOW_SECONDS, config_values
 from tools.sandbox import faults, s3
 from tools.sandbox.faults import Fault, Proxy
+from trainer.loaders import sample_work
 
 BATCH, STEPS = (
     7,
@@ -77,12 +80,13 @@ def opened(model: Path, tmp_path: Path) -> Open:
         samples = SampleReader(
             found.training,
             encoder,
+            windows=Windows.of(config, 100 * WINDOW_SECONDS),
             max_seconds=longest,
             overlong=config.data.overlong,
             seed=config.run.seed,
             crash_journal=CrashJournal(8),
         )
-        return samples, found.order(config, 100 * WINDOW_SECONDS)
+        return samples, found.order(config)
 
     return opened
 
@@ -95,7 +99,7 @@ def loader(
     steps: range = STEPS,
     threads: int = 2,
     read_ahead_mb: int = 512,
-    **options: Read,
+    **options: Any,
 ) -> Loader:
     samples, order = opened
     return Loader(
@@ -107,6 +111,15 @@ def loader(
         read_ahead_mb=read_ahead_mb,
         **options,
     )
+
+
+def balanced(opened: Opened, model: Path, *, rank: int, ranks: int, **options: Any) -> Loader:
+    """The loader of a rank that is evened out with the others."""
+    samples, order = opened
+    shape = WhisperConfig.from_pretrained(model)
+    work = sample_work(shape, samples.windows, samples.index.column("seconds"), WINDOW_SECONDS)
+    balance = Balance(work, rank, ranks, order.global_batch)
+    return loader(opened, rank=rank, ranks=ranks, balance=balance, **options)
 
 
 def content(steps: list[Step]) -> list[list[tuple[object, ...]]]:
@@ -170,6 +183,55 @@ def test_starting_at_any_step_goes_on_as_if_from_the_first(shards: str, opened: 
 def test_ranks_together_take_the_batches_of_one(shards: str, opened: Open, ranks: int) -> None:
     found = opened(shards)
     assert of_ranks(found, ranks) == content(list(loader(found)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_balanced_ranks_together_take_the_same_batches(
+    shards: str, opened: Open, model: Path, ranks: int
+) -> None:
+    """Each sample on one rank, cropped and padded as everywhere; the rank with the most audio has less."""
+    found = opened(shards, full=True, batch=16, max_seconds=1.2, overlong="crop")
+    steps = range(12)
+    whole = list(loader(found, steps=steps))
+    parts = [list(balanced(found, model, rank=rank, ranks=ranks, steps=steps)) for rank in range(ranks)]
+    kept = [list(loader(found, rank=rank, ranks=ranks, steps=steps)) for rank in range(ranks)]
+    by_lane = [
+        {
+            lane: sample
+            for part in parts
+            for lane, sample in zip(part[step].lanes, part[step].samples, strict=True)
+        }
+        for step in steps
+    ]
+    together = [
+        Step(step, [taken[lane] for lane in sorted(taken)], [], 0.0) for step, taken in enumerate(by_lane)
+    ]
+    assert content(together) == content(whole)
+    assert [[s.frames for s in step.samples] for step in together] == [
+        [s.frames for s in step.samples] for step in whole
+    ]
+    assert all(part[step].lanes == sorted(part[step].lanes) for part in parts for step in steps)
+    if ranks > 1:
+        assert fullest(parts) < fullest(kept)
+        assert [step.lanes for part in parts for step in part] != [
+            step.lanes for part in kept for step in part
+        ]
+
+
+def fullest(parts: list[list[Step]]) -> int:
+    """Frames of the fullest rank, over all steps."""
+    by_step = zip(*parts, strict=True)
+    return sum(max(sum(s.frames for s in step.samples) for step in of_ranks) for of_ranks in by_step)
+
+
+def test_a_balanced_rank_goes_on_at_any_step(shards: str, opened: Open, model: Path) -> None:
+    found = opened(shards, full=True, batch=16)
+    for rank in range(3):
+        whole = list(balanced(found, model, rank=rank, ranks=3, steps=range(12)))
+        for start in (1, 3, 5, 8):  # an epoch has five steps
+            rest = list(balanced(found, model, rank=rank, ranks=3, steps=range(start, 12)))
+            assert content(rest) == content(whole[start:]), start
+            assert [step.lanes for step in rest] == [step.lanes for step in whole[start:]]
 
 
 def test_single_reads_bring_the_samples_of_long_ones(shards: str, opened: Open) -> None:
@@ -487,3 +549,42 @@ def test_after_a_start_in_the_middle_of_a_window_nothing_is_read_of_what_was_use
         for step, row in enumerate(rows[:16]):
             first, end = samples.place(int(row)).audio
             assert any(low <= first and end <= high for low, high in asked) == (step >= start), step
+
+
+def test_what_moves_to_another_rank_is_read_there_alone(opened: Open, model: Path, tmp_path: Path) -> None:
+    """And not where it was; all that stays is read in runs."""
+    noise = np.random.default_rng(0).integers(-9999, 9999, 88_200).astype(np.int16)
+    members = []
+    for number in range(128):
+        audio = BytesIO()
+        # At least 67 kB: too much to read along as a gap.
+        soundfile.write(audio, noise[: 33_500 + 400 * number], 44_100, format="WAV")
+        members += [(f"{number:03d}.wav", audio.getvalue()), (f"{number:03d}.json", b'{"caption": "Noise."}')]
+    write_tar(tmp_path / "one" / "noise.tar", members)
+    samples, order = found = opened(
+        f"{tmp_path}/one/*.tar", full=True, weight=1.0, batch=8, shuffle_window=64
+    )
+    steps = range(order.steps_in(0))
+    rows, reads_of_a_run, moved_in = order.lanes(0, range(8)), 0, 0
+    for rank in range(2):
+        asked: list[tuple[int, int]] = []
+
+        def read(place: location.Location, first: int, end: int, asked: Any = asked) -> bytes:
+            asked.append((first, end))
+            return storage.read(place, first, end)
+
+        taken = {
+            int(rows[lane, step.number])
+            for step in balanced(found, model, rank=rank, ranks=2, steps=steps, read=read)
+            for lane in step.lanes
+        }
+        own = rows[rank_lanes(rank, 2, 8)]
+        own = set(own[own != EMPTY].tolist())
+        for row in set(range(len(samples.index))) - taken:
+            place = samples.place(row)
+            assert not any(first < place.end and place.start < end for first, end in asked), "left elsewhere"
+        for row in taken - own:
+            assert (samples.place(row).start, samples.place(row).end) in asked
+        moved_in += len(taken - own)
+        reads_of_a_run += len(taken & own) - (len(asked) - len(taken - own))
+    assert moved_in > 0 and reads_of_a_run > 0

@@ -17,6 +17,7 @@ from data.order import (
     ORDER_VERSION,
     RUN_BYTES,
     RUNS_PER_LANE,
+    Listed,
     Order,
     cut_runs,
     random_keys,
@@ -33,7 +34,7 @@ def order_of(shards: list[int], weights: list[float], seed: int, batch: int, win
     shard = np.repeat(np.arange(len(shards)), shards)
     size = np.random.default_rng(seed).integers(1_000, 1_000_000, len(shard))
     runs = cut_runs(shard, size, batch)
-    return Order(runs, shard[runs[:-1]] % len(weights), weights, seed, batch, window, 3000)
+    return Order(runs, shard[runs[:-1]] % len(weights), weights, seed, batch, window)
 
 
 def source_of(shards: list[int], sources: int) -> np.ndarray:
@@ -85,12 +86,23 @@ def test_a_lane_depends_on_seed_epoch_and_lane_alone(order, epoch, data) -> None
         order.seed,
         order.global_batch,
         order.shuffle_window,
-        order.frames,
     )
     again.lanes(epoch + 1, range(order.global_batch))  # what was asked for before changes nothing
     assert np.array_equal(
         order.lanes(epoch, range(first, last + 1))[lane - first], again.lanes(epoch, range(lane, lane + 1))[0]
     )
+
+
+@seeded
+@given(orders, st.integers(0, 3), st.data())
+def test_some_steps_are_those_of_the_whole_epoch(order, epoch, data) -> None:
+    lanes = range(order.global_batch)
+    whole = order.lanes(epoch, lanes)
+    last = data.draw(st.integers(0, whole.shape[1]))
+    first = data.draw(st.integers(0, last))
+    assert np.array_equal(order.lanes(epoch, lanes, range(first, last)), whole[:, first:last])
+    listed = Listed(whole.ravel().tolist(), order.global_batch)
+    assert np.array_equal(listed.lanes(0, lanes, range(first, last)), listed.lanes(0, lanes)[:, first:last])
 
 
 @seeded
@@ -120,7 +132,7 @@ def test_empty_slots_are_at_the_last_step_only(order, epoch) -> None:
 def test_another_seed_or_epoch_is_another_order(seed, other_seed, epoch, other_epoch) -> None:
     runs = cut_runs(np.zeros(200), np.full(200, 1_000), 4)
     one, other = (
-        Order(runs, np.zeros(len(runs) - 1), [1.0], s, 4, 16, 3000).lanes(e, range(4))
+        Order(runs, np.zeros(len(runs) - 1), [1.0], s, 4, 16).lanes(e, range(4))
         for s, e in [(seed, epoch), (other_seed, other_epoch)]
     )
     same = (seed, epoch) == (other_seed, other_epoch)
@@ -156,7 +168,7 @@ def test_the_order_is_the_same_under_every_version_of_numpy() -> None:
     assert random_keys(2, 2**33, 2, 5, 3).tolist() == [11914143290752745678, 908092971789093623]
     assert ORDER_VERSION == 2
     runs = np.arange(0, 25, 2)  # of two samples each; those of the second source come every second epoch
-    order = Order(runs, np.repeat([0, 1], 6), [1.0, 0.5], 7, 4, shuffle_window=3, frames=3000)
+    order = Order(runs, np.repeat([0, 1], 6), [1.0, 0.5], 7, 4, shuffle_window=3)
     assert order.lanes(0, range(4)).tolist() == [
         [9, 8, 6, 7, -1],
         [17, 16, 22, 2, 23],
@@ -200,7 +212,7 @@ def large() -> tuple[Order, np.ndarray]:
     total = sum(clips)
     source, size = np.repeat(np.arange(7), clips), np.random.default_rng(0).integers(20_000, 400_000, total)
     runs = cut_runs(np.arange(total) // 1_000 + 10_000 * source, size, 64)
-    return Order(runs, source[runs[:-1]], weights, 0, 64, 256, 3000), source
+    return Order(runs, source[runs[:-1]], weights, 0, 64, 256), source
 
 
 def test_three_million_samples_are_dealt_to_a_rank(large) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
-from configs.schema import Change, RunConfig, Section, Source
+from configs.schema import Change, Data, RunConfig, Section, Source
 from data.order import ORDER_VERSION
 
 SOURCES = {Change.NEW_EPOCH: "data.sources", Change.ON_PURPOSE: "data.sources.captions"}
@@ -28,8 +28,8 @@ EXPLAINED = {
         " wrote the checkpoint, with which the run goes on as it was)"
     ),
 }
-UNNAMED = {ORDER: 1}
-"""Values in checkpoints that do not name them yet."""
+UNNAMED = {ORDER: 1, "data.window": "full", "data.full_share": Data.model_fields["full_share"].default}
+"""Values in checkpoints that do not name them yet: there, every clip was padded."""
 
 
 def pinned(config: RunConfig, index_digest: str) -> dict[str, Any]:

@@ -369,8 +369,12 @@ class Training:
 
     def gather_keys(self, step: Step) -> list[str] | None:
         """All samples of a step in the order of lanes, on rank 0; None on the others."""
-        by_rank = self.world.gather([sample.key for sample in step.samples])
-        return None if by_rank is None else [key for keys in by_rank for key in keys]
+        keys = [sample.key for sample in step.samples]
+        by_rank = self.world.gather(dict(zip(step.lanes, keys, strict=True)))
+        if by_rank is None:
+            return None
+        by_lane = {lane: key for of_rank in by_rank for lane, key in of_rank.items()}
+        return [by_lane[lane] for lane in sorted(by_lane)]
 
     def close(self) -> None:
         """Give up what is under way, and finish the curves."""

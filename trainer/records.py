@@ -52,6 +52,7 @@ class SampleRecords:
                 "attempt": self._attempt,
                 "rank": self._world.rank,
                 "keys": [sample.key for sample in step.samples],
+                "lanes": step.lanes,
             }
             if step.rejected:
                 entry["rejected"] = [sample.key for sample in step.rejected]

@@ -87,7 +87,15 @@ class Start:
             captioner=captioner,
             engine=engine,
             loaders=Loaders(
-                config, world, samples, self._encoder(captioner), order, windows, journal, poisoned
+                config,
+                world,
+                samples,
+                self._encoder(captioner),
+                order,
+                windows,
+                journal,
+                poisoned,
+                captioner.config,
             ),
             records=SampleRecords(config.data, run, self.lease.attempt, world, vocabulary),
             checkpoints=Checkpoints(

@@ -1,5 +1,5 @@
-"""`python -m tools.bench checkpoint|export|data|index`: measures here what checkpoints, exports, data and the
-start of a run cost, in turn with what the same costs with other programs.
+"""`python -m tools.bench checkpoint|export|data|index|balance`: measures here what checkpoints, exports, data
+and the start of a run cost, in turn with what the same costs with other programs.
 
 `checkpoint`: ranks with gloo train a Whisper with random weights on ZeRO-2. They save the same state, the
 fp32 weights and AdamW's two moments, in turn with Earwitness' Writer, DeepSpeed's save_checkpoint (which adds
@@ -50,6 +50,16 @@ rank and with several at a time. The files are in the page cache.
     first batch   check, open and the slowest plan
     memory        of all ranks together, beyond that after the imports: private, and PSS, which counts once
                   what ranks share; peak: of one rank other than rank 0
+
+`balance`: the planner of a run (order, dealing, reads) on made clips of seven sources with the reference's
+mix of lengths, for whisper-large-v3-turbo. Nothing is read, and no second process is started.
+
+    fullest       work of the fullest rank over the mean, by FLOPs, mean of the steps: with the samples as
+                  shuffled, and with some dealt to other ranks; and that in the worst of a hundred steps
+    share moved   of the samples, to another rank
+    requests      reads per sample
+    milliseconds  CPU time of planning on one rank: of a step, all steps taken together, and until the first
+                  one is planned
 """
 
 from __future__ import annotations
@@ -71,7 +81,8 @@ import typer
 
 from configs.errors import EarwitnessError, run_command
 from configs.ports import free_ports
-from tools.bench import data, starts
+from configs.schema import RunConfig
+from tools.bench import balance, data, starts
 from tools.bench.data import Form, Pipeline, Store
 from tools.bench.ranks import SECONDS
 from tools.bench.report import ROOT, Figures, Summary, aims, describe, environment, report, say, summary
@@ -287,6 +298,44 @@ def bench_index(
     }
     tables = {"first start": {"merge": summary(merge_rounds)}, "later start": later}
     report(conditions, tables, aims(worst, INDEX_AIMS), as_json=as_json)
+
+
+@app.command("balance")
+def bench_balance(
+    samples: Annotated[int, typer.Option(min=1000, help="Samples in all sources.")] = 3_100_000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are planned.")] = 1024,
+    global_size: Annotated[int, typer.Option(min=2, help="Samples of a step.")] = 64,
+    full_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the samples that are padded to the whole window.")
+    ] = 0.2,
+    rounds: Rounds = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure how even the work of ranks is, and what it costs to make it so."""
+    sections = {
+        "run": {"name": "bench"},
+        "model": {"name_or_path": "none"},
+        "optim": {"max_steps": steps},
+        "batch": {"global_size": global_size},
+        "data": {"sources": [{"name": "made", "shards": "none"}], "full_share": full_share},
+    }
+    config = RunConfig.model_validate(sections)
+    course = balance.Course(samples, steps, config)
+    by_ranks: dict[int, list[Figures]] = {
+        ranks: [] for ranks in (2, 4, 8, 16, 32, 64, 128, 256) if ranks <= global_size
+    }
+    for number in range(rounds):
+        say(f"round {number + 1} of {rounds}")
+        for ranks, figures in by_ranks.items():
+            figures.append(course.measure(ranks))
+    summaries = {f"ranks {ranks}": summary(figures) for ranks, figures in by_ranks.items()}
+    conditions = describe("numpy") | {
+        "samples": samples,
+        "steps": steps,
+        "global_size": global_size,
+        "full_share": full_share,
+    }
+    report(conditions, {"balance": summaries}, {}, as_json=as_json)
 
 
 @contextmanager

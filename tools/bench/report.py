@@ -126,4 +126,6 @@ def _cell(summary: Summary, name: str) -> str:
     if name not in summary["median"]:
         return ""
     values = [figures[name] for figures in summary["rounds"]]
+    if min(values) == max(values):
+        return f"{values[0]:.3f}"
     return f"{summary['median'][name]:.3f} ({min(values):.3f} - {max(values):.3f})"
