@@ -64,6 +64,9 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
     nodes = _node_of_each_rank(run, lease.attempt)
     watch = _watchdog(run, lease, rank, nodes, journal, config.slurm.hang_seconds)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Lengths differ from batch to batch, which fragments a GPU's memory otherwise.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Imported here, so that a signal during these seconds is already heeded.
     import torch
 

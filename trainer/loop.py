@@ -20,6 +20,7 @@ from trainer.engines import Update
 from trainer.evaluate import Evaluator, PanelClip
 from trainer.feed import Fed, Feed
 from trainer.flops import step_flops
+from trainer.garbage import collected_between_steps
 from trainer.loss import token_losses
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
@@ -98,7 +99,8 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
     disk."""
     training = Training(session, stop, watch)
     try:
-        return training.run()
+        with collected_between_steps() as collect:
+            return training.run(collect)
     except Exception:
         session.checkpoints.drain(LAST_CHANCE)
         raise
@@ -170,8 +172,9 @@ class Training:
         """Of the evaluation of this step, until they are saved."""
         self.taken: TakenStep | None = None
 
-    def run(self) -> Outcome:
-        """Evaluate, save and take steps, until the last one or a stop."""
+    def run(self, collect: Callable[[int], None]) -> Outcome:
+        """Evaluate, save and take steps, until the last one or a stop. collect: takes garbage away, given the
+        number of steps taken."""
         while True:
             is_last = self.state.step == self.session.total_steps
             is_best = False
@@ -210,6 +213,7 @@ class Training:
             missing = most_batches - len(fed.batches)
             empty = [collate([]).to(self.world.device) for _ in range(missing)]
             self.take(fed.step, fed.batches + empty, sums.tokens)
+            collect(self.state.step)
 
     def is_every(self, steps: int) -> bool:
         """Whether the number of steps taken is a multiple of `steps`."""
