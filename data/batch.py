@@ -39,15 +39,18 @@ class Sample:
 @dataclass(frozen=True)
 class Segments:
     """Where the sequences lie that a tensor holds end to end. lengths: of the B sequences; bounds: (B + 1,)
-    int32, where each begins, and where the last one ends."""
+    int32, where each begins, and where the last one ends; longest: the largest length, which compiled code
+    takes from here: if it looked at `lengths`, it would be compiled for each batch."""
 
     lengths: tuple[int, ...]
     bounds: torch.Tensor
+    longest: int
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> Segments:
         """Sequences of these lengths, on the CPU."""
-        return cls(tuple(lengths), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32))
+        bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        return cls(tuple(lengths), bounds, max(lengths))
 
     def to(self, device: torch.device) -> Segments:
         """The same on a device."""
@@ -66,11 +69,6 @@ class Segments:
     def total(self) -> int:
         """Sum of the lengths."""
         return sum(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        """Largest length."""
-        return max(self.lengths)
 
     @property
     def are_equal(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from configs.errors import ConfigError, EarwitnessError, UnfitNode
 from configs.load import validate
 from configs.ports import free_ports
+from launch import doctor
 from tests.making import config_values
 from trainer import distributed
 from trainer.engines import zero2
@@ -175,3 +176,8 @@ def test_deepspeed_computes_on_what_the_ranks_do(
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backends)
     assert zero2._accelerator() == accelerator
+
+
+@pytest.mark.parametrize(("version", "verdict"), [("2.9.1+cu128", "bad"), ("2.10.0", "ok"), ("2.13.0+cpu", "ok")])
+def test_doctor_says_whether_a_gpu_has_attention_for_packed_clips(version: str, verdict: str) -> None:
+    assert doctor._attention(version).verdict == verdict
