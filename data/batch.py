@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -112,7 +113,7 @@ class Batch:
 
     def map(self, change: Change) -> Batch:
         """The same batch with each of its tensors changed."""
-        tensors = {
+        tensors: dict[str, Any] = {
             name: change(getattr(self, name))
             for name in ("waveforms", "decoder_input_ids", "labels", "source")
         }

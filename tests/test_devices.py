@@ -178,6 +178,8 @@ def test_deepspeed_computes_on_what_the_ranks_do(
     assert zero2._accelerator() == accelerator
 
 
-@pytest.mark.parametrize(("version", "verdict"), [("2.9.1+cu128", "bad"), ("2.10.0", "ok"), ("2.13.0+cpu", "ok")])
+@pytest.mark.parametrize(
+    ("version", "verdict"), [("2.9.1+cu128", "bad"), ("2.10.0", "ok"), ("2.13.0+cpu", "ok")]
+)
 def test_doctor_says_whether_a_gpu_has_attention_for_packed_clips(version: str, verdict: str) -> None:
     assert doctor._attention(version).verdict == verdict

@@ -1,4 +1,4 @@
-"""What both engines do with a gradient: one reduction per step, exact sums, and nothing if it is not finite."""
+"""What both engines do with a gradient: exact sums, one reduction per step, nothing if it is not finite."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ SIOCGIFADDR = 0x8915
 class World:
     """This rank and its device.
 
-    What ranks tell each other here goes from host to host, past the GPUs: it does not wait for what they still
-    have to do, nor they for it.
+    What ranks tell each other here goes from host to host, past the GPUs: it does not wait for what they
+    still have to do, nor they for it.
     """
 
     rank: int

@@ -32,8 +32,8 @@ class Fed:
 class Feed(Iterator[Fed]):
     """Takes the steps of a loader, and cuts, collates and copies them in a thread of its own, one step ahead.
 
-    A GPU gets its copies from pinned memory and on a stream of their own, beside what it computes. (Both kinds
-    of memory come from torch's caching allocators, which use it again.) What fails surfaces in `next`.
+    A GPU gets its copies from pinned memory and on a stream of their own, beside what it computes. (Both
+    kinds of memory come from torch's caching allocators, which use it again.) What fails surfaces in `next`.
     """
 
     def __init__(self, loader: Loader, size: Size, device: torch.device) -> None:

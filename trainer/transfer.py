@@ -6,8 +6,8 @@ import torch
 
 
 class OnItsWay:
-    """A number that the device is still computing. It is copied as soon as it is there; what the device is given
-    to do afterwards is not waited for when it is read."""
+    """A number that the device is still computing. It is copied as soon as it is there: who reads it does not
+    wait for what the device was given to do afterwards."""
 
     def __init__(self, number: torch.Tensor) -> None:
         """number: () or (1,), on any device."""

@@ -155,7 +155,7 @@ class Zero2Engine:
         return logits
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add a micro-batch's gradient; `last` marks the last one of a step, after which the sum is reduced."""
+        """Add a micro-batch's gradient; `last` marks the last one of a step, which reduces the sum."""
         if self._reduction is None:
             self._reduction = self._engine.coalesce_grad_reduction()
             self._reduction.__enter__()
