@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ import torch
 from data.captions import IGNORED, Tokens
 from data.decode import SAMPLE_RATE
 from data.windows import HOP
+
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,26 @@ class Sample:
 @dataclass(frozen=True)
 class Segments:
     """Where the sequences lie that a tensor holds end to end. lengths: of the B sequences; bounds: (B + 1,)
-    int32, where each begins, and where the last one ends."""
+    int32, where each begins, and where the last one ends; longest: the largest length, which compiled code
+    takes from here: if it looked at `lengths`, it would be compiled for each batch."""
 
     lengths: tuple[int, ...]
     bounds: torch.Tensor
+    longest: int
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> Segments:
         """Sequences of these lengths, on the CPU."""
-        return cls(tuple(lengths), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32))
+        bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        return cls(tuple(lengths), bounds, max(lengths))
 
     def to(self, device: torch.device) -> Segments:
         """The same on a device."""
-        return replace(self, bounds=self.bounds.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Change) -> Segments:
+        """The same with the tensor changed."""
+        return replace(self, bounds=change(self.bounds))
 
     @property
     def count(self) -> int:
@@ -60,11 +70,6 @@ class Segments:
     def total(self) -> int:
         """Sum of the lengths."""
         return sum(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        """Largest length."""
-        return max(self.lengths)
 
     @property
     def are_equal(self) -> bool:
@@ -104,12 +109,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Change) -> Batch:
+        """The same batch with each of its tensors changed."""
+        tensors: dict[str, Any] = {
+            name: change(getattr(self, name))
             for name in ("waveforms", "decoder_input_ids", "labels", "source")
         }
-        segments = {name: getattr(self, name).to(device) for name in ("sound", "audio", "text")}
-        return replace(self, **moved, **segments)
+        segments = {name: getattr(self, name).map(change) for name in ("sound", "audio", "text")}
+        return replace(self, **tensors, **segments)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

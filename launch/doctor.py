@@ -114,6 +114,7 @@ def _gpus() -> Iterator[Finding]:
     import torch
 
     yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    yield _attention(torch.__version__)
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
         details = f"{device.name}, {device.total_memory / 1e9:.0f} GB"
@@ -122,6 +123,17 @@ def _gpus() -> Iterator[Finding]:
         else:
             needs = "no BF16, training needs it (Ampere or newer)"
             yield Finding(f"GPU {number}", "bad", f"{details}: {needs}")
+
+
+def _attention(version: str) -> Finding:
+    """Whether a torch has attention for clips of all lengths at once."""
+    if tuple(map(int, version.split(".")[:2])) >= (2, 10):
+        return Finding("attention", "ok", "FlashAttention, all clips of a batch at once")
+    return Finding(
+        "attention",
+        "bad",
+        f"torch {version} has none for clips of different lengths (varlen_attn); install 2.10 or newer",
+    )
 
 
 def _programs() -> Iterator[Finding]:

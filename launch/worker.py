@@ -76,6 +76,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
     nodes = _node_of_each_rank(run, lease.attempt)
     watch = _watchdog(run, lease, rank, nodes, journal, config.slurm.hang_seconds)
+    _let_memory_grow()
     # Imported here, so that a signal during these seconds is already heeded.
     stopwatch.lap("interpreter")
     import torch
@@ -113,6 +114,13 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     if outcome is Outcome.FINISHED:
         session.checkpoints.finish_mirror()  # now that nobody waits for this rank
     return code
+
+
+def _let_memory_grow() -> None:
+    """Let torch take a GPU's memory in segments that grow, unless it was told otherwise: lengths differ from
+    batch to batch, which would leave it in pieces. Call before torch is imported."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _tell_start(session: Session) -> None:

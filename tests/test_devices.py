@@ -14,6 +14,7 @@ import torch
 from configs.errors import ConfigError, EarwitnessError, UnfitNode
 from configs.load import validate
 from configs.ports import free_ports
+from launch import doctor
 from tests.making import config_values
 from trainer import distributed
 from trainer.engines import zero2
@@ -128,13 +129,17 @@ def test_ranks_join_with_the_device_they_were_given(
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend, **given: joined.append({backend: given})
     )
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     world = distributed.start(["n1", "n1"], first_gpu())
     assert (world.rank, world.size, world.device) == (1, 2, first_gpu())
     assert taken == [first_gpu()] and met == [uuid]
-    assert joined[0]["nccl"]["device_id"] == first_gpu()
+    (backend,) = joined[0]
+    assert backend == "cpu:gloo,cuda:nccl", "what ranks tell each other must not wait for their GPUs"
+    assert joined[0][backend]["device_id"] == first_gpu()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 class Begun(Exception):
@@ -160,12 +165,21 @@ def test_deepspeed_takes_the_gpu_of_its_rank_where_each_task_has_one(
     assert numbers == ["0", "3"] and os.environ["LOCAL_RANK"] == "3"
 
 
-@pytest.mark.parametrize(("backend", "accelerator"), [("gloo", "cpu"), ("nccl", "cuda")])
+@pytest.mark.parametrize(
+    ("backends", "accelerator"), [("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cuda")]
+)
 def test_deepspeed_computes_on_what_the_ranks_do(
-    monkeypatch: pytest.MonkeyPatch, backend: str, accelerator: str
+    monkeypatch: pytest.MonkeyPatch, backends: str, accelerator: str
 ) -> None:
     """Left alone, it takes a GPU of a node where the job has asked for none."""
     have_gpus(monkeypatch, 8)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backends)
     assert zero2._accelerator() == accelerator
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"), [("2.9.1+cu128", "bad"), ("2.10.0", "ok"), ("2.13.0+cpu", "ok")]
+)
+def test_doctor_says_whether_a_gpu_has_attention_for_packed_clips(version: str, verdict: str) -> None:
+    assert doctor._attention(version).verdict == verdict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from configs.load import validate
 from configs.run.causes import Cause
 from configs.run.events import MicroSeconds
 from configs.run.lease import Superseded
+from launch import worker
 from launch.failures import diagnose
 from tests.making import config_values
 
@@ -84,3 +86,23 @@ def test_what_to_do_without_gpu_memory_depends_on_who_chose_the_micro_batch(
 def test_a_rank_says_why_it_fails_as_a_value(error: Exception, cause: Cause, exit_code: int) -> None:
     diagnosis = diagnose(error, None)
     assert (diagnosis.cause, diagnosis.exit_code) == (cause, exit_code)
+
+
+@pytest.mark.parametrize(
+    ("told", "alloc_conf"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_a_gpus_memory_grows_in_segments_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], alloc_conf: str | None
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    worker._let_memory_grow()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == alloc_conf

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -22,14 +24,17 @@ D = TypeVar("D", bound="DataclassInstance")
 PATIENCE = timedelta(minutes=30)
 """How long ranks wait for one another: at a start, rank 0 may merge indexes or bring a checkpoint back from
 its mirror."""
-
 MEETING = timedelta(minutes=10)
 """How long they wait for one another at first: imports from a network file system may take minutes."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This rank and its device."""
+    """This rank and its device.
+
+    What ranks tell each other here goes from host to host, past the GPUs: it does not wait for what they
+    still have to do, nor they for it.
+    """
 
     rank: int
     size: int
@@ -37,7 +42,7 @@ class World:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all ranks, in float64. Every rank must call it at the same point."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
 
@@ -68,14 +73,14 @@ class World:
 
     def any_of_each(self, flags: torch.Tensor) -> torch.Tensor:
         """(n,) bool: true where it is true on any rank."""
-        maxima = flags.to(self.device, torch.uint8)
+        maxima = flags.to("cpu", torch.uint8, copy=True)
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
-        return maxima.cpu().bool()
+        return maxima.bool()
 
     def share(self, value: T) -> T:
         """The value of rank 0, on all ranks."""
         values = [value]
-        dist.broadcast_object_list(values, device=self.device)
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
         return values[0]
 
     def gather(self, value: T) -> list[T] | None:
@@ -87,7 +92,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        self.sum([0.0])  # dist.barrier would wait for the GPUs, too
 
 
 def choose_device(local_rank: int, node: str, gpus_per_node: int | None) -> torch.device:
@@ -136,9 +141,11 @@ def start(nodes: Sequence[str], device: torch.device) -> World:
                 f"{name}: this GPU has no BF16 arithmetic, which training uses; take one of the Ampere"
                 " generation or newer (A100, H100)"
             )
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ |= _gloo_network(os.environ["MASTER_ADDR"])
     try:
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=meet(rank, nodes, gpu=_uuid(device)),
             rank=rank,
             world_size=size,
@@ -152,6 +159,25 @@ def start(nodes: Sequence[str], device: torch.device) -> World:
         )
         raise CannotMeet(f"rank {rank} cannot meet the others at {place}: {hint}") from None
     return World(rank, size, device)
+
+
+def _gloo_network(master: str) -> dict[str, str]:
+    """Lets gloo take the network that leads to rank 0; empty if its name is not found.
+
+    On its own gloo takes the address that this node's own name stands for, which on many nodes is a loopback
+    that no other node reaches, or none.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            own_address = probe.getsockname()[0]
+    except OSError:  # no such name
+        return {}
+    for interface, addresses in psutil.net_if_addrs().items():
+        if own_address in (address.address for address in addresses):
+            return {"GLOO_SOCKET_IFNAME": interface}
+    return {}
 
 
 def _uuid(device: torch.device) -> str:

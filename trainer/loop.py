@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import NoReturn
+from typing import NoReturn, Protocol, TypeVar
 
 import torch
 
@@ -18,16 +18,31 @@ from data.loader import Loader, Step
 from data.retry import received
 from trainer.engines import Update
 from trainer.evaluate import Evaluator, PanelClip
+from trainer.feed import Fed, Feed
 from trainer.flops import step_flops
-from trainer.loss import count_tokens, token_losses
+from trainer.garbage import collected_between_steps
+from trainer.loss import token_losses
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
 from trainer.session import Session, StopFlag, Watch
+from trainer.transfer import OnItsWay
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 LAST_CHANCE = 5.0
 """Seconds that a checkpoint under way gets when this rank has failed."""
 SLICE = 1.0
 """Seconds after which a rank that waits for samples looks whether a stop is requested."""
+
+
+class Coming(Protocol[T_co]):
+    """Gives one thing after the other, and says whether the next one is there."""
+
+    def ready(self, seconds: float) -> bool:
+        """Wait until there is something to give at once, an error included. False if that takes longer."""
+
+    def __next__(self) -> T_co:
+        """The next one."""
 
 
 class Outcome(Enum):
@@ -75,7 +90,7 @@ class TakenStep:
     global batch."""
 
     step: Step
-    losses: torch.Tensor
+    losses: OnItsWay
     tokens: float
 
 
@@ -84,7 +99,8 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
     disk."""
     training = Training(session, stop, watch)
     try:
-        return training.run()
+        with collected_between_steps() as collect:
+            return training.run(collect)
     except Exception:
         session.checkpoints.drain(LAST_CHANCE)
         raise
@@ -93,25 +109,23 @@ def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
 
 
 def fetch(
-    loader: Loader, number: int, stop: StopFlag, sign_of_life: Callable[[], None]
-) -> tuple[Step, Exception | None]:
-    """The samples of step `number`; none if a stop is requested before they are there: no rank takes the step
-    then.
+    coming: Coming[T], nothing: T, stop: StopFlag, sign_of_life: Callable[[], None]
+) -> tuple[T, Exception | None]:
+    """What comes next; `nothing` if a stop is requested before it is there: no rank takes the step then.
 
     An error is returned, so that all ranks can learn of it before they leave. Bytes that come are signs of
     life: slow storage is not taken for a hang.
     """
-    nothing = Step(number, [], [], 0.0)
     sign_of_life()
     before = received()
     try:
-        while not loader.ready(SLICE):
+        while not coming.ready(SLICE):
             if stop.requested:
                 return nothing, None
             if received() != before:
                 before = received()
                 sign_of_life()
-        return next(loader), None
+        return next(coming), None
     except Exception as error:
         return nothing, error
 
@@ -147,7 +161,8 @@ class Training:
             stopwatch=session.stopwatch,
         )
         self.clock = self.monitor.clock
-        self.loader = session.loaders.training(range(session.state.step, session.total_steps))
+        steps = range(session.state.step, session.total_steps)
+        self.feed = Feed(session.loaders.training(steps), session.size, session.world.device)
         self.spikes = SpikeWindow(session.config.monitor.spike_sigma)
         self.first_step = session.state.step
         self.bad_samples = 0
@@ -158,8 +173,9 @@ class Training:
         """Of the evaluation of this step, until they are saved."""
         self.taken: TakenStep | None = None
 
-    def run(self) -> Outcome:
-        """Evaluate, save and take steps, until the last one or a stop."""
+    def run(self, collect: Callable[[int], None]) -> Outcome:
+        """Evaluate, save and take steps, until the last one or a stop. collect: takes garbage away, given the
+        number of steps taken."""
         while True:
             is_last = self.state.step == self.session.total_steps
             is_best = False
@@ -180,10 +196,9 @@ class Training:
                 self.checkpoints.finish()
                 return Outcome.FINISHED
 
-            step, error = self.fetch(self.loader, Phase.DATA_WAIT)
-            batches = [collate(samples) for samples in self.session.size.cut(step.samples)]
+            fed, error = self.fetch(self.feed, Fed.nothing(self.state.step), Phase.DATA_WAIT)
             # All ranks see the same sums, and so take the same way from here on.
-            sums, most_batches = self.agree(step, batches, error)
+            sums, most_batches = self.agree(fed, error)
             if sums.failed:
                 self.leave_together(error)
             if sums.superseded or sums.unsaved:
@@ -193,21 +208,23 @@ class Training:
             if sums.stopping:
                 return self.save_and_leave()
             self.save_is_due = sums.overdue > 0
-            self.records.note(step)
+            self.records.note(fed.step)
             self.check_bad(int(sums.bad))
             # Engines want as many micro-batches of all ranks: empty ones are added.
-            batches += [collate([])] * (most_batches - len(batches))
-            self.take(step, batches, sums.tokens)
+            missing = most_batches - len(fed.batches)
+            empty = [collate([]).to(self.world.device) for _ in range(missing)]
+            self.take(fed.step, fed.batches + empty, sums.tokens)
+            collect(self.state.step)
 
     def is_every(self, steps: int) -> bool:
         """Whether the number of steps taken is a multiple of `steps`."""
         return self.state.step % steps == 0
 
-    def fetch(self, loader: Loader, phase: Phase) -> tuple[Step, Exception | None]:
-        """The next step's samples, or the error in their place."""
-        return fetch(loader, self.state.step, self.stop, lambda: self.clock.enter(phase))
+    def fetch(self, coming: Coming[T], nothing: T, phase: Phase) -> tuple[T, Exception | None]:
+        """What comes next, or the error and `nothing` in its place."""
+        return fetch(coming, nothing, self.stop, lambda: self.clock.enter(phase))
 
-    def agree(self, step: Step, batches: list[Batch], error: Exception | None) -> tuple[StepSums, int]:
+    def agree(self, fed: Fed, error: Exception | None) -> tuple[StepSums, int]:
         """The one agreement of a step: all ranks take it, or leave together. Returns the sums over all ranks,
         and the micro-batches of the rank that has the most, at least 1."""
         every_minutes = self.config.checkpoint.every_minutes
@@ -218,24 +235,25 @@ class Training:
             unsaved=self.checkpoints.failed,
             stopping=self.stop.requested,
             overdue=every_minutes is not None and minutes > every_minutes,
-            tokens=sum(count_tokens(batch) for batch in batches),
-            bad=sum(1 for sample in step.rejected if sample.bad),
-            losses_before=float(self.taken.losses) if self.taken else 0.0,
+            tokens=fed.tokens,
+            bad=sum(1 for sample in fed.step.rejected if sample.bad),
+            losses_before=self.taken.losses.read() if self.taken else 0.0,
         )
         self.watch.arrive()
-        sums, batches_by_rank = self.world.sum_fields_and_gather(mine, len(batches))
+        sums, batches_by_rank = self.world.sum_fields_and_gather(mine, len(fed.batches))
         self.clock.enter(Phase.TRAINING)
         return sums, max(1, *map(int, batches_by_rank))
 
     def take(self, step: Step, batches: list[Batch], tokens: float) -> None:
         """Take a step: forward, backward, update. tokens: caption tokens of the global batch."""
         losses_of_step = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        self.taken = TakenStep(step, losses_of_step, tokens)
-        for number, on_host in enumerate(batches):
-            batch = on_host.to(self.world.device)
+        for number, batch in enumerate(batches):
+            is_last = number == len(batches) - 1
             losses = token_losses(self.engine, batch, self.session.captioner.config, self.engine.dtype)
-            self.engine.backward(losses.sum() / max(1.0, tokens), last=number == len(batches) - 1)
             losses_of_step += losses.detach().sum()
+            if is_last:
+                self.taken = TakenStep(step, OnItsWay(losses_of_step), tokens)
+            self.engine.backward(losses.sum() / max(1.0, tokens), last=is_last)
             self.monitor.add(batch, losses)
         lr = learning_rate(self.config.optim, self.state.step, self.session.total_steps)
         self.clock.enter(Phase.SAVING)
@@ -265,7 +283,8 @@ class Training:
 
     def fetch_for_evaluation(self, loader: Loader) -> Step | None:
         """The next step of an evaluation, once all ranks have theirs; None if they leave off."""
-        step, error = self.fetch(loader, Phase.EVALUATION)
+        nothing = Step(self.state.step, [], [], 0.0)
+        step, error = self.fetch(loader, nothing, Phase.EVALUATION)
         self.watch.arrive()
         leaving = self.stop.requested or self.session.lease.lost
         sums = self.world.sum_fields(EvaluationSums(failed=error is not None, leaving=leaving))
@@ -364,5 +383,5 @@ class Training:
 
     def close(self) -> None:
         """Give up what is under way, and finish the curves."""
-        self.loader.close()
+        self.feed.close()
         self.monitor.close()

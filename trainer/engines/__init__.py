@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from trainer.whisper import Whisper
 
@@ -73,3 +74,14 @@ class Engine(Protocol):
     def evaluation_module(self) -> Whisper:
         """The whole model as it is now, for evaluation and generation. Every rank must call it at the same
         point."""
+
+
+def global_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Norm of a gradient whose pieces all ranks hold, () float64 on the device; not finite if it is not.
+
+    gradients: this rank's, at least one. In float64: by float32 that of 20 million elements is off by a
+    thousandth on a CPU.
+    """
+    squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
+    dist.all_reduce(squares)
+    return squares.sqrt()

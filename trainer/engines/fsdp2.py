@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from configs.schema import RunConfig
 from trainer.distributed import World
-from trainer.engines import KINDS, Fragment, Read, Update
+from trainer.engines import KINDS, Fragment, Read, Update, global_norm
 from trainer.optim import adamw
+from trainer.transfer import OnItsWay
 from trainer.whisper import Whisper
 
 
@@ -35,7 +36,7 @@ class Fsdp2Engine:
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
         trained: Any = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._trained: dict[str, DTensor] = trained
-        self._optimizer = adamw(model, config.optim)
+        self._optimizer: Any = adamw(model, config.optim)
         self._reset_optimizer(0)
 
     def __call__(self, **inputs: Any) -> torch.Tensor:
@@ -53,28 +54,19 @@ class Fsdp2Engine:
         """Clip, update the weights and forget the gradient."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = self._grad_norm()
-        applied = math.isfinite(norm)
-        if applied:
-            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self._clip, torch.tensor(norm))
-            self._optimizer.step()
+        gradients = [_flat(p.grad) for p in self._trained.values() if p.grad is not None]
+        norm = global_norm(gradients)
+        on_its_way = OnItsWay(norm)
+        torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0).float())
+        self._optimizer.found_inf = (~norm.isfinite()).float()  # leaves all as it is if this is 1
+        self._optimizer.step()
         self._optimizer.zero_grad()
-        return Update(norm, applied)
+        length = on_its_way.read()
+        return Update(length, math.isfinite(length))
 
     def forget(self) -> None:
         """Forget the gradient."""
         self._optimizer.zero_grad()
-
-    def _grad_norm(self) -> float:
-        """Norm of the whole gradient, in float64: by float32, as torch's get_total_norm takes it, that of 20
-        million elements is off by a thousandth on a CPU."""
-        norms = [
-            torch.linalg.vector_norm(_flat(parameter.grad), dtype=torch.float64)
-            for parameter in self._trained.values()
-            if parameter.grad is not None
-        ]
-        (square,) = self._world.sum([float(sum(norm.square() for norm in norms))])
-        return math.sqrt(square)
 
     def fragments(self) -> list[Fragment]:
         """This rank's share of the state: views, not copies. The same stretches every time."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 def _accelerator() -> str:
     """What the ranks compute on, which may be the CPU of a node that has GPUs."""
     if torch.distributed.is_initialized():
-        return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        return "cuda" if "nccl" in torch.distributed.get_backend_config() else "cpu"
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -31,7 +31,7 @@ from configs.errors import ConfigError
 from configs.load import merge
 from configs.schema import RunConfig
 from trainer.distributed import World
-from trainer.engines import KINDS, Fragment, Read, Update
+from trainer.engines import KINDS, Fragment, Read, Update, global_norm
 from trainer.optim import adamw
 from trainer.whisper import Whisper
 
@@ -44,7 +44,11 @@ PRIVATE = (
     "update_lp_params",
     "averaged_gradients",
     "all_grad_tensors",
+    "check_overflow",
+    "scaled_global_norm",
 )
+FP32_GRADIENTS = hasattr(torch.Tensor, "grad_dtype")
+"""Whether the gradients of BF16 weights can be fp32: since torch 2.10."""
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -64,11 +68,14 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             "stage": 2,
             "contiguous_gradients": True,
             "reduce_scatter": True,
-            "overlap_comm": False,  # NaNs have been reported with it (DeepSpeed #7965, #8061)
+            # Overlaps with a backward pass; here the one reduction of a step follows the last of them.
+            "overlap_comm": False,
             "reduce_bucket_size": 200_000_000,
             "allgather_bucket_size": 200_000_000,
         },
         "zero_allow_untested_optimizer": True,
+        # Otherwise it waits for the GPU before every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     return merge(ours, config.engine.zero2)
 
@@ -143,7 +150,17 @@ class Zero2Engine:
                 f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)} any more; install the range"
                 " that requirements.txt names"
             )
-        self.dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.dtype = trained[0].dtype
+        if FP32_GRADIENTS:
+            for parameter in trained:
+                parameter.grad_dtype = torch.float32
+        self._adds_up = FP32_GRADIENTS or self.dtype == torch.float32
+        """Whether gradients may add up on each rank: in BF16 they would lose digits."""
+        self._reduction: AbstractContextManager[None] | None = None
+        """Reduces the gradients when it ends; None if there are none."""
+        if not self._zero.cpu_offload:
+            self._replace_checks()
         self.load(lambda name, kind, start, end: exact[name][start:end], None)
         self.publish()
 
@@ -153,17 +170,33 @@ class Zero2Engine:
         return logits
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add a micro-batch's gradient; `last` marks the last one of a step."""
-        self._engine.set_gradient_accumulation_boundary(last)
+        """Add a micro-batch's gradient; `last` marks the last one of a step, which reduces the sum."""
+        if self._reduction is None:
+            self._reduction = self._engine.coalesce_grad_reduction()
+            self._reduction.__enter__()
         self._engine.backward(loss * self._world_size)  # DeepSpeed averages over the ranks
+        if last or not self._adds_up:
+            self._reduction.__exit__(None, None, None)
+            self._reduction = None
 
     def step(self, lr: float) -> Update:
         """Clip, update the weights and forget the gradient."""
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._engine.step()
-        norm, applied = self._engine.get_global_grad_norm(), self._engine.was_step_applied()
-        return Update(float(norm or 0.0), bool(applied))
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        return Update(norm, bool(self._engine.was_step_applied()))
+
+    def _replace_checks(self) -> None:
+        """Let one norm say how long the gradient is and whether it is finite. DeepSpeed asks parameter by
+        parameter, for each of both, and waits for the device three times."""
+        self._zero.check_overflow = lambda partition_gradients: None
+        self._zero.scaled_global_norm = self._norm
+
+    def _norm(self) -> torch.Tensor:
+        """Norm of the whole gradient, () float32 on the CPU."""
+        groups = self._zero.averaged_gradients.values()
+        return global_norm([gradient for group in groups for gradient in group]).to("cpu", torch.float32)
 
     def forget(self) -> None:
         """Forget the gradient, as DeepSpeed does where it is not finite."""
