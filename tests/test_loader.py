@@ -457,11 +457,12 @@ def test_a_bit_that_flips_on_its_way_is_seen_and_the_sample_is_read_again(
     shards: str, opened: Open, behind_a_proxy: tuple[str, Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once in each shard, so that no flip can hit what is read again, and twice over; in the sixth byte of an
-    answer, which belongs to the first sample of a read. No second request replaces a flipped one."""
+    answer, which belongs to the first sample of a read. No second request replaces a flipped one, and
+    no sample comes twice, whose bytes would be read again twice."""
     url, proxy = behind_a_proxy
     monkeypatch.setattr(retry, "LIMITS", replace(retry.LIMITS, answer=600, stall=600, hedge=600))
-    expected = content(list(loader(opened(shards, full=True))))
-    found = opened(url, full=True)
+    expected = content(list(loader(opened(shards, full=True, weight=1))))
+    found = opened(url, full=True, weight=1)
     for flips in (2, 4):
         proxy.set(*(Fault("flip", after=5, key=shard.name) for shard in Path(shards).parent.glob("*.tar")))
         assert content(list(loader(found))) == expected
