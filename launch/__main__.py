@@ -110,6 +110,18 @@ def drill(run: Run) -> None:
 
 
 @app.command()
+def profile(
+    run: Run,
+    rank: Annotated[int, typer.Option(min=0, help="The rank that writes it.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Give up after so long.")] = 10,
+) -> None:
+    """Let a run at work write a trace of its next three steps, and show what took longest."""
+    from launch.profile import profile
+
+    profile(_rundir(run), rank, minutes)
+
+
+@app.command()
 def selftest(
     config: Config,
     overrides: Overrides = None,

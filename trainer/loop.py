@@ -24,6 +24,7 @@ from trainer.garbage import collected_between_steps
 from trainer.loss import token_losses
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
+from trainer.profiling import StepProfiler
 from trainer.session import Session, StopFlag, Watch
 from trainer.transfer import OnItsWay
 
@@ -161,6 +162,7 @@ class Training:
             stopwatch=session.stopwatch,
         )
         self.clock = self.monitor.clock
+        self.profiler = StepProfiler(session.run.profiles, session.world.rank, session.world.device)
         steps = range(session.state.step, session.total_steps)
         self.feed = Feed(session.loaders.training(steps), session.size, session.world.device)
         self.spikes = SpikeWindow(session.config.monitor.spike_sigma)
@@ -264,6 +266,7 @@ class Training:
         self.state.evaluated = False
         self.check_update(update, step)
         self.monitor.step(step, update, lr, self.records.bad_by_source())
+        self.profiler.step(self.state.step)
 
     def evaluate(self) -> dict[str, float] | None:
         """Validation loss and the panel of captions. Returns the metrics; None if a stop was requested."""
@@ -384,4 +387,5 @@ class Training:
     def close(self) -> None:
         """Give up what is under way, and finish the curves."""
         self.feed.close()
+        self.profiler.close()
         self.monitor.close()

@@ -9,6 +9,7 @@ from configs.errors import ConfigError
 from configs.load import load
 from configs.run.files import JsonLines
 from configs.run.ledger import Ledger
+from configs.run.profiles import Profiles
 from configs.run.proposal import Proposal
 from configs.run.quarantine import Quarantine
 from configs.schema import RunConfig
@@ -38,6 +39,8 @@ class RunDir:
         self.audit = JsonLines(self.path / "audit")
         """With `data.audit`: the samples of every step and rank."""
         self.logs = self.path / "logs"
+        self.profiles = Profiles(self.path / "profile")
+        """Traces of steps that somebody asked for (`launch profile`)."""
         self.leases = self.path / "leases"
         """Who is at work on the run (configs/run/lease.py)."""
         self.code = self.path / "code"

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from configs.errors import ConfigError, EarwitnessError
 from configs.run.events import Progress
 from configs.run.folder import RunDir
+from tools.bench import trace
 from tools.bench.made import Preset, prepared
 from tools.bench.report import ROOT, Figures, Summary, describe, environment, report, run_module, say, summary
 from trainer.distributed import has_bf16
@@ -71,7 +72,8 @@ class Length:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run has told. rounds: figures of each interval of its curves after the warm-up."""
+    """What a run has told. rounds: figures of each interval of its curves after the warm-up; on a GPU with
+    those of a trace, which are the same for all."""
 
     rounds: Sequence[Figures]
     first_step_seconds: float
@@ -264,12 +266,18 @@ def measure(config: Path, name: str, ranks: int, length: Length, overrides: Sequ
         encoding="utf-8",
         errors="replace",
     )
+    idle: Figures = {}
     try:
         _await_step(process, last)
+        if torch.cuda.is_available():
+            say("a trace of three steps more")
+            run_module("launch", "profile", run.path)
+            idle = trace.idle(trace.read(max(run.profiles.traces(rank=0))))
     finally:
         process.kill()  # its ranks die with it
         process.communicate()
-    return _read(run, length)
+    measured = _read(run, length)
+    return replace(measured, rounds=[figures | idle for figures in measured.rounds])
 
 
 def _await_step(process: subprocess.Popen[str], last: int) -> None:
