@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from configs.load import dump
+from configs.run.files import write_atomic
 from configs.run.folder import RunDir
 from configs.schema import RunConfig
 from data.batch import Sample, collate
@@ -69,7 +71,9 @@ class Trainer:
         config = RunConfig.model_validate(sections)
         captioner = model.load(config.model, seed=0)
         if world.rank == 0:
-            model.save_base(RunDir(work / "earwitness"), captioner)
+            run = RunDir(work / "earwitness")
+            model.save_base(run, captioner)
+            write_atomic(run.config, dump(config))
         self.shapes = {name: list(parameter.shape) for name, parameter in captioner.trained.items()}
         self.whisper = captioner.config
         self.parameters = sum(parameter.numel() for parameter in captioner.model.parameters())
