@@ -28,6 +28,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return validate(values, str(path))
 
 
+def load_kept(path: Path) -> RunConfig:
+    """The config that a run has kept, by this version or one before clips were packed: then every clip was
+    padded, and micro-batches had a number of samples. Raises ConfigError."""
+    values = read_yaml(path)
+    values.get("batch", {}).pop("micro_size", None)
+    values.setdefault("data", {}).setdefault("window", "full")
+    return validate(values, str(path))
+
+
 def validate(values: dict[str, Any], origin: str) -> RunConfig:
     """Nested values -> RunConfig; `origin` says in errors where they came from."""
     try:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from configs.errors import ConfigError
 from configs.load import dump, load, merge, section_in, validate
+from configs.run.folder import RunDir
 from configs.schema import RunConfig, Section
 from tests.making import ROOT, config_values
 from trainer.changes import marks, pinned
@@ -329,3 +331,16 @@ def test_a_setting_without_a_mark_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"Unmarked\.value says nothing"):
         marks(Unmarked)
+
+
+def test_what_a_run_kept_before_clips_were_packed_is_read_as_it_was(tmp_path: Path) -> None:
+    values = config_values("run", tmp_path, tmp_path, "*.tar")
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    kept = yaml.safe_load(dump(validate(values, "test")))
+    del kept["data"]["window"], kept["data"]["full_share"], kept["batch"]["micro_seconds"]
+    kept["batch"]["micro_size"] = 8
+    run.config.write_text(yaml.safe_dump(kept), encoding="utf-8")
+    assert run.read_config().data.window == run.proposal.read().data.window == "full"
+    run.config.write_text(dump(validate(values, "test")), encoding="utf-8")
+    assert run.read_config().data.window == "own"

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from configs.errors import ConfigError
-from configs.load import load
+from configs.load import load_kept
 from configs.run.files import JsonLines
 from configs.run.ledger import Ledger
 from configs.run.profiles import Profiles
@@ -87,4 +87,4 @@ class RunDir:
             raise ConfigError(
                 f"{self.path}: not the folder of a run that has started (it has no config.yaml)"
             )
-        return load(self.config)
+        return load_kept(self.config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.load import dump, load
+from configs.load import dump, load, load_kept
 from configs.run.files import write_atomic
 from configs.schema import RunConfig
 
@@ -28,7 +28,7 @@ class Proposal:
 
     def read(self) -> RunConfig:
         """The config that is asked for; the run's own, if none is. Raises ConfigError if there is neither."""
-        return load(self.path if self.path.is_file() else self._accepted)
+        return load(self.path) if self.path.is_file() else load_kept(self._accepted)
 
     def accept(self) -> None:
         """Go on with what is asked for."""
