@@ -67,9 +67,9 @@ def course(tmp_path_factory: pytest.TempPathFactory, model: Path, launch: Launch
 
 
 def anywhere(seed: int) -> Callable[[int], Kill]:
-    """Some time within a second and a half of the first step."""
+    """Some time within half a second of the first step: a fast machine is not done then."""
     return lambda turn: Kill(
-        "trainer.loop:learning_rate", delay=random.Random(f"{seed} {turn}").uniform(0, 1.5)
+        "trainer.loop:learning_rate", delay=random.Random(f"{seed} {turn}").uniform(0, 0.5)
     )
 
 
@@ -124,6 +124,8 @@ def test_killed_on_every_number_of_ranks_and_resumed_on_another(
             procs=procs,
             kill=kill,
         )
+        if kill.delay and done.returncode == 0:  # all steps were taken by then
+            continue
         assert (
             done.returncode == -9 if victim is None else f"rank {victim} was killed by SIGKILL" in done.stderr
         ), (kill, done)
