@@ -63,7 +63,11 @@ class Section(BaseModel):
     """Base of all sections."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -229,10 +233,14 @@ class Batch(Section):
     changes nothing but rounding. `auto`: as much as the GPU's memory takes, found at the first start on each
     kind of GPU; 120 on a CPU."""
 
-    @field_validator("micro_seconds")
+    @field_validator("micro_seconds", mode="before")
     @classmethod
-    def _is_a_length(cls, value: str | float) -> str | float:
-        if not isinstance(value, str) and value <= 0:
+    def _is_auto_or_a_length(cls, value: Any) -> Any:
+        try:
+            is_right = value == "auto" or 0 < float(value) < float("inf")
+        except (TypeError, ValueError):
+            is_right = False
+        if not is_right:
             raise ValueError("write auto, or seconds of audio (more than 0)")
         return value
 

@@ -76,7 +76,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
     nodes = _node_of_each_rank(run, lease.attempt)
     watch = _watchdog(run, lease, rank, nodes, journal, config.slurm.hang_seconds)
-    _let_memory_grow()
+    _set_up_memory()
     # Imported here, so that a signal during these seconds is already heeded.
     stopwatch.lap("interpreter")
     import torch
@@ -116,9 +116,13 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     return code
 
 
-def _let_memory_grow() -> None:
-    """Let torch take a GPU's memory in segments that grow, unless it was told otherwise: lengths differ from
-    batch to batch, which would leave it in pieces. Call before torch is imported."""
+def _set_up_memory() -> None:
+    """Let torch take memory in large pieces, unless it was told otherwise. Call before it is imported.
+
+    That of a GPU in segments that grow: lengths differ from batch to batch, which would leave it in pieces.
+    That of a CPU in huge pages: as often as not, what large tensors cost is the first touch of their pages.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 

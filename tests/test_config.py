@@ -212,6 +212,19 @@ def test_a_run_is_given_in_epochs_or_in_steps(write: Write, override: str) -> No
         load(write(CONFIG), [override])
 
 
+@pytest.mark.parametrize("value", ["nan", ".nan", "inf", "-.inf"])
+@pytest.mark.parametrize("name", ["optim.lr", "data.full_share", "checkpoint.every_minutes"])
+def test_numbers_are_finite(write: Write, name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}: .*(finite|valid) number"):
+        load(write(CONFIG), [f"{name}={value}"])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "30s", "Auto", "null", "[30]"])
+def test_micro_seconds_are_auto_or_a_length(write: Write, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"batch\.micro_seconds: write auto, or seconds of audio"):
+        load(write(CONFIG), [f"batch.micro_seconds={value}"])
+
+
 def test_sources_of_one_name_are_refused(write: Write) -> None:
     with pytest.raises(ConfigError, match="source names must differ: music"):
         load(write(CONFIG), ["data.sources.0.name=music"])

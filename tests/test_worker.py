@@ -89,20 +89,22 @@ def test_a_rank_says_why_it_fails_as_a_value(error: Exception, cause: Cause, exi
 
 
 @pytest.mark.parametrize(
-    ("told", "alloc_conf"),
+    ("told", "alloc_conf", "huge_pages"),
     [
-        ({}, "expandable_segments:True"),
-        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        ({}, "expandable_segments:True", "1"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64", "1"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None, "1"),
+        ({"THP_MEM_ALLOC_ENABLE": "0"}, "expandable_segments:True", "0"),
     ],
 )
-def test_a_gpus_memory_grows_in_segments_unless_told_otherwise(
-    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], alloc_conf: str | None
+def test_torch_takes_memory_in_large_pieces_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], alloc_conf: str | None, huge_pages: str
 ) -> None:
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.setenv(name, "")  # so that it is as before afterwards
         monkeypatch.delenv(name)
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    worker._let_memory_grow()
+    worker._set_up_memory()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == alloc_conf
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == huge_pages
