@@ -121,7 +121,7 @@ def bench_compare(
     shares: Annotated[
         str, typer.Option(help="Shares of clips at full windows, as 0.1,0.2; a training for each.")
     ] = f"{SHARE:g}",
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 7e-5,
     ranks: Annotated[int, typer.Option(min=1, help="Processes of Earwitness; the Trainer has one.")] = 1,
     only: Annotated[Which | None, typer.Option(help="Leave the other one out.")] = None,
     out: Annotated[
