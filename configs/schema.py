@@ -60,7 +60,7 @@ Urls = Annotated[list[str], AfterValidator(public)]
 
 
 class Section(BaseModel):
-    """Base of all sections."""
+    """Base of all sections. Numbers are finite, but for a few bounds: an infinite one is never reached."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -266,7 +266,7 @@ class Optim(Section):
     """AdamW's epsilon."""
     weight_decay: Annotated[float, ON_PURPOSE] = Field(0.0, ge=0)
     """Decoupled weight decay; biases and norms have none."""
-    clip_grad_norm: Annotated[float, ON_PURPOSE] = Field(1.0, gt=0)
+    clip_grad_norm: Annotated[float, ON_PURPOSE] = Field(1.0, gt=0, allow_inf_nan=True)
     """Largest norm of the whole gradient."""
     schedule: Annotated[Literal["linear", "cosine", "constant"], ON_PURPOSE] = "linear"
     """Course of the learning rate after the warm-up; linear and cosine end at 0."""
@@ -303,7 +303,7 @@ class Checkpoint(Section):
 
     every_steps: Annotated[int, FREE] = Field(500, ge=1)
     """Optimizer steps between saves."""
-    every_minutes: Annotated[float | None, FREE] = Field(None, gt=0)
+    every_minutes: Annotated[float | None, FREE] = Field(None, gt=0, allow_inf_nan=True)
     """Minutes after which a save is due in any case."""
     keep_last: Annotated[int, FREE] = Field(2, ge=1)
     """Checkpoints kept, newest first; the best by `evaluate.best_metric` is kept besides."""
@@ -335,7 +335,7 @@ class Monitor(Section):
     peak_tflops: Annotated[float | None, FREE] = Field(None, gt=0)
     """Peak BF16 TFLOP/s of one device, for MFU; default from a table of known cards, without one MFU stays
     blank."""
-    spike_sigma: Annotated[float, FREE] = Field(6.0, gt=0)
+    spike_sigma: Annotated[float, FREE] = Field(6.0, gt=0, allow_inf_nan=True)
     """A step's loss this many standard deviations above the mean of the last 100 is told, and its samples are
     named in the ledger."""
 

@@ -30,6 +30,8 @@ MP3_FRAME = 200
 """Bytes at the beginning of an MP3 that say, by Xing or Info, that it states its length."""
 WRITTEN_INTO_A_PIPE = 0x7FFF_0000
 """Sizes from here on in a RIFF header are not meant: the encoder could not go back to put the true one."""
+OVERDRIVEN = 8
+"""What no recording exceeds for long, in multiples of full scale: what is less is clipped, as on any way."""
 NO_SAMPLES = "the audio has no samples (0 s)"
 UNKNOWN_FRAMES = 1 << 32  # a day at 48 kHz: more is a header that does not know
 AUDIO_ENDINGS = {"wav", "flac", "ogg", "oga", "mp3", "opus", "aiff", "aif", "au", "w64"} | FFMPEG_ONLY
@@ -131,6 +133,12 @@ def _sndfile(content: bytes, fit: Fit) -> npt.NDArray[np.int16]:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
     if not np.isfinite(mono).all():
         raise BadSample("the audio holds values that are not finite")
+    loudness = np.abs(mono)
+    if np.count_nonzero(loudness > OVERDRIVEN) > len(mono) / 2:
+        raise BadSample(
+            f"most of the audio lies far beyond full scale, which is 1 (it reaches {loudness.max():g}): were"
+            " integers written as floats?"
+        )
     return np.clip(np.rint(mono * 32768), -32768, 32767).astype(np.int16)
 
 

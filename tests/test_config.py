@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -213,10 +214,18 @@ def test_a_run_is_given_in_epochs_or_in_steps(write: Write, override: str) -> No
 
 
 @pytest.mark.parametrize("value", ["nan", ".nan", "inf", "-.inf"])
-@pytest.mark.parametrize("name", ["optim.lr", "data.full_share", "checkpoint.every_minutes"])
+@pytest.mark.parametrize("name", ["optim.lr", "data.full_share", "data.cache_gb", "slurm.hang_seconds"])
 def test_numbers_are_finite(write: Write, name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: .*(finite|valid) number"):
         load(write(CONFIG), [f"{name}={value}"])
+
+
+@pytest.mark.parametrize("name", ["optim.clip_grad_norm", "monitor.spike_sigma", "checkpoint.every_minutes"])
+def test_a_bound_may_be_infinite_but_no_nan(write: Write, name: str) -> None:
+    section, _, key = name.partition(".")
+    assert getattr(getattr(load(write(CONFIG), [f"{name}=.inf"]), section), key) == math.inf
+    with pytest.raises(ConfigError, match=rf"{name}: .*greater than 0"):
+        load(write(CONFIG), [f"{name}=.nan"])
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "30s", "Auto", "null", "[30]"])

@@ -142,6 +142,15 @@ def test_values_that_are_not_finite_are_a_bad_sample() -> None:
             decode(encode(wave, rate, subtype="FLOAT"), "wav")
 
 
+@pytest.mark.parametrize(("loudness", "rate"), [(3000, 16_000), (3000, 44_100), (20, 16_000)])
+def test_integers_that_were_written_as_floats_are_a_bad_sample(loudness: int, rate: int) -> None:
+    waves = np.rint(np.random.default_rng(0).standard_normal(rate) * loudness)
+    file = io.BytesIO()
+    soundfile.write(file, waves.astype(np.float32), rate, format="WAV", subtype="FLOAT")
+    with pytest.raises(BadSample, match=r"far beyond full scale.*integers written as floats"):
+        decode(file.getvalue(), "wav")
+
+
 def test_a_flac_that_does_not_say_how_long_it_is_is_told() -> None:
     for read in (decode, duration):
         with pytest.raises(BadSample, match="does not say how long it is"):
