@@ -1,0 +1,103 @@
+"""What content is that is not what its name says: a download that failed, a pointer, another kind of file."""
+
+from __future__ import annotations
+
+import re
+
+BEGINNING = 4096
+"""Bytes that are looked at."""
+LFS = b"version https://git-lfs.github.com/spec/"
+BEGINNINGS = {
+    LFS: "a pointer of Git LFS, not the file itself (`git lfs pull` fetches that)",
+    b"version https://git-annex": "a pointer of git-annex, not the file itself (`git annex get` fetches that)",
+    b"\x1f\x8b": "compressed by gzip; unpack it (gunzip)",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it (zstd -d)",
+    b"\xfd7zXZ\0": "compressed by xz; unpack it (unxz)",
+    b"BZh": "compressed by bzip2; unpack it (bunzip2)",
+    b"\x04\x22\x4d\x18": "compressed by LZ4; unpack it (lz4 -d)",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PK\x05\x06": "an empty zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; unpack it",
+    b"Rar!\x1a\x07": "a RAR archive; unpack it",
+    b"PAR1": "a Parquet file, a table whose audio and captions are columns",
+    b"ARROW1": "an Arrow file, a table whose audio and captions are columns",
+    b"\x89HDF\r\n": "an HDF5 file",
+    b"\x93NUMPY": "an array of NumPy",
+    b"\x80\x02": "a pickle of Python",
+    b"\x80\x04": "a pickle of Python",
+    b"SQLite format 3": "a data base of SQLite",
+    b"%PDF": "a PDF",
+    b"\x89PNG": "a picture (PNG)",
+    b"\xff\xd8\xff": "a picture (JPEG)",
+    b"GIF8": "a picture (GIF)",
+    b"\x00\x05\x16\x07": "what macOS keeps beside a file (AppleDouble), not the file itself",
+    b"\x7fELF": "a program",
+    b"MZ": "a program of Windows",
+    b"#!": "a script",
+    b"RIFF": "audio (WAV)",
+    b"RF64": "audio (WAV)",
+    b"fLaC": "audio (FLAC)",
+    b"OggS": "audio (Ogg)",
+    b"ID3": "audio (MP3)",
+    b"FORM": "audio (AIFF)",
+    b"#EXTM3U": "a list of files to play, not the audio",
+}
+"""By the first bytes of a file, what it is, as it stands after `it is`."""
+PAGE = re.compile(
+    rb"\s*(<!--.*?-->\s*)*<(!doctype html|html|head|body|title|script)\b", re.IGNORECASE | re.DOTALL
+)
+XML = re.compile(rb"\s*<(\?xml|error)\b", re.IGNORECASE)
+JSON = re.compile(rb"\s*(\{\s*\"|\{\s*\}|\[\s*[\[{\"\]\d-])")
+TAR = slice(257, 262)
+"""Where a tar archive says `ustar`."""
+SHOWN = 60
+"""Characters of a text that are shown."""
+
+
+def what_it_is(content: bytes) -> str:
+    """What a file is by its beginning, in words that go on after `it is`; "" if it is nothing known.
+    content: all of it, or its first BEGINNING bytes."""
+    beginning = content[:BEGINNING]
+    if not beginning:
+        return "empty (0 bytes): was its download broken off?"
+    if not beginning.strip(b"\0"):
+        return "nothing but zero bytes: was its download broken off?"
+    if beginning[TAR] == b"ustar":
+        return "a tar archive"
+    unmarked = beginning.removeprefix(b"\xef\xbb\xbf")
+    for first, words in BEGINNINGS.items():
+        if unmarked.startswith(first):
+            return words
+    if beginning[4:8] == b"ftyp":
+        return "audio or video (MP4)"
+    if PAGE.match(unmarked):
+        return f"a web page{_title(unmarked)}: did its download need a sign-in?"
+    if XML.match(unmarked):
+        return f"XML, as a server answers that refuses ({_shown(unmarked)})"
+    if JSON.match(unmarked):
+        return f"JSON ({_shown(unmarked)})"
+    if _is_text(unmarked):
+        return f"text ({_shown(unmarked)})"
+    return ""
+
+
+def _title(page: bytes) -> str:
+    found = re.search(rb"<title[^>]*>(.*?)</title>", page, re.IGNORECASE | re.DOTALL)
+    return f" ({_shown(found[1])})" if found else ""
+
+
+def _is_text(content: bytes) -> bool:
+    """Whether this is UTF-8 without control characters; its last character may be cut off."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        if error.end < len(content) or error.reason != "unexpected end of data":
+            return False
+        text = content[: error.start].decode()
+    return all(character.isprintable() or character in "\t\r\n\f" for character in text)
+
+
+def _shown(content: bytes) -> str:
+    """The beginning of a text, in one line."""
+    text = " ".join(content.decode("utf-8", "replace").split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
