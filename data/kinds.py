@@ -6,10 +6,18 @@ import re
 
 BEGINNING = 4096
 """Bytes that are looked at."""
-LFS = b"version https://git-lfs.github.com/spec/"
-BEGINNINGS = {
-    LFS: "a pointer of Git LFS, not the file itself (`git lfs pull` fetches that)",
+TEXTS = {
+    b"version https://git-lfs.github.com/spec/": (
+        "a pointer of Git LFS, not the file itself (`git lfs pull` fetches that)"
+    ),
     b"version https://git-annex": "a pointer of git-annex, not the file itself (`git annex get` fetches that)",
+    b"/annex/objects/": "a pointer of git-annex, not the file itself (`git annex get` fetches that)",
+    b"#EXTM3U": "a list of files to play, not the audio",
+}
+"""By the first bytes of a text, what it stands for, as it is said after `it is`."""
+BINARIES = {
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
     b"\x1f\x8b": "compressed by gzip; unpack it (gunzip)",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it (zstd -d)",
     b"\xfd7zXZ\0": "compressed by xz; unpack it (unxz)",
@@ -19,12 +27,15 @@ BEGINNINGS = {
     b"PK\x05\x06": "an empty zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; unpack it",
     b"Rar!\x1a\x07": "a RAR archive; unpack it",
-    b"PAR1": "a Parquet file, a table whose audio and captions are columns",
-    b"ARROW1": "an Arrow file, a table whose audio and captions are columns",
+    b"PAR1": "a Parquet file: a table, whose audio and captions are columns",
+    b"ARROW1": "an Arrow file: a table, whose audio and captions are columns",
+    b"\xff\xff\xff\xff": "a stream of Arrow, perhaps: a table, whose audio and captions are columns",
     b"\x89HDF\r\n": "an HDF5 file",
     b"\x93NUMPY": "an array of NumPy",
     b"\x80\x02": "a pickle of Python",
+    b"\x80\x03": "a pickle of Python",
     b"\x80\x04": "a pickle of Python",
+    b"\x80\x05": "a pickle of Python",
     b"SQLite format 3": "a data base of SQLite",
     b"%PDF": "a PDF",
     b"\x89PNG": "a picture (PNG)",
@@ -33,23 +44,23 @@ BEGINNINGS = {
     b"\x00\x05\x16\x07": "what macOS keeps beside a file (AppleDouble), not the file itself",
     b"\x7fELF": "a program",
     b"MZ": "a program of Windows",
-    b"#!": "a script",
     b"RIFF": "audio (WAV)",
     b"RF64": "audio (WAV)",
     b"fLaC": "audio (FLAC)",
     b"OggS": "audio (Ogg)",
     b"ID3": "audio (MP3)",
     b"FORM": "audio (AIFF)",
-    b"#EXTM3U": "a list of files to play, not the audio",
 }
-"""By the first bytes of a file, what it is, as it stands after `it is`."""
+"""By the first bytes of what is no text, what it is."""
 PAGE = re.compile(
     rb"\s*(<!--.*?-->\s*)*<(!doctype html|html|head|body|title|script)\b", re.IGNORECASE | re.DOTALL
 )
 XML = re.compile(rb"\s*<(\?xml|error)\b", re.IGNORECASE)
-JSON = re.compile(rb"\s*(\{\s*\"|\{\s*\}|\[\s*[\[{\"\]\d-])")
+JSON = re.compile(rb"\s*(\{\s*[\"}]|\[\s*[\[{\"\]\d-])")
 TAR = slice(257, 262)
 """Where a tar archive says `ustar`."""
+MARK = b"\xef\xbb\xbf"
+"""The byte order mark that Windows programs begin a text with."""
 SHOWN = 60
 """Characters of a text that are shown."""
 
@@ -57,27 +68,33 @@ SHOWN = 60
 def what_it_is(content: bytes) -> str:
     """What a file is by its beginning, in words that go on after `it is`; "" if it is nothing known.
     content: all of it, or its first BEGINNING bytes."""
-    beginning = content[:BEGINNING]
-    if not beginning:
+    beginning = content[:BEGINNING].removeprefix(MARK)
+    if not content:
         return "empty (0 bytes): was its download broken off?"
     if not beginning.strip(b"\0"):
         return "nothing but zero bytes: was its download broken off?"
     if beginning[TAR] == b"ustar":
         return "a tar archive"
-    unmarked = beginning.removeprefix(b"\xef\xbb\xbf")
-    for first, words in BEGINNINGS.items():
-        if unmarked.startswith(first):
-            return words
     if beginning[4:8] == b"ftyp":
         return "audio or video (MP4)"
-    if PAGE.match(unmarked):
-        return f"a web page{_title(unmarked)}: did its download need a sign-in?"
-    if XML.match(unmarked):
-        return f"XML, as a server answers that refuses ({_shown(unmarked)})"
-    if JSON.match(unmarked):
-        return f"JSON ({_shown(unmarked)})"
-    if _is_text(unmarked):
-        return f"text ({_shown(unmarked)})"
+    if not _is_text(beginning):
+        return next((words for first, words in BINARIES.items() if beginning.startswith(first)), "")
+    if words := what_it_stands_for(beginning):
+        return words
+    return f"{'JSON' if JSON.match(beginning) else 'text'} ({_shown(beginning)})"
+
+
+def what_it_stands_for(text: bytes) -> str:
+    """What a text is that stands in the place of a file that was wanted: a pointer, a web page, a server's
+    refusal; "" if it is none of these. The words go on after `it is`."""
+    text = text[:BEGINNING].removeprefix(MARK)
+    for first, words in TEXTS.items():
+        if text.startswith(first):
+            return words
+    if PAGE.match(text):
+        return f"a web page{_title(text)}: did its download need a sign-in?"
+    if XML.match(text):
+        return f"XML, as a server answers that refuses ({_shown(text)})"
     return ""
 
 
