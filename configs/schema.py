@@ -140,8 +140,12 @@ class Source(Section):
     shards: Annotated[Urls, SEEN_IN_INDEX] = Field(min_length=1)
     """Paths or URLs, with {000..123} braces or globs: local, `s3://`, `https://`, `hf://`, whatever fsspec
     opens."""
-    caption_key: Annotated[str, ON_PURPOSE] = "caption"
-    """Dotted path into the sample's JSON, or the ending of a text member, as `.txt`."""
+    caption_key: Annotated[str | list[str], ON_PURPOSE] = "caption"
+    """Dotted path into the sample's JSON, as `captions.0.text` (`captions.text`: of each), or the ending of a
+    text member, as `.txt`. Of several, in order of preference, the first one that a sample has."""
+    captions: Annotated[Literal["first", "all", "random"], ON_PURPOSE] = "first"
+    """Of a clip with several captions: the first; all, each as a sample of its own; or one at random, another
+    one in each epoch."""
     audio: Annotated[str | None, SEEN_IN_INDEX] = None
     """Ending of the audio member to use (`flac`, `16k.flac`) where samples have several."""
     weight: Annotated[float, NEW_EPOCH] = Field(1.0, gt=0)
@@ -159,6 +163,21 @@ class Source(Section):
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("caption_key")
+    @classmethod
+    def _are_of_one_member(cls, value: str | list[str]) -> str | list[str]:
+        keys = [value] if isinstance(value, str) else value
+        if not keys or not all(key.strip(".") for key in keys):
+            raise ValueError("name a key of the JSON, or the ending of a text member, as .txt")
+        if len({key.startswith(".") for key in keys}) > 1:
+            raise ValueError("name keys of the JSON, or endings of text members, not both")
+        return keys[0] if len(keys) == 1 else keys
+
+    @property
+    def caption_keys(self) -> list[str]:
+        """Where the caption may be, in order of preference."""
+        return [self.caption_key] if isinstance(self.caption_key, str) else self.caption_key
 
     @field_validator("validation", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 
 from configs.errors import ConfigError
 from data.decode import BadSample, Skipped
+from data.kinds import what_it_is, what_it_stands_for
 
 LANGUAGE, TASK = "en", "transcribe"
 """What the prompt tokens of a multilingual Whisper say; captioners are used with generate(language="en",
@@ -19,30 +21,134 @@ END, PROMPT = "<|endoftext|>", "<|startofprev|>"
 """Tokens that a caption ends with, and that a style begins with."""
 IGNORED = -100
 """Label of positions that the loss leaves out."""
+EMPTY = "the caption is empty"
 
 
-def find_caption(content: bytes, caption_key: str) -> str:
-    """The caption in a JSON or text member. `caption_key`: a dotted path, or an ending as `.txt`. Raises
-    BadSample."""
+class _Missing(BadSample):
+    """There is nothing under a path. there: what is in its place."""
+
+    def __init__(self, key: str, there: str) -> None:
+        super().__init__(f"no caption under {key!r} ({there})")
+        self.there = there
+
+
+def find_captions(content: bytes, keys: Sequence[str]) -> list[str]:
+    """The captions in a JSON or text member, at least one.
+
+    keys: of `Source.caption_keys`, in order of preference: the first under which there is text counts. Raises
+    BadSample.
+    """
+    text = _decoded(content)
+    if keys[0].startswith("."):
+        return [_sound(_plain(text))]
+    document = _parsed(text)
+    problems: list[BadSample] = []
+    for key in keys:
+        try:
+            return _texts(document, key)
+        except BadSample as problem:
+            problems.append(problem)
+    missing = [problem for problem in problems if isinstance(problem, _Missing)]
+    if len(missing) == len(keys) > 1:
+        raise BadSample(f"no caption under {' or '.join(map(repr, keys))} ({missing[0].there})")
+    raise BadSample("; ".join(map(str, problems)))
+
+
+def _decoded(content: bytes) -> str:
+    """The text of a member, also as Windows programs write it: with a byte order mark, in UTF-16."""
     try:
-        text = content.decode()
-        caption: Any = text if caption_key.startswith(".") else json.loads(text)
+        text = content.decode(json.detect_encoding(content))
     except UnicodeDecodeError:
-        raise BadSample("the caption's member is not UTF-8") from None
+        text = "\0"
+    if "\0" in text:
+        raise BadSample(f"the caption's member is {what_it_is(content) or 'not UTF-8'}")
+    if stand_in := what_it_stands_for(text.encode("utf-8", "surrogatepass")):
+        raise BadSample(f"the caption's member is {stand_in}")
+    return text
+
+
+def _plain(text: str) -> str:
+    """A caption that is a whole member. Raises BadSample for JSON, which would be learnt with its
+    brackets."""
+    if text.lstrip().startswith(("{", "[")):
+        with contextlib.suppress(ValueError, RecursionError):
+            raise BadSample(
+                f"the caption's member is JSON, {json_type(json.loads(text))}, not text: give it the ending"
+                " .json, and name the key of the caption (caption_key)"
+            )
+    return text
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"the JSON is broken: {error}") from None
-    if not caption_key.startswith("."):
-        for part in caption_key.split("."):
-            if not isinstance(caption, dict):
-                raise BadSample(f"no caption under {caption_key!r} (there is {type(caption).__name__})")
-            if part not in caption:
-                keys = ", ".join(map(str, caption))
-                raise BadSample(f"no caption under {caption_key!r} (keys there: {keys})")
-            caption = caption[part]
-    if not isinstance(caption, str):
-        raise BadSample(f"the caption under {caption_key!r} is {type(caption).__name__}, not text")
+
+
+def _texts(document: Any, key: str) -> list[str]:
+    """The captions under a dotted path; in arrays, nulls and empty texts are passed over."""
+    found = _under(document, key, key)
+    values = [value for each in found for value in (each if isinstance(each, list) else [each])]
+    wrong = [value for value in values if not isinstance(value, str | None)]
+    if wrong:
+        advice = ""
+        if isinstance(wrong[0], dict) and wrong[0]:
+            advice = f" (its keys: {', '.join(wrong[0])}); name one of them, as {key}.{next(iter(wrong[0]))}"
+        raise BadSample(f"the caption under {key!r} is {json_type(wrong[0])}, not text{advice}")
+    captions = [_sound(value) for value in values if value and value.strip()]
+    if not values or (None in values and not captions):
+        raise BadSample(f"the caption under {key!r} is {'null' if values else 'an empty array'}")
+    if not captions:
+        raise BadSample(EMPTY)
+    return captions
+
+
+def _under(value: Any, path: str, key: str) -> list[Any]:
+    """What is under a path in JSON: of an array the element of that number, or what is under it in each
+    element. Raises _Missing. key: the whole path."""
+    if not path:
+        return [value]
+    if isinstance(value, list):
+        number, _, rest = path.partition(".")
+        if number.isdecimal():
+            if int(number) >= len(value):
+                raise _Missing(key, f"the array there has {len(value)}, counted from 0")
+            return _under(value[int(number)], rest, key)
+        tries = [(each, path) for each in value]
+    elif isinstance(value, dict):
+        # Names may hold dots: the longest that is there counts.
+        ends = [len(path), *(place for place in range(len(path) - 1, 0, -1) if path[place] == ".")]
+        tries = [(value[path[:end]], path[end + 1 :]) for end in ends if path[:end] in value]
+        if not tries:
+            raise _Missing(key, f"keys there: {', '.join(value)}")
+    else:
+        raise _Missing(key, f"there is {json_type(value)}")
+    found: list[Any] = []
+    missing = _Missing(key, "the array there is empty")
+    for each, rest in tries:
+        try:
+            found += _under(each, rest, key)
+        except _Missing as problem:
+            missing = problem
+            continue
+        if isinstance(value, dict):
+            break
+    if not found:
+        raise missing
+    return found
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls a value that was read from it."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _sound(caption: str) -> str:
+    """A caption without blanks around it. Raises BadSample."""
     if not caption.strip():
-        raise BadSample("the caption is empty")
+        raise BadSample(EMPTY)
     if any("\ud800" <= character <= "\udfff" for character in caption):
         raise BadSample("the caption holds half a character (a lone surrogate)")
     return caption.strip()

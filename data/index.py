@@ -12,10 +12,10 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,20 +28,24 @@ from configs.errors import DataError, EarwitnessError
 from configs.run.files import replacing
 from configs.schema import Source
 from data import storage
-from data.captions import find_caption
-from data.decode import AUDIO_ENDINGS, BadSample, probe
+from data.captions import find_captions
+from data.decode import BadSample, probe
+from data.kinds import BEGINNING, what_it_is
 from data.location import Location
+from data.members import Group, Part, problem_of, sort_out
 from data.sources import Shard
 from data.tar import Damage, Member, walk
 from data.upload import write
 
-VERSION, LAYOUT = 2, 3
+VERSION, LAYOUT = 3, 4
 """Versions of sidecars and of merged indexes: with another one they are made anew."""
 BESIDE = "beside"
 """As `data.index_dir`: sidecars are kept beside the shards, in a folder `index`."""
 TRAINING, VALIDATION = "index-training.arrow", "index-validation.arrow"
 QUICK_BLOCK, FULL_BLOCK = 64 << 10, 8 << 20
 """Bytes per read when only headers are wanted, and when all are."""
+NOTHING = Part("", Member("", 0, 0))
+"""In the place of a member that is not there."""
 NEAR = 1 << 20
 """Bytes between two headers that are read along: a request costs as much time."""
 
@@ -55,7 +59,9 @@ SCHEMA = pa.schema(
         ("text_size", pa.int64()),
         ("crc32", pa.int64()),  # of the audio, then the text; -1 in a quick index
         ("seconds", pa.float32()),  # NaN in a quick index
-        ("caption_characters", pa.int32()),  # -1 in a quick index
+        ("caption_characters", pa.int32()),  # of the first caption; -1 in a quick index
+        ("captions", pa.int32()),  # how many there are; -1 in a quick index, unless all are wanted
+        ("members", pa.int32()),  # of the archive
         ("problem", pa.string()),  # "" for a sound sample
     ]
 )
@@ -73,6 +79,10 @@ class Sidecar:
     """Size and tag of the shard."""
     origin: str
     """What changes when the shard is replaced or the sidecar is written anew, as `origin` gives it."""
+    members: int
+    """Members of the archive: those of samples, of problems, and `ignored` ones."""
+    ignored: Mapping[str, int]
+    """Members that are neither audio nor captions, by what they are."""
 
     def loss(self) -> str:
         """What is kept and what is lost of a damaged shard, in words."""
@@ -100,7 +110,7 @@ def sidecar_location(shard: Shard, index_dir: str | Path) -> Location:
 
 def load_sidecar(shard: Shard, index_dir: str | Path) -> Sidecar | None:
     """The index of a shard, or None if there is none for the shard as it is now (size and ETag or
-    modification time)."""
+    modification time), or none that tells what is needed (how many captions, where all are wanted)."""
     place = sidecar_location(shard, index_dir)
     kept = storage.find(place)
     if kept is None:
@@ -111,12 +121,16 @@ def load_sidecar(shard: Shard, index_dir: str | Path) -> Sidecar | None:
             indexed = json.loads(file.schema_arrow.metadata[b"earwitness"])
             if (indexed["size"], indexed["tag"]) != (now.size, now.tag):
                 return None
+            if shard.source.captions == "all" and not indexed["counted"]:
+                return None
             return Sidecar(
                 table=file.read(use_threads=False),
                 full=indexed["full"],
                 damage=indexed["damage"],
                 shard=now,
                 origin=origin(now, kept),
+                members=indexed["members"],
+                ignored=indexed["ignored"],
             )
     except (pa.ArrowInvalid, KeyError, TypeError):  # cut off by a full disk, or a machine that lost power
         print(f"{place.url}: this index is damaged; it is made anew", flush=True)
@@ -145,24 +159,56 @@ def index_shard(shard: Shard, index_dir: str | Path, *, full: bool) -> Sidecar:
     except Damage as error:
         damage = str(error)
     if damage and not members:
-        raise DataError(f"{shard.location.url}: not a tar archive that can be read: {damage}")
-    rows = [_row(key, parts, shard.source) for key, parts in _group(members).items()]
+        known = what_it_is(read(0, min(now.size, BEGINNING)))
+        why = f"it is {known}" if known else damage
+        raise DataError(f"{shard.location.url}: not a tar archive that can be read: {why}")
+    if not members:
+        damage = "nothing but zero bytes: an empty archive, or a download that was broken off"
+    contents = sort_out(members, shard.source)
+    rows = [_row(group, shard.source) for group in [*contents.samples, *contents.incomplete]]
     rows.sort(key=lambda row: min(row["audio_offset"], row["text_offset"]))
-    if full:
+    if full or shard.source.captions == "all":
         for row in rows:
-            _inspect(row, read, shard)
-    return save_sidecar(shard, index_dir, pa.Table.from_pylist(rows, SCHEMA), now, full=full, damage=damage)
+            _inspect(row, read, shard, full=full)
+    return save_sidecar(
+        shard,
+        index_dir,
+        pa.Table.from_pylist(rows, SCHEMA),
+        now,
+        full=full,
+        damage=damage,
+        members=len(members),
+        ignored=contents.ignored,
+    )
 
 
 def save_sidecar(
-    shard: Shard, index_dir: str | Path, table: pa.Table, stat: storage.Stat, *, full: bool, damage: str
+    shard: Shard,
+    index_dir: str | Path,
+    table: pa.Table,
+    stat: storage.Stat,
+    *,
+    full: bool,
+    damage: str,
+    members: int,
+    ignored: Mapping[str, int],
 ) -> Sidecar:
-    """Keep the index of a shard in `index_dir`; stat: of the shard that was indexed."""
-    indexed = {"url": shard.location.url, "size": stat.size, "tag": stat.tag, "full": full, "damage": damage}
+    """Keep the index of a shard in `index_dir`. stat: of the shard that was indexed; the others as in
+    Sidecar."""
+    indexed = {
+        "url": shard.location.url,
+        "size": stat.size,
+        "tag": stat.tag,
+        "full": full,
+        "damage": damage,
+        "counted": full or shard.source.captions == "all",
+        "members": members,
+        "ignored": ignored,
+    }
     place, content = sidecar_location(shard, index_dir), pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({"earwitness": json.dumps(indexed)}), content)
     write(content.getvalue().to_pybytes(), place)
-    return Sidecar(table, full, damage, stat, origin(stat, storage.stat(place)))
+    return Sidecar(table, full, damage, stat, origin(stat, storage.stat(place)), members, ignored)
 
 
 class _Blocks:
@@ -182,79 +228,42 @@ class _Blocks:
         return self.held[start - self.start : end - self.start]
 
 
-class _Part(NamedTuple):
-    """A member of a sample, and its ending in lower case."""
-
-    ending: str
-    member: Member
-
-
-def _group(members: Iterable[Member]) -> dict[str, list[_Part]]:
-    """Members by sample: the key is the path up to the first dot of its last part, the rest the ending."""
-    samples: dict[str, list[_Part]] = {}
-    for member in members:
-        # Arrow takes UTF-8 only.
-        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        folder, slash, file = name.rpartition("/")
-        stem, _, ending = file.partition(".")
-        if stem and ending:
-            samples.setdefault(folder + slash + stem, []).append(_Part(ending.lower(), member))
-    return samples
-
-
-def _row(key: str, parts: list[_Part], source: Source) -> dict[str, Any]:
-    text_ending = source.caption_key.lower().lstrip(".") if source.caption_key.startswith(".") else "json"
-    audio = [part for part in parts if part.ending.rsplit(".", 1)[-1] in AUDIO_ENDINGS]
-    if source.audio is not None:
-        audio = [part for part in audio if part.ending == source.audio.lower().lstrip(".")]
-    text = [part for part in parts if part.ending == text_ending]
-    problem = ""
-    if not audio:
-        problem = f"no audio member (there are .{', .'.join(part.ending for part in parts)})"
-    elif not text:
-        problem = f"no .{text_ending} member"
-    elif len({part.ending for part in audio}) > 1:
-        raise DataError(
-            f"source {source.name}: sample {key!r} has several audio members"
-            f" (.{', .'.join(part.ending for part in audio)}); say which one to use:"
-            f" data.sources.{source.name}.audio={audio[0].ending}"
-        )
-    elif len(audio) > 1 or len(text) > 1:
-        problem = "the key occurs twice in this shard"
-    elif not audio[0].member.size:
-        problem = "the audio is empty (0 bytes)"
-    nothing = _Part("", Member("", parts[0].member.offset, 0))
-    ending, sound = audio[0] if audio else nothing
-    _, words = text[0] if text else nothing
+def _row(group: Group, source: Source) -> dict[str, Any]:
+    """A sample, or members that make none."""
+    problem = problem_of(group, source)
+    audio, text = (parts[0] if parts else NOTHING for parts in (group.audio, group.text))
     return {
-        "key": key,
-        "ending": ending,
-        "audio_offset": sound.offset,
-        "audio_size": sound.size,
-        "text_offset": words.offset,
-        "text_size": words.size,
+        "key": group.key,
+        "ending": audio.ending,
+        "audio_offset": audio.member.offset,
+        "audio_size": audio.member.size,
+        "text_offset": text.member.offset,
+        "text_size": text.member.size,
         "crc32": -1,
         "seconds": float("nan"),
         "caption_characters": -1,
+        "captions": -1,
+        "members": 2 if group.is_pair else group.members,
         "problem": problem,
     }
 
 
-def _inspect(row: dict[str, Any], read: _Blocks, shard: Shard) -> None:
-    """Complete a row from the bytes of its sample."""
+def _inspect(row: dict[str, Any], read: _Blocks, shard: Shard, *, full: bool) -> None:
+    """Complete a row from the bytes of its sample, for a quick index from those of its captions alone."""
     if row["problem"]:
         return
     content = {}
     # Forwards, as one block is held.
-    for name in sorted(("audio", "text"), key=lambda name: row[f"{name}_offset"]):
+    for name in sorted(("audio", "text") if full else ("text",), key=lambda name: row[f"{name}_offset"]):
         start = row[f"{name}_offset"]
         content[name] = read(start, start + row[f"{name}_size"])
-    audio, text = content["audio"], content["text"]
-    row["crc32"] = zlib.crc32(text, zlib.crc32(audio))
+    if full:
+        row["crc32"] = zlib.crc32(content["text"], zlib.crc32(content["audio"]))
     try:
-        caption = find_caption(text, shard.source.caption_key)
-        row["caption_characters"] = len(caption)
-        row["seconds"] = probe(audio, row["ending"]).seconds
+        captions = find_captions(content["text"], shard.source.caption_keys)
+        row["captions"], row["caption_characters"] = len(captions), len(captions[0])
+        if full:
+            row["seconds"] = probe(content["audio"], row["ending"]).seconds
     except BadSample as error:
         row["problem"] = str(error)
 
@@ -263,7 +272,8 @@ class Index:
     """The samples of a run, memory-mapped. Rows are sorted by source, shard and position in the shard.
 
     `source`, `shard`: numbers into the config's sources and `shards`; offsets and sizes in bytes; `crc32` -1
-    and `seconds` NaN where the shard's index is a quick one.
+    and `seconds` NaN where the shard's index is a quick one; `caption`: number of the caption with
+    `captions: all`, else -1.
     """
 
     def __init__(self, path: Path, sources: Sequence[Source]) -> None:
@@ -292,9 +302,12 @@ class Index:
         return str(self.table.column(name)[row].as_py())
 
     def identity(self, row: int) -> str:
-        """SOURCE/SHARD_FILE/KEY of a sample, as the audit names it."""
+        """SOURCE/SHARD_FILE/KEY of a sample, as the audit names it; with `captions: all` the second caption
+        of a clip is KEY#2, and so on."""
         shard = self.shards[int(self.column("shard")[row])]
-        return f"{shard.source.name}/{shard.location.name}/{self.text('key', row)}"
+        caption = int(self.column("caption")[row])
+        number = f"#{caption + 1}" if caption > 0 else ""
+        return f"{shard.source.name}/{shard.location.name}/{self.text('key', row)}{number}"
 
 
 def read_metadata(path: Path) -> dict[bytes, bytes]:
@@ -319,27 +332,26 @@ def merge(
     Samples known to be longer than `longest` seconds are left out. `notes` are kept with both files. Raises
     DataError if a source has no sample for training.
     """
-    table = pa.concat_tables(sidecar.table.replace_schema_metadata(None) for sidecar in sidecars)
-    lengths, names = [len(sidecar.table) for sidecar in sidecars], [shard.source.name for shard in shards]
+    parts = [_samples(shard, sidecar) for shard, sidecar in zip(shards, sidecars, strict=True)]
+    table = pa.concat_tables(parts)
+    lengths, names = [len(part) for part in parts], [shard.source.name for shard in shards]
     sources = list(dict.fromkeys(names))
     numbers: dict[str, npt.NDArray[Any]] = {
         "source": np.repeat(np.array([sources.index(name) for name in names], np.int16), lengths),
         "shard": np.repeat(np.arange(len(shards), dtype=np.int32), lengths),
     }
     usable = pc.equal(table["problem"], "").to_numpy() & ~(table["seconds"].to_numpy() > longest)
-    validation = np.concatenate(
-        [_held_out(shard, sidecar) for shard, sidecar in zip(shards, sidecars, strict=True)]
-    )
-    table = table.drop_columns(["problem", "caption_characters"])
+    validation = np.concatenate([_held_out(shard, part) for shard, part in zip(shards, parts, strict=True)])
+    table = table.drop_columns(["problem", "caption_characters", "captions", "members"])
     listed = [
         [shard.source.name, shard.location.url, sidecar.shard.tag, sidecar.shard.size]
         for shard, sidecar in zip(shards, sidecars, strict=True)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    for file, chosen in ((TRAINING, usable & ~validation), (VALIDATION, usable & validation)):
+    for file, wanted in ((TRAINING, usable & ~validation), (VALIDATION, usable & validation)):
         # Column by column: one of the sidecars' and one of the merged index at a time is copied.
-        columns = {name: table[name].filter(pa.array(chosen)).combine_chunks() for name in table.column_names}
-        merged = pa.table({**columns, **{name: column[chosen] for name, column in numbers.items()}})
+        columns = {name: table[name].filter(pa.array(wanted)).combine_chunks() for name in table.column_names}
+        merged = pa.table({**columns, **{name: column[wanted] for name, column in numbers.items()}})
         counts = np.bincount(merged["source"].to_numpy(), minlength=len(sources))
         empty = [name for name, count in zip(sources, counts, strict=True) if not count]
         if empty and file == TRAINING:
@@ -366,11 +378,27 @@ def _write(merged: pa.Table, path: Path) -> None:
         ) from error
 
 
-def _held_out(shard: Shard, sidecar: Sidecar) -> npt.NDArray[np.bool_]:
+def _samples(shard: Shard, sidecar: Sidecar) -> pa.Table:
+    """The rows of a shard, each with the number of the caption that it stands for.
+
+    With `captions: all`, a clip is a sample for each of its captions: after the first ones of all clips come
+    the second ones, so that they come at other times of an epoch. Else the number is -1.
+    """
+    table = sidecar.table.replace_schema_metadata(None)
+    number = np.full(len(table), -1, np.int16)
+    if shard.source.captions == "all":
+        counts = np.maximum(table["captions"].to_numpy(), 1)  # those that cannot be used have none
+        passes = [np.flatnonzero(counts > caption) for caption in range(counts.max(initial=0))]
+        number = np.repeat(np.arange(len(passes), dtype=np.int16), [len(rows) for rows in passes])
+        table = table.take(np.concatenate([np.zeros(0, np.int64), *passes]))
+    return table.append_column("caption", pa.array(number))
+
+
+def _held_out(shard: Shard, samples: pa.Table) -> npt.NDArray[np.bool_]:
     """(samples,) which of a shard's samples are for validation."""
     if shard.validation or not shard.source.validation.fraction:
-        return np.full(len(sidecar.table), shard.validation)
-    return held_out(sidecar.table["key"].to_pylist(), shard.source)
+        return np.full(len(samples), shard.validation)
+    return held_out(samples["key"].to_pylist(), shard.source)
 
 
 def held_out(keys: Sequence[str], source: Source) -> npt.NDArray[np.bool_]:

@@ -10,8 +10,8 @@ TEXTS = {
     b"version https://git-lfs.github.com/spec/": (
         "a pointer of Git LFS, not the file itself (`git lfs pull` fetches that)"
     ),
-    b"version https://git-annex": "a pointer of git-annex, not the file itself (`git annex get` fetches that)",
-    b"/annex/objects/": "a pointer of git-annex, not the file itself (`git annex get` fetches that)",
+    b"version https://git-annex": "a pointer of git-annex, not the file itself (`git annex get` helps)",
+    b"/annex/objects/": "a pointer of git-annex, not the file itself (`git annex get` helps)",
     b"#EXTM3U": "a list of files to play, not the audio",
 }
 """By the first bytes of a text, what it stands for, as it is said after `it is`."""
@@ -29,7 +29,6 @@ BINARIES = {
     b"Rar!\x1a\x07": "a RAR archive; unpack it",
     b"PAR1": "a Parquet file: a table, whose audio and captions are columns",
     b"ARROW1": "an Arrow file: a table, whose audio and captions are columns",
-    b"\xff\xff\xff\xff": "a stream of Arrow, perhaps: a table, whose audio and captions are columns",
     b"\x89HDF\r\n": "an HDF5 file",
     b"\x93NUMPY": "an array of NumPy",
     b"\x80\x02": "a pickle of Python",

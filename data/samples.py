@@ -10,13 +10,25 @@ from configs.errors import DataError
 from configs.run.crash_journal import POISONED, CrashJournal
 from data import storage
 from data.batch import Sample
-from data.captions import CaptionEncoder, find_caption
+from data.captions import CaptionEncoder, find_captions
 from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
 from data.index import Index
 from data.location import Location
-from data.order import CROP, random_keys
+from data.order import CAPTION, CROP, hashed, random_keys
 from data.retry import STATS
 from data.windows import Windows
+
+COLUMNS = (
+    "shard",
+    "source",
+    "audio_offset",
+    "audio_size",
+    "text_offset",
+    "text_size",
+    "crc32",
+    "caption",
+)
+"""Of the index, those that every sample is read by."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +82,25 @@ class SampleReader:
         seed: int,
         crash_journal: CrashJournal,
         poisoned: frozenset[str] = frozenset(),
-        same_crops: bool = False,
+        always_alike: bool = False,
     ) -> None:
         """crash_journal: notes what is being decoded; poisoned: keys of samples whose decoder must not be
-        tried again; same_crops: an overlong clip is cropped alike at all steps."""
+        tried again; always_alike: a crop, and a caption chosen at random, are the same at all steps."""
         self.index, self.encoder, self.overlong, self.seed = index, encoder, overlong, seed
         self.windows = windows
-        self.same_crops = same_crops
+        self.always_alike = always_alike
         self.crash_journal, self.poisoned = crash_journal, poisoned
         self.max_length = round(max_seconds * SAMPLE_RATE)
-        names = ("shard", "source", "audio_offset", "audio_size", "text_offset", "text_size", "crc32")
+        names = (
+            "shard",
+            "source",
+            "audio_offset",
+            "audio_size",
+            "text_offset",
+            "text_size",
+            "crc32",
+            "caption",
+        )
         self._columns = {name: index.column(name) for name in names}
 
     def place(self, row: int) -> Place:
@@ -99,7 +120,7 @@ class SampleReader:
 
     def build(self, row: int, audio: bytes, text: bytes, step: int, epoch: int) -> Sample | Rejected:
         """Decode a sample from its bytes. A random crop depends on seed, step and sample alone, whether it is
-        padded on seed, epoch and sample.
+        padded, and which caption it has, on seed, epoch and sample.
 
         Raises DataError if the bytes are not those that were indexed.
         """
@@ -117,7 +138,7 @@ class SampleReader:
                     " again with `python -m tools.index`."
                 )
         try:
-            caption = find_caption(text, shard.source.caption_key)
+            caption = self._chosen(find_captions(text, shard.source.caption_keys), row, epoch)
             tokens = self.encoder.encode(caption, shard.source.style)
             ending = self.index.text("ending", row)
             with self.crash_journal.holding(key, shard.location.url):
@@ -134,6 +155,17 @@ class SampleReader:
         indexed = int(self._columns["crc32"][row])
         return indexed < 0 or zlib.crc32(text, zlib.crc32(audio)) == indexed
 
+    def _chosen(self, captions: list[str], row: int, epoch: int) -> str:
+        """The caption that this sample is about. A random one depends on seed, epoch and sample alone."""
+        number = int(self._columns["caption"][row])
+        if number >= len(captions):  # only an index that knows no CRC32 lets this pass
+            raise BadSample(f"its caption {number + 1} is not there any more: index the shard again")
+        source = self.index.shards[int(self._columns["shard"][row])].source
+        if source.captions == "random":
+            key = int(hashed([row], self.seed, CAPTION, 0 if self.always_alike else epoch)[0])
+            number = key * len(captions) >> 64
+        return captions[max(0, number)]
+
     def _fit(self, seconds: float, row: int, step: int) -> tuple[float, float] | None:
         """The stretch of a clip that is used (start, length), None for all of it."""
         longest = self.max_length / SAMPLE_RATE
@@ -143,7 +175,7 @@ class SampleReader:
             raise Skipped(
                 f"the audio has {seconds:.1f} s, {longest:g} s fit (data.overlong: crop would take a part)"
             )
-        key = int(random_keys(1, self.seed, CROP, 0 if self.same_crops else step, row)[0])
+        key = int(random_keys(1, self.seed, CROP, 0 if self.always_alike else step, row)[0])
         # At whole hundredths of a second, which are whole frames of most rates.
         starts = int((seconds - longest) * 100) + 1
         return (key * starts >> 64) / 100, longest

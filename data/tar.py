@@ -10,6 +10,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 BLOCK = 512
 ABOUT_THE_NEXT = (
@@ -20,15 +21,42 @@ ABOUT_THE_NEXT = (
     tarfile.XGLTYPE,
 )
 """Types of entries whose content says something of the next member, or of all."""
+LONGER = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
+"""Of those, GNU's for names that do not fit into a header, and what PAX calls them."""
+
+
+class Kind(Enum):
+    """What a member of an archive is."""
+
+    FILE = "file"
+    HARD_LINK = "hard link"
+    SYMBOLIC_LINK = "symbolic link"
+    FOLDER = "folder"
+    DEVICE = "device or pipe"
+    OTHER = "other"
+
+
+KINDS = {
+    tarfile.LNKTYPE: Kind.HARD_LINK,
+    tarfile.SYMTYPE: Kind.SYMBOLIC_LINK,
+    tarfile.DIRTYPE: Kind.FOLDER,
+    tarfile.CHRTYPE: Kind.DEVICE,
+    tarfile.BLKTYPE: Kind.DEVICE,
+    tarfile.FIFOTYPE: Kind.DEVICE,
+}
+"""By the type in a header."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in an archive: its name without `./`, and where its bytes are."""
+    """A member of an archive: its name without `./`, and where its bytes are. link: what a link points to, as
+    it is written."""
 
     name: str
     offset: int
     size: int
+    kind: Kind = Kind.FILE
+    link: str = ""
 
 
 class Damage(Exception):
@@ -36,7 +64,7 @@ class Damage(Exception):
 
 
 def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
-    """Yield the regular files of an archive of `size` bytes; `read(start, end)` gives its bytes.
+    """Yield the members of an archive of `size` bytes; `read(start, end)` gives its bytes.
 
     Raises Damage, after the members before it, where the archive is not what its headers promise.
     """
@@ -62,13 +90,17 @@ def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
         if start + length > size:
             raise Damage(f"{name!r} at byte {at} claims {length} bytes, the archive has {size - start} left")
         at = start + -(-length // BLOCK) * BLOCK
-        if member.type == tarfile.GNUTYPE_LONGNAME:
-            longer["path"] = read(start, start + length).rstrip(b"\0").decode("utf-8", "surrogateescape")
+        if member.type in LONGER:
+            text = read(start, start + length).rstrip(b"\0").decode("utf-8", "surrogateescape")
+            longer[LONGER[member.type]] = text
         elif member.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             longer |= _pax(read(start, start + length), start)
         elif member.type not in ABOUT_THE_NEXT:
-            if member.isreg():
-                yield Member(name.removeprefix("./"), start, length)
+            link = longer.get("linkpath", member.linkname) if member.islnk() or member.issym() else ""
+            kind = Kind.FILE if member.isreg() else KINDS.get(member.type, Kind.OTHER)
+            if kind is Kind.FOLDER:
+                name = name.rstrip("/")
+            yield Member(name.removeprefix("./"), start, length, kind, link)
             longer = {}
 
 

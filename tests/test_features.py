@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperTokenizerFast
 
 from data.batch import Batch, Sample, Segments, collate
-from data.captions import IGNORED, CaptionEncoder, Tokens, find_caption, prefix_tokens
+from data.captions import IGNORED, CaptionEncoder, Tokens, find_captions, prefix_tokens
 from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
 from data.features import WINDOW, _of_clips, log_mel, mel_filters
 from data.windows import HOP
@@ -228,6 +228,6 @@ def test_a_caption_with_half_a_character_is_a_bad_sample_or_read(
     content = b'{"caption": "A bell \\ud83d"}'  # an emoji cut in two, as some crawlers leave it
     encoder = CaptionEncoder(tokenizer.backend_tokenizer, prefix, positions=64, long_caption="skip")
     try:
-        encoder.encode(find_caption(content, "caption"))
+        encoder.encode(find_captions(content, ["caption"])[0])
     except BadSample as error:
         assert "caption" in str(error)

@@ -108,7 +108,7 @@ PROBLEMS = {
     "nested": (sound(), b'{"caption": ' + b"[" * 100_000, "the JSON is broken"),
     "latin": (sound(), b'{"caption": "caf\xe9"}', "not UTF-8"),
     "other key": (sound(), b'{"text": "A", "id": 1}', "no caption under 'caption' (keys there: text, id)"),
-    "number": (sound(), b'{"caption": 3}', "is int, not text"),
+    "number": (sound(), b'{"caption": 3}', "is a number, not text"),
     "blank": (sound(), words(" \n"), "the caption is empty"),
     "no bytes": (b"", words(), "the audio is empty (0 bytes)"),
     "header only": (sound()[:44], words(), "the audio is cut off: 44 of 16,044 bytes are there"),
@@ -190,9 +190,7 @@ def test_an_index_is_used_again_until_its_shard_changes(
     (one,) = expand(source(path))
 
     def made(**options: bool) -> tuple[int, str]:
-        index_command(
-            [str(path)], caption_key="caption", index_dir=str(tmp_path / "index"), threads=2, **options
-        )
+        index_command([str(path)], caption_key=None, index_dir=str(tmp_path / "index"), threads=2, **options)
         return Path(sidecar_location(one, tmp_path / "index").url).stat().st_ino, capsys.readouterr().out
 
     quick, _ = made(quick=True)
@@ -218,7 +216,7 @@ def test_the_jobs_of_a_slurm_array_share_the_shards(
             monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
         index_command(
             [f"{tmp_path}/*.tar"],
-            caption_key="caption",
+            caption_key=None,
             index_dir=str(tmp_path / "index"),
             threads=1,
             quick=True,
@@ -228,7 +226,7 @@ def test_the_jobs_of_a_slurm_array_share_the_shards(
     with pytest.raises(ConfigError, match="evenly spaced"):
         index_command(
             [f"{tmp_path}/*.tar"],
-            caption_key="caption",
+            caption_key=None,
             index_dir=str(tmp_path / "index"),
             threads=1,
             quick=True,

@@ -21,7 +21,7 @@ from webdataset import ShardWriter, TarWriter, WebDataset
 from configs.errors import run_command
 from configs.schema import Source
 from data import storage
-from data.captions import find_caption
+from data.captions import find_captions
 from data.decode import decode
 from data.index import index_shard
 from data.sources import expand
@@ -45,7 +45,7 @@ def read_all(pattern: str, folder: Path, **options: object) -> dict[str, Read]:
             start, text_start = row["audio_offset"], row["text_offset"]
             audio = storage.read(shard.location, start, start + row["audio_size"])
             text = storage.read(shard.location, text_start, text_start + row["text_size"])
-            caption = find_caption(text, shard.source.caption_key)
+            caption = find_captions(text, shard.source.caption_keys)[0]
             samples[row["key"]] = Read(caption, decode(audio, row["ending"]))
     return samples
 

@@ -19,16 +19,23 @@ ShardsOrConfig = Annotated[
         metavar="SHARDS...|CONFIG",
     ),
 ]
-CaptionKey = Annotated[str, typer.Option(help="Where the caption is (for SHARDS).")]
+CaptionKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--caption-key",
+        help="Where the caption is (for SHARDS); given several times, in order of preference.",
+        show_default="caption",
+    ),
+]
 Threads = Annotated[int, typer.Option(min=1, help="Shards at a time.")]
 
 
 def named_data(
-    names: Sequence[str], caption_key: str = "caption", index_dir: str | None = None
+    names: Sequence[str], caption_keys: Sequence[str] | None = None, index_dir: str | None = None
 ) -> tuple[Data, RunConfig | None]:
     """The data that SHARDS...|CONFIG names, and the config, if it is one.
 
-    caption_key and index_dir are for shards that are named one by one. Raises ConfigError.
+    caption_keys and index_dir are for shards that are named one by one. Raises ConfigError.
     """
     if len(names) == 1 and names[0].endswith((".yaml", ".yml")):
         if index_dir is not None:
@@ -37,7 +44,9 @@ def named_data(
             )
         config = load(names[0])
         return config.data, config
-    source = {"name": "shards", "shards": list(names), "caption_key": caption_key}
+    source: dict[str, object] = {"name": "shards", "shards": list(names)}
+    if caption_keys:
+        source["caption_key"] = list(caption_keys)
     values: dict[str, object] = {"sources": [source]}
     if index_dir is not None:
         values["index_dir"] = index_dir

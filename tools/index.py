@@ -19,7 +19,7 @@ from data.index import Sidecar, index_shard, load_sidecar, sidecar_location
 from data.retry import STATS
 from data.sources import Shard, expand
 from data.storage import find
-from tools.arguments import CaptionKey, ShardsOrConfig, Threads, named_data
+from tools.arguments import CaptionKeys, ShardsOrConfig, Threads, named_data
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
@@ -32,7 +32,7 @@ def index(
     quick: Annotated[
         bool, typer.Option("--quick", help="Headers only: no CRC32, no seconds, no look at the content.")
     ] = False,
-    caption_key: CaptionKey = "caption",
+    caption_key: CaptionKeys = None,
     index_dir: Annotated[
         str | None, typer.Option(help="Where the indexes go (for SHARDS).", show_default="index")
     ] = None,

@@ -19,11 +19,11 @@ from configs.errors import CheckpointError, ConfigError, run_command
 from configs.run.folder import RunDir
 from configs.schema import Source
 from data import storage
-from data.captions import find_caption
+from data.captions import find_captions
 from data.decode import AudioInfo, BadSample, decode, probe
 from data.index import Sidecar, index_shard, load_sidecar
 from data.sources import Shard, expand
-from tools.arguments import CaptionKey, named_data
+from tools.arguments import CaptionKeys, named_data
 from trainer import checkpoint
 
 EXAMPLES = 3
@@ -39,7 +39,7 @@ def inspect(
             metavar="SHARDS...|CONFIG|RUN|CHECKPOINT",
         ),
     ],
-    caption_key: CaptionKey = "caption",
+    caption_key: CaptionKeys = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Model whose tokens are counted (for SHARDS); a config names its own."),
@@ -98,7 +98,7 @@ class _Sound:
     key: str
     ending: str
     info: AudioInfo
-    caption: str
+    captions: list[str]
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,14 @@ def _show_source(source: Source, index_dir: str, limit: int, ruler: _Ruler) -> N
     for shard, sidecar in zip(shards, sidecars, strict=True):
         if sidecar.damage:
             _line("", f"{shard.location.url}: {sidecar.loss()}")
+    _show_members(sidecars)
     hint = "" if len(opened) == len(rows) else ", spread evenly (--samples 0 opens all)"
     _line("opened", f"{len(opened):,} of {len(rows):,} samples{hint}")
     if sound:
         _show_sound(sound, len(rows) / len(opened), ruler)
     _show_problems(problems)
     for sample in sound[:: max(1, len(sound) // EXAMPLES)][:EXAMPLES]:
-        _line("example", f"{sample.key} ({sample.info.seconds:.1f} s): {sample.caption}")
+        _line("example", f"{sample.key} ({sample.info.seconds:.1f} s): {sample.captions[0]}")
 
 
 def _sidecars(shards: Sequence[Shard], index_dir: str, pool: ThreadPoolExecutor) -> list[Sidecar]:
@@ -163,6 +164,24 @@ def _indexed_problems(shard: Shard, sidecar: Sidecar) -> list[_Problem]:
     return [_Problem(f"{shard.location.name}/{row['key']}", row["problem"]) for row in rows]
 
 
+def _show_members(sidecars: Sequence[Sidecar]) -> None:
+    """Print what became of every member of the archives."""
+    in_problems = ignored = 0
+    kinds: Counter[str] = Counter()
+    for sidecar in sidecars:
+        has_problem = pc.not_equal(sidecar.table["problem"], "")
+        in_problems += pc.sum(sidecar.table["members"].filter(has_problem)).as_py() or 0
+        kinds.update(sidecar.ignored)
+    ignored = kinds.total()
+    total = sum(sidecar.members for sidecar in sidecars)
+    named = f" ({', '.join(f'{kind} x {count:,}' for kind, count in kinds.most_common())})" if kinds else ""
+    _line(
+        "members",
+        f"{total:,}: {total - in_problems - ignored:,} of samples, {in_problems:,} of those with a problem,"
+        f" {ignored:,} ignored{named}",
+    )
+
+
 def _spread_evenly(rows: list[_Row], limit: int) -> list[_Row]:
     """At most `limit` rows, spread evenly; with 0 all."""
     if limit == 0 or len(rows) <= limit:
@@ -182,12 +201,12 @@ def _open(row: _Row) -> _Sound | _Problem:
 
     audio, text = read("audio"), read("text")
     try:
-        caption = find_caption(text, shard.source.caption_key)
+        captions = find_captions(text, shard.source.caption_keys)
         info = probe(audio, sample["ending"])
         decode(audio, sample["ending"], _part_to_decode)
     except BadSample as error:
         return _Problem(key, str(error))
-    return _Sound(key, sample["ending"], info, caption)
+    return _Sound(key, sample["ending"], info, captions)
 
 
 def _part_to_decode(seconds: float) -> tuple[float, float] | None:
@@ -209,7 +228,10 @@ def _show_sound(samples: Sequence[_Sound], share: float, ruler: _Ruler) -> None:
         "length",
         f"{hours:.2f} h opened, about {hours * share:.2f} h in all; {_quantiles(seconds, 's', '.1f')}",
     )
-    _line("captions", _quantiles([ruler.measure(sample.caption) for sample in samples], ruler.unit, ".0f"))
+    lengths = [ruler.measure(caption) for sample in samples for caption in sample.captions]
+    several = [len(sample.captions) for sample in samples if len(sample.captions) > 1]
+    more = f"; {len(several):,} samples have several, up to {max(several)}" if several else ""
+    _line("captions", _quantiles(lengths, ruler.unit, ".0f") + more)
 
 
 def _show_problems(problems: Sequence[_Problem]) -> None:

@@ -79,9 +79,16 @@ FIXED = {name for name, change in _settings(RunConfig) if change is Change.NEVER
 """Never allowed to change."""
 
 
+def _completed(before: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint pins, with the values that it does not name yet."""
+    captions = SOURCES[Change.ON_PURPOSE]
+    of_sources = [[key, "first", style] for key, *others, style in before.get(captions, []) if not others]
+    return UNNAMED | before | ({captions: of_sources} if of_sources else {})
+
+
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of what is not as it was."""
-    before = UNNAMED | before
+    before = _completed(before)
     return [name for name in now if before.get(name) != now[name]]
 
 
@@ -121,7 +128,7 @@ def check_changes(before: dict[str, Any], now: dict[str, Any], allowed: list[str
 
 def differences(before: dict[str, Any], now: dict[str, Any], names: list[str]) -> list[str]:
     """What was changed, a line for each name."""
-    before = UNNAMED | before
+    before = _completed(before)
     return [
         f"{EXPLAINED.get(name, name)}: {_short(before.get(name))} -> {_short(now[name])}" for name in names
     ]

@@ -129,7 +129,7 @@ class Loaders:
             seed=self.config.run.seed,
             crash_journal=self.crash_journal,
             poisoned=self.poisoned,
-            same_crops=validation,
+            always_alike=validation,
         )
 
     def _loader(

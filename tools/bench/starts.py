@@ -96,11 +96,22 @@ def _make_sidecar(shard: Shard, config: RunConfig, seed: int, samples: int) -> N
         "crc32": random.integers(0, 2**32, samples),
         "seconds": random.exponential(10, samples).astype(np.float32),
         "caption_characters": text - 20,
+        "captions": [1] * samples,
+        "members": [2] * samples,
         "problem": np.where(random.random(samples) < 1e-3, "the audio is empty (0 bytes)", "").tolist(),
     }
     table = pa.table(columns, SCHEMA)
     stat = storage.stat(shard.location)
-    save_sidecar(shard, config.data.index_dir, table, stat, full=True, damage="")
+    save_sidecar(
+        shard,
+        config.data.index_dir,
+        table,
+        stat,
+        full=True,
+        damage="",
+        members=2 * samples,
+        ignored={},
+    )
 
 
 @dataclass(frozen=True)
