@@ -22,6 +22,8 @@ END, PROMPT = "<|endoftext|>", "<|startofprev|>"
 IGNORED = -100
 """Label of positions that the loss leaves out."""
 EMPTY = "the caption is empty"
+OF_OBJECTS = ("caption", "text")
+"""What objects call a caption that they hold."""
 
 
 class _Missing(BadSample):
@@ -89,7 +91,7 @@ def _parsed(text: str) -> Any:
 def _texts(document: Any, key: str) -> list[str]:
     """The captions under a dotted path; in arrays, nulls and empty texts are passed over."""
     found = _under(document, key, key)
-    values = [value for each in found for value in (each if isinstance(each, list) else [each])]
+    values = [_of_object(value) for each in found for value in (each if isinstance(each, list) else [each])]
     wrong = [value for value in values if not isinstance(value, str | None)]
     if wrong:
         advice = ""
@@ -102,6 +104,13 @@ def _texts(document: Any, key: str) -> list[str]:
     if not captions:
         raise BadSample(EMPTY)
     return captions
+
+
+def _of_object(value: Any) -> Any:
+    """The text of an object that is a caption, as `{"text": "A bell.", "start": 0}`, where it is clear which
+    one that is; anything else as it is."""
+    names = [name for name in OF_OBJECTS if isinstance(value, dict) and isinstance(value.get(name), str)]
+    return value[names[0]] if len(names) == 1 else value
 
 
 def _under(value: Any, path: str, key: str) -> list[Any]:

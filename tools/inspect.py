@@ -131,7 +131,7 @@ def _show_source(source: Source, index_dir: str, limit: int, ruler: _Ruler) -> N
     for shard, sidecar in zip(shards, sidecars, strict=True):
         if sidecar.damage:
             _line("", f"{shard.location.url}: {sidecar.loss()}")
-    _show_members(sidecars)
+    _show_members(sidecars, sum(isinstance(sample, _Problem) for sample in opened))
     hint = "" if len(opened) == len(rows) else ", spread evenly (--samples 0 opens all)"
     _line("opened", f"{len(opened):,} of {len(rows):,} samples{hint}")
     if sound:
@@ -164,9 +164,10 @@ def _indexed_problems(shard: Shard, sidecar: Sidecar) -> list[_Problem]:
     return [_Problem(f"{shard.location.name}/{row['key']}", row["problem"]) for row in rows]
 
 
-def _show_members(sidecars: Sequence[Sidecar]) -> None:
-    """Print what became of every member of the archives."""
-    in_problems = ignored = 0
+def _show_members(sidecars: Sequence[Sidecar], found: int) -> None:
+    """Print what became of every member of the archives. found: samples that have turned out to be no good
+    when they were opened."""
+    in_problems = 2 * found
     kinds: Counter[str] = Counter()
     for sidecar in sidecars:
         has_problem = pc.not_equal(sidecar.table["problem"], "")

@@ -98,7 +98,7 @@ class SampleRecords:
         lines = ["Reasons:"]
         lines += [f"{len(examples)} x {reason}, e.g. {examples[0]}" for reason, examples in commonest]
         lines.append(f"All are named in {self._run.quarantine.folder}")
-        if any("no caption under" in reason for reason in keys):
+        if any("caption under" in reason for reason in keys):
             lines[-1] += "; is data.sources.NAME.caption_key right?"
         return "\n  ".join(lines)
 
