@@ -64,7 +64,7 @@ def _decoded(content: bytes) -> str:
         text = "\0"
     if "\0" in text:
         raise BadSample(f"the caption's member is {what_it_is(content) or 'not UTF-8'}")
-    if stand_in := what_it_stands_for(text.encode("utf-8", "surrogatepass")):
+    if stand_in := what_it_stands_for(content):
         raise BadSample(f"the caption's member is {stand_in}")
     return text
 

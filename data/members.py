@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import posixpath
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ from data.tar import Kind, Member
 
 FOLLOWED = 40
 """Links that are followed, one to the next, before they are taken for a circle."""
-OF_MACOS = ("__MACOSX", ".DS_Store")
-"""Names of what macOS adds to archives, beside `._` and the name of a file."""
+OF_MACOS = re.compile(r"(^|/)(\._|__MACOSX(/|$)|\.DS_Store$)")
+"""In names of what macOS adds to archives."""
+LEADING_TO_FILES = (Kind.FILE, Kind.HARD_LINK, Kind.SYMBOLIC_LINK)
 
 
 class Part(NamedTuple):
@@ -68,6 +70,7 @@ def sort_out(members: Sequence[Member], source: Source) -> Contents:
     A sample's members are called alike up to the first dot, as WebDataset has it. Those that this leaves
     alone are put together in spite of another Unicode form, or by their last endings: names may hold dots.
     """
+    wanted = _Wanted(source.audio and source.audio.lower().lstrip("."), text_endings(source))
     contents = Contents()
     by_key: dict[str, list[Part]] = {}
     for key, part in _parts(members, contents.ignored):
@@ -75,13 +78,13 @@ def sort_out(members: Sequence[Member], source: Source) -> Contents:
     alone: dict[str, list[Part]] = {}
     incomplete: list[Group] = []
     for key, parts in by_key.items():
-        group = _group(key, parts, source)
+        group = wanted.group(key, parts)
         if group.is_pair:
             contents.samples.append(group)
         else:
             alone.setdefault(_composed(key), []).extend(parts)
     for parts in alone.values():
-        for group in _put_together(parts, source):
+        for group in _put_together(parts, wanted):
             (contents.samples if group.is_pair else incomplete).append(group)
     for group in contents.samples:
         contents.ignored.update(f".{part.ending} beside samples" for part in group.others)
@@ -135,10 +138,10 @@ def _parts(members: Sequence[Member], ignored: Counter[str]) -> Iterator[tuple[s
     for member in members:
         name = _utf8(member.name)
         key, ending = split(name)
-        file = posixpath.basename(name)
-        if member.kind in (Kind.FOLDER, Kind.DEVICE, Kind.OTHER):
+        file = name[name.rfind("/") + 1 :]
+        if member.kind not in LEADING_TO_FILES:
             ignored[member.kind.value] += 1
-        elif file.startswith("._") or any(part in OF_MACOS for part in name.split("/")):
+        elif OF_MACOS.search(name):
             ignored["left by macOS"] += 1
         elif file.startswith("."):
             ignored["hidden files"] += 1
@@ -169,10 +172,10 @@ class _Links:
         member = part.member
         for _ in range(FOLLOWED):
             target = self._target(member)
-            if target is None or target.kind not in (Kind.FILE, Kind.HARD_LINK, Kind.SYMBOLIC_LINK):
+            if target is None or target.kind not in LEADING_TO_FILES:
                 return part._replace(broken=_broken(part, "is no file of this archive"))
             if target.kind is Kind.FILE:
-                return part._replace(member=replace(target, name=part.member.name))
+                return part._replace(member=target._replace(name=part.member.name))
             member = target
         return part._replace(broken=_broken(part, "leads to itself"))
 
@@ -188,36 +191,41 @@ def _broken(part: Part, why: str) -> str:
     return f"its .{part.ending} is a link to {part.member.link!r}, which {why}"
 
 
-def _group(key: str, parts: Sequence[Part], source: Source) -> Group:
-    """Parts of one key, by what they are for this source."""
-    group = Group(key)
-    chosen = source.audio.lower().lstrip(".") if source.audio else None
-    text_ending = next(
-        (ending for ending in text_endings(source) if any(part.ending == ending for part in parts)), None
-    )
-    for part in parts:
-        is_audio = part.ending.rpartition(".")[2] in AUDIO_ENDINGS
-        if part.ending == text_ending:
-            group.text.append(part)
-        elif is_audio and chosen in (None, part.ending):
-            group.audio.append(part)
-        else:
-            group.others.append(part)
-    return group
+@dataclass(frozen=True)
+class _Wanted:
+    """What a source takes of a sample. audio: the ending that it chooses; text: endings, in order of
+    preference."""
+
+    audio: str | None
+    text: list[str]
+
+    def group(self, key: str, parts: Sequence[Part]) -> Group:
+        """Parts of one key, by what they are for this source."""
+        group = Group(key)
+        there = {part.ending for part in parts}
+        text = next((ending for ending in self.text if ending in there), None)
+        for part in parts:
+            ending = part.ending
+            if ending == text:
+                group.text.append(part)
+            elif self.audio in (None, ending) and ending[ending.rfind(".") + 1 :] in AUDIO_ENDINGS:
+                group.audio.append(part)
+            else:
+                group.others.append(part)
+        return group
 
 
-def _put_together(parts: Sequence[Part], source: Source) -> list[Group]:
+def _put_together(parts: Sequence[Part], wanted: _Wanted) -> list[Group]:
     """Groups of parts whose keys by the first dot differ in their Unicode form at most.
 
     Each caption's name, without its ending, is a key; a part belongs to the longest key that it begins with.
     If no sample comes of that, all are one group.
     """
-    endings = text_endings(source)
     names = [_composed(_utf8(part.member.name)) for part in parts]
     keys = {
         name[: -len(ending) - 1]
         for name in names
-        for ending in endings
+        for ending in wanted.text
         if name.lower().endswith(f".{ending}")
     }
     by_key: dict[str, list[Part]] = {}
@@ -225,11 +233,11 @@ def _put_together(parts: Sequence[Part], source: Source) -> list[Group]:
         dots = [place for place, character in enumerate(name) if character == "."]
         end = next((dot for dot in reversed(dots) if name[:dot] in keys), dots[-1])
         by_key.setdefault(name[:end], []).append(part._replace(ending=name[end + 1 :].lower()))
-    groups = [_group(key, of_key, source) for key, of_key in by_key.items()]
+    groups = [wanted.group(key, of_key) for key, of_key in by_key.items()]
     if any(group.is_pair for group in groups):
         return groups
     key, _ = split(names[0])
-    return [_group(key, parts, source)]
+    return [wanted.group(key, parts)]
 
 
 def _add_hints(incomplete: Sequence[Group]) -> None:
@@ -250,7 +258,11 @@ def _alike(group: Group) -> str:
 
 def _utf8(name: str) -> str:
     """A name that Arrow takes, which takes UTF-8 only."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return (
+        name
+        if name.isascii()
+        else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    )
 
 
 def _composed(name: str) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 BLOCK = 512
 ABOUT_THE_NEXT = (
@@ -47,8 +47,7 @@ KINDS = {
 """By the type in a header."""
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A member of an archive: its name without `./`, and where its bytes are. link: what a link points to, as
     it is written."""
 
@@ -112,7 +111,8 @@ def _has_content(member: tarfile.TarInfo) -> bool:
 
 def _is_sparse(member: tarfile.TarInfo, longer: dict[str, str]) -> bool:
     """Whether holes of a file were left out."""
-    return member.type == tarfile.GNUTYPE_SPARSE or any(word.startswith("GNU.sparse") for word in longer)
+    is_sparse = member.type == tarfile.GNUTYPE_SPARSE
+    return is_sparse or (bool(longer) and any(word.startswith("GNU.sparse") for word in longer))
 
 
 def _size(longer: dict[str, str], member: tarfile.TarInfo) -> int:

@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[object, object, str]] = {
         "text",
         "is an object, not text (its keys: en, de); name one of them, as text.en",
     ),
-    "an object with two texts": ({"x": {"caption": "A", "text": "B"}}, "x", "is an object, not text (its keys"),
+    "an object with two texts": ({"x": {"caption": "A", "text": "B"}}, "x", "is an object, not text"),
     "another key": ({"a": 1, "b": 2}, "text", "no caption under 'text' (keys there: a, b)"),
     "another key, deep": ({"a": {"b": 2}}, "a.text", "no caption under 'a.text' (keys there: b)"),
     "no object": ({"a": "A bell."}, "a.text", "no caption under 'a.text' (there is a string)"),
