@@ -9,7 +9,7 @@ BEGINNING = 4096
 LFS = b"version https://git-lfs.github.com/spec/"
 BEGINNINGS = {
     LFS: "a pointer of Git LFS, not the file itself (`git lfs pull` fetches that)",
-    b"version https://git-annex": "a pointer of git-annex, not the file itself (`git annex get` fetches that)",
+    b"version https://git-annex": "a pointer of git-annex, not the file (`git annex get` fetches that)",
     b"\x1f\x8b": "compressed by gzip; unpack it (gunzip)",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it (zstd -d)",
     b"\xfd7zXZ\0": "compressed by xz; unpack it (unxz)",
@@ -40,6 +40,8 @@ BEGINNINGS = {
     b"OggS": "audio (Ogg)",
     b"ID3": "audio (MP3)",
     b"FORM": "audio (AIFF)",
+    b"caff": "audio (CAF)",
+    b".snd": "audio (AU)",
     b"#EXTM3U": "a list of files to play, not the audio",
 }
 """By the first bytes of a file, what it is, as it stands after `it is`."""
