@@ -1,5 +1,5 @@
-"""Containers that are made of chunks (WAV, RF64, W64, AIFF, CAF): their sizes are compared with what is there,
-and where they are not so the file is written anew."""
+"""Containers that are made of chunks (WAV, RF64, W64, AIFF, CAF): their sizes are compared with what is
+there, and where they are not so the file is written anew."""
 
 from __future__ import annotations
 
@@ -136,8 +136,12 @@ def files(content: bytes, layout: Layout) -> Iterator[bytes]:
         there = len(content) - data.start
         size = _audio_bytes(content, layout, walk, data)
         if hidden or not walk.regular or size != data.size or layout.magic == b"BW64":
-            yield _anew(content, layout, walk.chunks, data, size)
-            return
+            end = content.find(layout.magic, data.start)
+            if end < 0 or layout_of(content[end : end + layout.head]) is not layout:
+                end = len(content)
+            yield _anew(content[:end], layout, walk.chunks, data, min(size, end - data.start))
+            content = content[end:]
+            continue
         more = content.startswith(layout.magic, walk.end) and size < there
         yield content[: walk.end] if more else content
         content = content[walk.end :] if more else b""

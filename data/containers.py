@@ -14,15 +14,21 @@ BEHIND_JUNK = 64 << 10
 """Bytes in which the beginning of a known format is looked for."""
 
 
+CODECS = {1, 2, 3, 6, 7, 0x11, 0x14, 0x31, 0x38, 0x40, 0x55, 0xFFFE}
+"""Numbers of the codecs of WAV that libsndfile reads."""
+FFMPEGS_OGG = (b"Speex   ", b"\x7fFLAC", b"\x80theora", b"fishead\0", b"CELT    ", b"PCM     ")
+"""What a stream of Ogg begins with that libsndfile does not read."""
 FLAC = re.compile(rb"fLaC[\0\x80]\0\0\x22")
 OGG = re.compile(rb"OggS\0[\x02\x06]")
 """A page that begins a stream."""
 BEGINNINGS = re.compile(
     rb"(RIFF|RIFX|RF64|BW64)....WAVE|FORM....AIF[FC]|OggS\0\x02|fLaC[\0\x80]\0\0\x22", re.DOTALL
 )
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 FFMPEGS = re.compile(
     rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|\x30\x26\xb2\x75\x8e\x66\xcf\x11|#!AMR|FLV\x01"
-    rb"|\0\0\x01\xba|\x0b\x77|\x7f\xfe\x80\x01|wvpk|MAC |TTA1|MPCK|MP\+|\.RMF|RIFF....AVI |ADIF|tBaK|DSD ",
+    rb"|\0\0\x01\xba|\x0b\x77|\x7f\xfe\x80\x01|wvpk|MAC |TTA1|MPCK|MP\+|\.RMF|RIFF....AVI |ADIF|tBaK|DSD "
+    rb"|G.{187}G.{187}G",
     re.DOTALL,
 )
 """MP4 and QuickTime, Matroska and WebM, ASF (WMA), AMR, Flash, MPEG streams, AC-3, DTS, WavPack, ..."""
@@ -52,19 +58,61 @@ def files(content: bytes, ffmpegs: bool) -> list[bytes] | None:
 
 def _known(content: bytes) -> list[bytes] | None:
     """The files of a content whose first bytes say its format; [] for another one."""
+    if content.startswith(b"OggS") and content.startswith(FFMPEGS_OGG, 28):
+        return None
     if layout := chunks.layout_of(content):
+        if layout.form == b"WAVE" and _codec(content, layout) not in CODECS:
+            return None
         return list(chunks.files(content, layout))
     if FLAC.match(content):
-        return _cut(content, [found.start() for found in FLAC.finditer(content)])
+        return _cut(content, [at for at in mpeg.places(content, b"fL") if FLAC.match(content, at)])
     if content.startswith(b"OggS"):
         return _cut(content, [0, *_chained(content)])
     if content.startswith(b".snd"):
         return list(_au(content))
+    if content[4:8] == b"ftyp":
+        _check_boxes(content)
+    if content.startswith(EBML):
+        _check_segment(content)
     if FFMPEGS.match(content) or _is_adts(content):
         return None
     if mpeg.says_its_length(content):
         return [content]
     return mpeg.files(content) if mpeg.SYNC.match(content) else []
+
+
+def _codec(content: bytes, layout: chunks.Layout) -> int:
+    """The number of a WAV's codec; 1, PCM, where it is not found."""
+    at = content.find(b"fmt ", layout.head, BEHIND_JUNK)
+    return int.from_bytes(content[at + 8 : at + 10], layout.order) if at >= 0 else 1
+
+
+def _check_boxes(content: bytes) -> None:
+    """Raise Unsound for an MP4 that is cut off, or goes on with another one: FFmpeg reads the beginning."""
+    at = 0
+    while at + 8 <= len(content):
+        size, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
+        if size == 1:
+            size = int.from_bytes(content[at + 8 : at + 16], "big")
+        if at and kind == b"ftyp":
+            raise Unsound(f"is several MP4 files end to end, the second from byte {at:,} on; take them apart")
+        if kind in (b"mdat", b"moov", b"moof") and len(content) < (at + size) * COMPLETE:
+            raise Unsound(f"is cut off: {len(content):,} of {at + size:,} bytes are there")
+        if size < 8:  # up to the end of the file, or no box
+            return
+        at += size
+
+
+def _check_segment(content: bytes) -> None:
+    """Raise Unsound for a WebM that is cut off, unless it was written into a pipe and states no size."""
+    at = content.find(SEGMENT, 0, BEHIND_JUNK) + len(SEGMENT)
+    if at < len(SEGMENT) or at == len(content):
+        return
+    width = 9 - content[at].bit_length()  # so many zero bits, and a one, come first
+    stated = int.from_bytes(content[at : at + width], "big") & (1 << 7 * width) - 1
+    end = at + width + stated
+    if stated != (1 << 7 * width) - 1 and len(content) < end * COMPLETE:
+        raise Unsound(f"is cut off: {len(content):,} of {end:,} bytes are there")
 
 
 def _cut(content: bytes, starts: list[int]) -> list[bytes]:

@@ -109,15 +109,20 @@ def probe(content: bytes, ending: str) -> AudioInfo:
     return AudioInfo(sum(info.seconds for info in infos), infos[0].rate, infos[0].channels)
 
 
+def has_ffmpeg() -> bool:
+    """Whether there is an FFmpeg on this machine's PATH."""
+    return shutil.which("ffmpeg") is not None
+
+
 def needs_ffmpeg(reason: str) -> bool:
     """Whether this is the reason of NeedsFfmpeg."""
     return reason.startswith(NEEDS_FFMPEG)
 
 
 def ffmpeg_would_win(count: int) -> str:
-    """For a summary: how many samples FFmpeg would make usable, in words."""
-    samples = "1 of these needs" if count == 1 else f"{count:,} of these need"
-    return f"{samples} FFmpeg: with `ffmpeg` on the PATH they would be won (apt-get install ffmpeg)"
+    """For a summary, after "N of what": that they would be won by installing FFmpeg."""
+    verb = "needs" if count == 1 else "need"
+    return f"{verb} FFmpeg, and would be won by installing it (apt-get install ffmpeg)"
 
 
 def in_words(seconds: float, limit: float) -> str:

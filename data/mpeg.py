@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
 
 COMPLETE = 0.9
 """Share of the length in a header that must be there; some encoders of MP3 state it a little off."""
@@ -21,6 +24,9 @@ KILOBITS = {
 }
 """Bits per second / 1000, by whether it is MPEG 1, and layer; then by the index in a frame's header."""
 SYNC = re.compile(rb"\xff[\xe2-\xff]")
+BLOCK = 1 << 20
+BY_CHANCE = 16 << 10
+"""Bytes among which two certain ones stand less than once by chance."""
 IN_A_ROW = 3
 """Frames, one where the other ends, that are not there by chance."""
 JUNK = 64 << 10
@@ -94,16 +100,23 @@ def files(content: bytes) -> list[bytes] | None:
     return None if None in whole else [file for file in whole if file is not None]
 
 
+def places(content: bytes, pair: bytes) -> Iterator[int]:
+    """Where two bytes stand one behind the other: in a tenth of the time that `bytes.find` takes."""
+    for start in range(0, len(content) - 1, BLOCK):
+        block = np.frombuffer(content, np.uint8, min(BLOCK + 1, len(content) - start), start)
+        yield from (np.flatnonzero((block[:-1] == pair[0]) & (block[1:] == pair[1])) + start).tolist()
+
+
 def says_its_length(content: bytes) -> bool:
-    """Whether the first frame, with which content begins, states a length, and one that can be so."""
+    """Whether the first frame, with which content begins, states frames and bytes, and those that are there
+    are not more."""
     if not (frame := _frame(content, 0)) or not (said := _statement(content, 0, frame)):
         return False
-    if not said.frames or not said.size:
+    if not said.frames or len(content) > said.size + ID3V1:
         return False
-    mpeg1, (_, layer, rate) = frame.form[0] == 3, frame.form
-    kilobits = said.size * 8 / (said.frames * _samples(frame.form) / rate) / 1000
-    possible = KILOBITS[mpeg1, layer]
-    return possible[0] * COMPLETE <= kilobits <= possible[-1] / COMPLETE and len(content) <= said.size + ID3V1
+    return (
+        sum(1 for _ in places(content, content[:2])) <= said.frames / COMPLETE + 1 + len(content) / BY_CHANCE
+    )
 
 
 def _samples(form: tuple[int, int, int]) -> int:
