@@ -24,7 +24,7 @@ KILOBITS = {
 }
 """Bits per second / 1000, by whether it is MPEG 1, and layer; then by the index in a frame's header."""
 SYNC = re.compile(rb"\xff[\xe2-\xff]")
-BLOCK = 1 << 20
+BLOCK = 1 << 17
 BY_CHANCE = 16 << 10
 """Bytes among which two certain ones stand less than once by chance."""
 IN_A_ROW = 3
