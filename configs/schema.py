@@ -218,8 +218,9 @@ class Data(Section):
     in each epoch: programs that use the export pad always."""
     max_seconds: Annotated[float | None, ON_PURPOSE] = Field(None, gt=0)
     """Longest clip, in seconds; default the model's window (30 for Whisper)."""
-    overlong: Annotated[Literal["skip", "crop"], ON_PURPOSE] = "skip"
-    """What to do with longer clips: leave them out, or take a random stretch of `max_seconds`."""
+    overlong: Annotated[Literal["skip", "start", "crop"], ON_PURPOSE] = "skip"
+    """What to do with longer clips: leave them out, or take of each the first `max_seconds` (`start`, as
+    Whisper's own feature extractor does), or a random stretch of that length (`crop`)."""
     long_caption: Annotated[Literal["truncate", "skip"], ON_PURPOSE] = "truncate"
     """What to do with captions that exceed the decoder's positions (448 for Whisper, prompt included)."""
     shuffle_window: Annotated[int, NEW_EPOCH] = Field(256, ge=1)

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from configs.errors import DataError
 from configs.schema import RunConfig
 from data import storage
+from data.decode import ffmpeg_would_win, has_ffmpeg, in_words, needs_ffmpeg
 from data.index import (
     LAYOUT,
     TRAINING,
@@ -105,10 +106,11 @@ def left_out(
 
     Samples longer than `longest` seconds do not count as bad; a line for each source says how many they are.
     """
-    lines, bad, total = [], 0, 0
+    lines, bad, total, for_ffmpeg = [], 0, 0, 0
     for shard, sidecar in zip(shards, sidecars, strict=True):
         problems = sidecar.table["problem"].filter(pc.not_equal(sidecar.table["problem"], ""))
         bad, total = bad + len(problems), total + len(sidecar.table)
+        for_ffmpeg += sum(map(needs_ffmpeg, problems.to_pylist()))
         if sidecar.damage:
             lines.append(f"{shard.location.url}: {sidecar.loss()}")
         if len(problems):
@@ -116,10 +118,12 @@ def left_out(
                 f"{shard.location.url}: {len(problems)} of {len(sidecar.table)} samples are left out, e.g."
                 f" because of this: {problems[0].as_py()}"
             )
+    won = [_won_by_ffmpeg(for_ffmpeg)] if for_ffmpeg else []
     if bad > config.data.max_bad_fraction * max(total, 1000):
         allowed = f"data.max_bad_fraction={config.data.max_bad_fraction:g}"
         summary = f"{bad} of {total} samples cannot be used, more than {allowed} allows"
-        raise DataError("\n".join([*lines[:20], summary]))
+        raise DataError("\n".join([*lines[:20], *won, summary]))
+    lines += won
     for source in config.data.sources:
         of_source = [
             sidecar.table.column("seconds").to_numpy()
@@ -130,10 +134,18 @@ def left_out(
         if overlong := int((seconds > longest).sum()):
             lines.append(
                 f"source {source.name}: {overlong:,} of {len(seconds):,} samples are left out, for more than"
-                f" {longest:g} s (up to {np.nanmax(seconds):.1f} s); data.overlong=crop would take a part of"
-                " each"
+                f" {longest:g} s (up to {in_words(np.nanmax(seconds), longest)} s); data.overlong=start or"
+                " crop would take a part of each"
             )
     return lines
+
+
+def _won_by_ffmpeg(count: int) -> str:
+    samples = "1 sample" if count == 1 else f"{count:,} samples"
+    index = "`python -m tools.index CONFIG`"
+    if has_ffmpeg():
+        return f"{samples} needed FFmpeg when indexed, and it is here now: {index} wins them"
+    return f"{samples} {ffmpeg_would_win(count)} and {index} after that"
 
 
 def build(config: RunConfig, folder: Path, longest: float) -> list[str]:

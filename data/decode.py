@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +16,25 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from configs.errors import DataError
+from data import containers
+from data.kinds import what_it_is
+from data.mpeg import COMPLETE, Unsound
 
 SAMPLE_RATE = 16_000  # Hz
 FFMPEG_ONLY = {"m4a", "mp4", "aac", "webm", "wma", "mka"}
-"""Endings that libsndfile does not read."""
+"""Endings of formats that libsndfile does not read."""
 FFMPEG_SECONDS = 100
 """CPU time after which FFmpeg is taken to never end; it decodes 25 h of AAC in it."""
 READ_FRAMES = 1 << 20
 LAST_FRAMES = 256
-COMPLETE = 0.9
-"""Share of the length in the header that must be there; some encoders of MP3 state it a little off."""
+FFMPEG_HELD = 600 * SAMPLE_RATE
+"""Samples that are kept while FFmpeg decodes: of what is longer, the wanted stretch is decoded again."""
+NEEDS_FFMPEG = "the audio needs FFmpeg"
+"""What the reason begins with where there is none."""
+UNKNOWN_FORMATS = (1, 4)
+"""Codes of libsndfile for a format, and an encoding, that it does not know."""
 MP3_FRAME = 200
 """Bytes at the beginning of an MP3 that say, by Xing or Info, that it states its length."""
-WRITTEN_INTO_A_PIPE = 0x7FFF_0000
-"""Sizes from here on in a RIFF header are not meant: the encoder could not go back to put the true one."""
 OVERDRIVEN = 8
 """What no recording exceeds for long, in multiples of full scale: what is less is clipped, as on any way."""
 NO_SAMPLES = "the audio has no samples (0 s)"
@@ -40,6 +45,16 @@ AUDIO_ENDINGS = {"wav", "flac", "ogg", "oga", "mp3", "opus", "aiff", "aif", "au"
 
 class BadSample(Exception):
     """The content of a sample cannot be used; the message says why."""
+
+
+class NeedsFfmpeg(BadSample):
+    """Only FFmpeg reads this sample, and there is none."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"{NEEDS_FFMPEG}, and there is no `ffmpeg` on this machine's PATH: install it (apt-get install"
+            " ffmpeg, or conda install ffmpeg), or convert the clips to FLAC"
+        )
 
 
 class Skipped(BadSample):
@@ -61,23 +76,81 @@ Skipped."""
 
 
 def decode(content: bytes, ending: str, fit: Fit = lambda seconds: None) -> npt.NDArray[np.int16]:
-    """Decode an audio file, or the stretch of it that `fit` chooses, to 16 kHz mono.
+    """Decode an audio file, or the stretch of it that `fit` chooses, to 16 kHz mono. What it is, its content
+    says; the ending is asked where that is of no known format.
 
-    No more than that is decoded, but of FFmpeg's formats, which are decoded whole first. Returns (n,) int16.
-    Raises BadSample for content that is not sound audio of at least one sample.
+    Memory is taken for no more than that stretch, and ten minutes of what FFmpeg has to read. Returns (n,)
+    int16. Raises BadSample for content that is not sound audio of at least one sample, NeedsFfmpeg where only
+    FFmpeg could say.
     """
-    if _needs_ffmpeg(content, ending):
-        whole = _ffmpeg(content)
-        first, count = _frames(fit(len(whole) / SAMPLE_RATE), SAMPLE_RATE)
-        return whole[first : first + count].copy()  # writable, and the rest is let go
-    return _sndfile(content, fit)
+    files = _files(content, ending)
+    if files is None:
+        return _ffmpeg(content, fit)
+    try:
+        return _sndfile(files[0], fit) if len(files) == 1 else _chain(files, fit)
+    except _Unread:
+        if not _is_ffmpegs(files):
+            raise
+        return _ffmpeg(content, fit)
 
 
 def probe(content: bytes, ending: str) -> AudioInfo:
     """Length and form of an audio file, from its headers where they say so; of FLAC the end is decoded, too.
     Raises BadSample."""
-    if _needs_ffmpeg(content, ending):
-        return AudioInfo(len(_ffmpeg(content)) / SAMPLE_RATE, 0, 0)
+    files = _files(content, ending)
+    try:
+        infos = None if files is None else [_probe(file) for file in files]
+    except _Unread:
+        if files is None or not _is_ffmpegs(files):
+            raise
+        infos = None
+    if infos is None:
+        return AudioInfo(_ffmpeg_length(content), 0, 0)
+    return AudioInfo(sum(info.seconds for info in infos), infos[0].rate, infos[0].channels)
+
+
+def has_ffmpeg() -> bool:
+    """Whether there is an FFmpeg on this machine's PATH."""
+    return shutil.which("ffmpeg") is not None
+
+
+def needs_ffmpeg(reason: str) -> bool:
+    """Whether this is the reason of NeedsFfmpeg."""
+    return reason.startswith(NEEDS_FFMPEG)
+
+
+def ffmpeg_would_win(count: int) -> str:
+    """For a summary, after "N of what": that they would be won by installing FFmpeg."""
+    verb = "needs" if count == 1 else "need"
+    return f"{verb} FFmpeg, and would be won by installing it (apt-get install ffmpeg)"
+
+
+def in_words(seconds: float, limit: float) -> str:
+    """A length that exceeds a limit, with as many digits as tell the two apart."""
+    digits = next((n for n in range(1, 9) if f"{seconds:.{n}f}" != f"{limit:.{n}f}"), 9)
+    return f"{seconds:.{digits}f}"
+
+
+class _Unread(BadSample):
+    """Libsndfile does not know this format."""
+
+
+def _files(content: bytes, ending: str) -> list[bytes] | None:
+    """The files in this content for libsndfile, None where FFmpeg has to read it."""
+    if not content:
+        raise BadSample("the audio is empty (0 bytes)")
+    try:
+        return containers.files(content, ending.rsplit(".", 1)[-1] in FFMPEG_ONLY)
+    except Unsound as error:
+        raise BadSample(f"the audio {error}") from None
+
+
+def _is_ffmpegs(files: list[bytes]) -> bool:
+    """Whether FFmpeg may read what libsndfile does not know: another codec in a container that both do."""
+    return what_it_is(files[0]).startswith("audio")
+
+
+def _probe(content: bytes) -> AudioInfo:
     with _open(content) as file:
         info = AudioInfo(file.frames / file.samplerate, file.samplerate, file.channels)
         if not info.seconds:
@@ -98,18 +171,30 @@ def _has_end(file: soundfile.SoundFile) -> bool:
         return False
 
 
-def _needs_ffmpeg(content: bytes, ending: str) -> bool:
-    if not content:
-        raise BadSample("the audio is empty (0 bytes)")
-    return ending.rsplit(".", 1)[-1] in FFMPEG_ONLY
-
-
 def _frames(stretch: tuple[float, float] | None, rate: int) -> tuple[int, int]:
     """First frame and number of frames of a stretch."""
     if stretch is None:
         return 0, UNKNOWN_FRAMES
     start, length = stretch
     return round(start * rate), round(length * rate)
+
+
+def _chain(files: list[bytes], fit: Fit) -> npt.NDArray[np.int16]:
+    """Decode files that follow one another as one."""
+    lengths = [_probe(file).seconds for file in files]
+    start, length = fit(sum(lengths)) or (0.0, float("inf"))
+    pieces = []
+    for file, seconds in zip(files, lengths, strict=True):
+        first, end = max(0.0, start), min(seconds, start + length)
+        if first < end:
+            whole = (first, end) == (0.0, seconds)
+            pieces.append(_sndfile(file, _constant(None if whole else (first, end - first))))
+        start -= seconds
+    return np.concatenate(pieces) if pieces else np.empty(0, np.int16)
+
+
+def _constant(stretch: tuple[float, float] | None) -> Fit:
+    return lambda seconds: stretch
 
 
 def _sndfile(content: bytes, fit: Fit) -> npt.NDArray[np.int16]:
@@ -164,7 +249,7 @@ def _read(file: soundfile.SoundFile, first: int, count: int, dtype: str) -> npt.
 
 def _knows_its_length(file: soundfile.SoundFile, content: bytes) -> bool:
     """Whether the number of frames is more than an estimate."""
-    beginning = _without_id3(content)[:MP3_FRAME]
+    beginning = content[:MP3_FRAME]
     return file.format != "MP3" or b"Xing" in beginning or b"Info" in beginning
 
 
@@ -177,45 +262,72 @@ def _mix(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return audio.mean(axis=1, dtype=np.float32)
 
 
-def _without_id3(content: bytes) -> bytes:
-    """The file without its leading ID3 tag: its cover art would count as audio where the length of an MP3 is
-    estimated from its bytes."""
-    if content[:3] != b"ID3" or len(content) < 10:
-        return content
-    size = 0
-    for byte in content[6:10]:  # seven bits each
-        size = size << 7 | byte & 0x7F
-    return content[10 + size :] or content
+def _ffmpeg(content: bytes, fit: Fit) -> npt.NDArray[np.int16]:
+    """The stretch that `fit` chooses, by FFmpeg. How long the audio is, it says by decoding it only."""
+    held: list[bytes] = []
+    count = 0
+    for part in _ffmpeg_parts(content):
+        count += len(part) // 2
+        held = [*held, part] if count <= FFMPEG_HELD else []
+    if not count:
+        raise BadSample(NO_SAMPLES)
+    first, wanted = _frames(fit(count / SAMPLE_RATE), SAMPLE_RATE)
+    if count > FFMPEG_HELD:
+        held, first = _ffmpeg_stretch(content, first, wanted), 0
+    samples = np.frombuffer(b"".join(held), np.int16)
+    return samples[first : first + wanted].copy()  # writable, and the rest is let go
 
 
-def _ffmpeg(content: bytes) -> npt.NDArray[np.int16]:
+def _ffmpeg_stretch(content: bytes, first: int, wanted: int) -> list[bytes]:
+    """Samples [first, first + wanted) in parts: decoded from the beginning, as a leap would not be exact."""
+    held, at, end = [], 0, 2 * (first + wanted)
+    with closing(_ffmpeg_parts(content)) as parts:
+        for part in parts:
+            held.append(part[max(0, 2 * first - at) : max(0, end - at)])
+            at += len(part)
+            if at >= end:
+                break
+    return held
+
+
+def _ffmpeg_length(content: bytes) -> float:
+    """Seconds, by decoding."""
+    count = sum(len(part) // 2 for part in _ffmpeg_parts(content))
+    if not count:
+        raise BadSample(NO_SAMPLES)
+    return count / SAMPLE_RATE
+
+
+def _ffmpeg_parts(content: bytes) -> Generator[bytes]:
+    """What FFmpeg makes of a file: int16 at 16 kHz, mono, in parts of whole samples. Raises BadSample."""
     program = shutil.which("ffmpeg")
     if program is None:
-        raise DataError(
-            "M4A, AAC, MP4 and WebM audio needs FFmpeg, and there is no `ffmpeg` on this machine's PATH. "
-            "Install it (apt-get install ffmpeg, or conda install ffmpeg), or convert the clips to FLAC."
-        )
-    with _memory_file(content) as descriptor:
+        raise NeedsFfmpeg
+    with _memory_file(content) as descriptor, tempfile.TemporaryFile() as errors:
         command = [program, "-nostdin", "-v", "error", "-timelimit", str(FFMPEG_SECONDS)]
-        command += ["-i", f"/proc/self/fd/{descriptor}"]
+        command += ["-i", (name := f"/proc/self/fd/{descriptor}")]
         command += ["-vn", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "s16le", "-"]
-        done = subprocess.run(command, pass_fds=[descriptor], capture_output=True, check=False)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        said = said or f"FFmpeg ended with {done.returncode} (it is stopped after {FFMPEG_SECONDS} s)"
-        raise BadSample(f"the audio cannot be decoded: {said.splitlines()[-1]}")
-    if not done.stdout:
-        raise BadSample(NO_SAMPLES)
-    return np.frombuffer(done.stdout, np.int16)  # as floats FFmpeg would not normalise the mix to mono
+        # As floats FFmpeg would not normalise the mix to mono.
+        with subprocess.Popen(
+            command, pass_fds=[descriptor], stdout=subprocess.PIPE, stderr=errors
+        ) as process:
+            assert process.stdout is not None
+            try:
+                while part := process.stdout.read(READ_FRAMES):
+                    yield part
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip()
+            said = said or f"FFmpeg ended with {process.returncode} (it is stopped after {FFMPEG_SECONDS} s)"
+            raise BadSample(f"the audio cannot be decoded: {said.splitlines()[-1].removeprefix(f'{name}: ')}")
 
 
 @contextmanager
 def _open(content: bytes) -> Iterator[soundfile.SoundFile]:
-    # Libsndfile takes the end of a file for the end of the audio.
-    stated = int.from_bytes(content[4:8], "little") if content[:4] == b"RIFF" else 0
-    if len(content) < stated * COMPLETE and stated < WRITTEN_INTO_A_PIPE:
-        raise BadSample(f"the audio is cut off: {len(content):,} of {stated + 8:,} bytes are there")
-    with _memory_file(_without_id3(content)) as descriptor:
+    with _memory_file(content) as descriptor:
         try:
             with soundfile.SoundFile(descriptor, closefd=False) as file:
                 if file.frames >= UNKNOWN_FRAMES:
@@ -225,7 +337,8 @@ def _open(content: bytes) -> Iterator[soundfile.SoundFile]:
                     )
                 yield file
         except soundfile.LibsndfileError as error:
-            raise BadSample(f"the audio cannot be decoded: {error.error_string}") from None
+            kind = _Unread if error.code in UNKNOWN_FORMATS else BadSample
+            raise kind(f"the audio cannot be decoded: {error.error_string}") from None
 
 
 @contextmanager

@@ -161,6 +161,9 @@ def index_shard(shard: Shard, index_dir: str | Path, *, full: bool) -> Sidecar:
     if damage and not members:
         known = what_it_is(read(0, min(now.size, BEGINNING)))
         why = f"it is {known}" if known else damage
+        folder, _, name = shard.location.url.rpartition("/")
+        if not name.endswith(".tar"):
+            why += f" (a pattern as {folder}/*.tar names shards alone)"
         raise DataError(f"{shard.location.url}: not a tar archive that can be read: {why}")
     if not members:
         damage = "nothing but zero bytes: an empty archive, or a download that was broken off"

@@ -49,6 +49,8 @@ BINARIES = {
     b"OggS": "audio (Ogg)",
     b"ID3": "audio (MP3)",
     b"FORM": "audio (AIFF)",
+    b"caff": "audio (CAF)",
+    b".snd": "audio (AU)",
 }
 """By the first bytes of what is no text, what it is."""
 PAGE = re.compile(

@@ -11,7 +11,7 @@ from configs.run.crash_journal import POISONED, CrashJournal
 from data import storage
 from data.batch import Sample
 from data.captions import CaptionEncoder, find_captions
-from data.decode import SAMPLE_RATE, BadSample, Skipped, decode
+from data.decode import SAMPLE_RATE, BadSample, Skipped, decode, in_words
 from data.index import Index
 from data.location import Location
 from data.order import CAPTION, CROP, hashed, random_keys
@@ -78,7 +78,7 @@ class SampleReader:
         *,
         windows: Windows,
         max_seconds: float,
-        overlong: Literal["skip", "crop"],
+        overlong: Literal["skip", "start", "crop"],
         seed: int,
         crash_journal: CrashJournal,
         poisoned: frozenset[str] = frozenset(),
@@ -173,8 +173,11 @@ class SampleReader:
             return None
         if self.overlong == "skip":
             raise Skipped(
-                f"the audio has {seconds:.1f} s, {longest:g} s fit (data.overlong: crop would take a part)"
+                f"the audio has {in_words(seconds, longest)} s, {longest:g} s fit (data.overlong: start or"
+                " crop would take a part)"
             )
+        if self.overlong == "start":
+            return 0.0, longest
         key = int(random_keys(1, self.seed, CROP, 0 if self.always_alike else step, row)[0])
         # At whole hundredths of a second, which are whole frames of most rates.
         starts = int((seconds - longest) * 100) + 1

@@ -21,7 +21,7 @@ from configs.schema import RunConfig, Section
 from tests.making import ROOT, config_values
 from trainer.changes import marks, pinned
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 CONFIG = """
 run: {name: mine}
 model: {name_or_path: openai/whisper-tiny}
@@ -54,7 +54,7 @@ def test_every_config_loads_with_the_command_that_it_opens_with(path: Path) -> N
     command = re.match(r"# python -m launch (?:train|submit) (.*)", path.read_text(encoding="utf-8"))
     assert command, "the first line names the command that runs it"
     name, *rest = shlex.split(command[1])
-    assert name == f"configs/{path.name}"
+    assert name == str(path.relative_to(ROOT))
     load(path, [argument for argument in rest if "=" in argument and not argument.startswith("-")])
     load(path)
 

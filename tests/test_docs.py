@@ -17,7 +17,7 @@ from configs.run.events import KINDS, Event
 from tests.making import ROOT
 from tools import docs
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def editor() -> Draft202012Validator:
@@ -43,7 +43,8 @@ def test_the_guide_names_every_event_of_the_ledger_and_its_fields(kind: type[Eve
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_editors_find_the_schema_and_accept_our_configs(path: Path) -> None:
-    assert "# yaml-language-server: $schema=schema.json\n" in path.read_text(encoding="utf-8")
+    schema = "../" * (len(path.relative_to(docs.SCHEMA.parent).parts) - 1) + docs.SCHEMA.name
+    assert f"# yaml-language-server: $schema={schema}\n" in path.read_text(encoding="utf-8")
     editor().validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 

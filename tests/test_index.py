@@ -118,7 +118,7 @@ PROBLEMS = {
         "the audio has no samples (0 s)",
     ),
     "half a FLAC": (sound(3, "flac")[:400], words(), "the audio cannot be decoded"),
-    "page": (b"<html>404</html>", words(), "the audio cannot be decoded"),
+    "page": (b"<html>404</html>", words(), "the audio is a web page"),
 }
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -14,7 +14,15 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from transformers.utils import logging
 
 from configs.errors import ConfigError, DataError, run_command
-from data.decode import AUDIO_ENDINGS, SAMPLE_RATE, BadSample, decode
+from data.decode import (
+    AUDIO_ENDINGS,
+    SAMPLE_RATE,
+    BadSample,
+    NeedsFfmpeg,
+    decode,
+    ffmpeg_would_win,
+    in_words,
+)
 from data.windows import HOP, Windows
 from trainer.captioning import Generator
 from trainer.whisper import AUDIO_WINDOW, from_transformers
@@ -39,28 +47,51 @@ def caption(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     captioner = _Captioner(model, style)
-    failed = 0
+    failed = for_ffmpeg = 0
     for path in _files(paths):
         try:
-            waveform = torch.from_numpy(decode(path.read_bytes(), _ending(path)))
+            clip = _read(path, captioner.seconds)
         except (BadSample, OSError) as error:
             failed += 1
+            for_ffmpeg += isinstance(error, NeedsFfmpeg)
             if as_json:
                 _print_json(path=str(path), error=str(error))
             else:
                 print(f"{path}: {error}", file=sys.stderr)
             continue
-        seconds = len(waveform) / SAMPLE_RATE
-        if seconds > captioner.seconds:
-            notice = f"{path}: has {seconds:.1f} s; its first {captioner.seconds:g} s are captioned"
+        if clip.seconds > captioner.seconds:
+            length = in_words(clip.seconds, captioner.seconds)
+            notice = f"{path}: has {length} s; its first {captioner.seconds:g} s are captioned"
             print(notice, file=sys.stderr)
-        text = captioner(waveform)
+        text = captioner(clip.waveform)
         if as_json:
-            _print_json(path=str(path), caption=text, seconds=round(seconds, 3))
+            _print_json(path=str(path), caption=text, seconds=round(clip.seconds, 3))
         else:
             print(f"{path}\t{text}", flush=True)
     if failed:
-        raise DataError(f"{failed} files could not be captioned")
+        won = f"; {for_ffmpeg:,} of them {ffmpeg_would_win(for_ffmpeg)}" if for_ffmpeg else ""
+        files = "1 file" if failed == 1 else f"{failed:,} files"
+        raise DataError(f"{files} could not be captioned{won}")
+
+
+class _Clip(NamedTuple):
+    """The part of a file that a model takes, (n,) int16 at 16 kHz, and the seconds of the whole file."""
+
+    waveform: torch.Tensor
+    seconds: float
+
+
+def _read(path: Path, most: float) -> _Clip:
+    """Decode the first `most` seconds of a file. Raises BadSample, OSError."""
+    lengths: list[float] = []
+
+    def fit(seconds: float) -> tuple[float, float] | None:
+        lengths.append(seconds)
+        return (0.0, most) if seconds > most else None
+
+    waveform = torch.from_numpy(decode(path.read_bytes(), _ending(path), fit))
+    (stated,) = lengths
+    return _Clip(waveform, stated if stated > most else len(waveform) / SAMPLE_RATE)
 
 
 def _print_json(**values: object) -> None:

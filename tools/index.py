@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated
 
+import pyarrow.compute as pc
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.errors import ConfigError, DataError, EarwitnessError, run_command
+from data.decode import ffmpeg_would_win, has_ffmpeg, needs_ffmpeg
 from data.index import Sidecar, index_shard, load_sidecar, sidecar_location
 from data.retry import STATS
 from data.sources import Shard, expand
@@ -50,6 +52,8 @@ def index(
         f"{data.index_dir}: {len(share)} shards, {totals.samples} samples{hours}, {totals.problems} with a"
         f" problem, {totals.damaged} shards damaged"
     )
+    if totals.for_ffmpeg:
+        print(f"{totals.for_ffmpeg:,} of these problems {ffmpeg_would_win(totals.for_ffmpeg)}")
     if STATS["requests"]:
         print(
             f"read from elsewhere: {STATS['bytes'] / 1e9:.3f} GB in {STATS['requests']:,} requests,"
@@ -72,6 +76,8 @@ class _Totals:
     """Audio in them; 0 without a full index."""
     problems: int = 0
     """Samples that cannot be used."""
+    for_ffmpeg: int = 0
+    """Those among them that only FFmpeg could read."""
     damaged: int = 0
     """Shards that could not be read to their end."""
 
@@ -129,10 +135,17 @@ def _current_index(shard: Shard, index_dir: str, *, full: bool) -> Sidecar | Ear
         if sidecar is None and find(sidecar_location(shard, index_dir)):
             print(f"{shard.location.url}: changed since it was indexed; it is indexed anew", flush=True)
         if sidecar is not None and (sidecar.full or not full):
-            return sidecar
+            if not (full and has_ffmpeg() and _needed_ffmpeg(sidecar)):
+                return sidecar
+            print(f"{shard.location.url}: samples of it needed FFmpeg, which is here now; it is indexed anew")
         return index_shard(shard, index_dir, full=full)
     except EarwitnessError as error:
         return error
+
+
+def _needed_ffmpeg(sidecar: Sidecar) -> bool:
+    """Whether there was no FFmpeg when this index was made, for a sample that needs it."""
+    return any(map(needs_ffmpeg, pc.unique(sidecar.table["problem"]).to_pylist()))
 
 
 def _report(shard: Shard, sidecar: Sidecar, totals: _Totals) -> None:
@@ -142,6 +155,7 @@ def _report(shard: Shard, sidecar: Sidecar, totals: _Totals) -> None:
         if row["problem"]:
             keys_of_problem.setdefault(row["problem"], []).append(row["key"])
             totals.problems += 1
+            totals.for_ffmpeg += needs_ffmpeg(row["problem"])
         else:
             totals.samples += 1
             totals.seconds += row["seconds"] if sidecar.full else 0

@@ -14,7 +14,7 @@ import typer
 from webdataset import ShardWriter
 
 from configs.errors import ConfigError, DataError, run_command
-from data.decode import AUDIO_ENDINGS, BadSample, probe
+from data.decode import AUDIO_ENDINGS, BadSample, ffmpeg_would_win, needs_ffmpeg, probe
 from tools.output import Output, new_folder
 
 REJECTED = "rejected.csv"
@@ -48,13 +48,17 @@ def pack(
     shards = "1 shard" if packed.shards == 1 else f"{packed.shards} shards"
     hint = f" (see {out}/{REJECTED})" if packed.rejected else ""
     print(f"{out}: {packed.samples} samples in {shards}, {packed.rejected} rows rejected{hint}")
+    if packed.for_ffmpeg:
+        print(f"{packed.for_ffmpeg:,} of the rejected rows {ffmpeg_would_win(packed.for_ffmpeg)}")
 
 
 class _Packed(NamedTuple):
-    """How many rows became samples, how many were rejected, and in how many shards the samples are."""
+    """How many rows became samples, how many were rejected (of these only FFmpeg could read some), and in how
+    many shards the samples are."""
 
     samples: int
     rejected: int
+    for_ffmpeg: int
     shards: int
 
 
@@ -65,7 +69,7 @@ class _Rejected(Exception):
 def _write(table: Path, output: Output, caption_key: str, shard_bytes: int, where: str | None) -> _Packed:
     """Write shards, and a table of the rows that were rejected."""
     files: dict[str, str] = {}
-    rejected = []
+    rejected: list[tuple[int, str, str]] = []
     pattern = str(output.folder).replace("%", "%%") + "/shard-%06d.tar"
     with ShardWriter(
         pattern, maxcount=10**9, maxsize=shard_bytes, verbose=0, mtime=0, user="", group=""
@@ -75,20 +79,24 @@ def _write(table: Path, output: Output, caption_key: str, shard_bytes: int, wher
                 sample = _sample(row, table.parent, caption_key, files)
             except _Rejected as reason:
                 print(f"{table}, line {line}: {row.get('file') or '(no file)'}: {reason}")
-                rejected.append([line, row.get("file", ""), str(reason)])
+                rejected.append((line, row.get("file", ""), str(reason)))
                 continue
             shard = writer.fname
             writer.write(sample)
             if writer.fname != shard:  # that one is full
                 output.complete(Path(shard))
         shards = writer.shard
+    for_ffmpeg = sum(needs_ffmpeg(reason) for *_, reason in rejected)
     if not files:
         rows = f"with {where}" if where else "that it has"
-        raise DataError(f"{table}: no row could be packed: {len(rejected)} were rejected, of those {rows}")
+        won = f"; {for_ffmpeg:,} {ffmpeg_would_win(for_ffmpeg)}" if for_ffmpeg else ""
+        raise DataError(
+            f"{table}: no row could be packed: {len(rejected)} were rejected, of those {rows}{won}"
+        )
     if rejected:
         with (output.folder / REJECTED).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([["line", "file", "reason"], *rejected])
-    return _Packed(len(files), len(rejected), shards)
+            csv.writer(file).writerows([("line", "file", "reason"), *rejected])
+    return _Packed(len(files), len(rejected), for_ffmpeg, shards)
 
 
 def _rows(table: Path, where: str | None) -> Iterator[tuple[int, dict[str, str]]]:
