@@ -46,6 +46,8 @@ class Evaluator:
     size: Size
     dtype: torch.dtype
     """Type of the weights that compute."""
+    before_leaving: Callable[[], None]
+    """Called by all ranks before they leave together, as nothing of a source could be used."""
 
     @torch.no_grad()
     def loss(self, module: Whisper, fetch: Fetch) -> dict[str, float] | None:
@@ -147,8 +149,11 @@ class Evaluator:
         """Raise DataError, PeerFailed on the ranks but 0, if nothing of a source could be used."""
         for name, rows, tokens in zip(self._names, rows_by_source, totals.tokens.tolist(), strict=True):
             if rows and not tokens:
-                of_source = [sample for sample in rejected if sample.key.startswith(f"{name}/")]
+                of_source = [sample for sample in rejected if sample.source == name]
+                self.before_leaving()
                 reasons = self.records.explain(of_source)
                 raise DataError(
-                    f"source {name}: none of its {len(rows)} validation samples can be used. {reasons}"
+                    f"source {name}: none of its {len(rows)} validation samples can be used, and a loss of"
+                    " nothing is none; mend them, or choose others by"
+                    f" data.sources.{name}.validation. {reasons}"
                 )
