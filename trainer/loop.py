@@ -358,8 +358,8 @@ class Training:
         raise PeerFailed("a later attempt has taken over")
 
     def check_usable(self, sums: StepSums) -> None:
-        """Raise DataError, PeerFailed on the ranks but 0, if so little can be used that the run must not go
-        on."""
+        """Raise UnusableData, PeerFailed on the ranks but 0, if so little can be used that the run must not
+        go on."""
         complaint = self.tally.add(sums.usable, sums.unusable, sums.bad)
         if complaint:
             self.checkpoints.finish()

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import torch
 
-from configs.errors import DataError, PeerFailed
+from configs.errors import PeerFailed, UnusableData
 from configs.run.events import CaptionCut
 from configs.run.folder import RunDir
 from configs.run.quarantine import Unusable, without_numbers
@@ -76,8 +76,8 @@ class SampleRecords:
         return Counter(sample.source for sample in self._unusable.values() if sample.bad)
 
     def refuse(self, complaint: Complaint) -> NoReturn:
-        """Raise DataError with the commonest reasons of what is complained of, PeerFailed on the ranks but 0.
-        All ranks call it."""
+        """Raise UnusableData with the commonest reasons of what is complained of, PeerFailed on the ranks but
+        0. All ranks call it."""
         reasons = self.explain(
             [
                 sample
@@ -87,11 +87,11 @@ class SampleRecords:
                 and complaint.source in ("", sample.source)
             ]
         )
-        raise DataError(f"{complaint.what}. {reasons}")
+        raise UnusableData(f"{complaint.what}.{reasons}")
 
     def explain(self, rejected: Sequence[Rejected]) -> str:
-        """The commonest reasons over all ranks, each with an example, and what to do. All ranks call it; rank
-        0 gets the text, on the others it raises PeerFailed."""
+        """The commonest reasons over all ranks, each with an example, and what to do, on lines of their own.
+        All ranks call it; rank 0 gets the text, on the others it raises PeerFailed."""
         by_rank = self._world.gather(list(rejected))
         if by_rank is None:
             raise PeerFailed("samples could not be used; rank 0 says why")
@@ -100,7 +100,7 @@ class SampleRecords:
         for sample in met.values():
             alike.setdefault(without_numbers(sample.reason), []).append(sample)
         commonest = sorted(alike.items(), key=lambda item: -len(item[1]))[:REASONS_SHOWN]
-        lines = ["Reasons:"]
+        lines = [""]
         for words, samples in commonest:
             reasons = {sample.reason for sample in samples}
             reason = reasons.pop() if len(reasons) == 1 else words
