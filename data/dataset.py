@@ -34,8 +34,8 @@ from data.index import (
 )
 from data.lengths import tell_lengths
 from data.order import Order, cut_runs
-from data.samples import too_many_bad
 from data.sources import Shard, expand
+from data.tolerance import too_many_bad
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from configs.schema import RunConfig
 from data.order import Order
-from data.samples import FEW, too_many_bad
+from data.tolerance import FEW, too_many_bad
 
 FEW_TOO_LONG = 32
 """So many samples are not all too long by chance, where half of them may be."""
