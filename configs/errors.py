@@ -46,6 +46,12 @@ class DataError(EarwitnessError):
     cause = Cause.BAD_INPUT
 
 
+class UnusableData(DataError):
+    """Too little of the data that were read can be used."""
+
+    cause = Cause.UNUSABLE_DATA
+
+
 class PeerFailed(EarwitnessError):
     """Another rank failed, and says why; this one only leaves."""
 

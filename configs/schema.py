@@ -228,7 +228,8 @@ class Data(Section):
     read_ahead_mb: Annotated[int, FREE] = Field(512, ge=1)
     """Megabytes of undecoded samples that each rank may hold."""
     max_bad_fraction: Annotated[float, FREE] = Field(0.01, ge=0, le=1)
-    """Share of samples with unreadable content above which the run stops (of the first 1,000 at least)."""
+    """Share of samples with unreadable content above which the run stops (of 1,000 at least; of fewer, half
+    of them are too many)."""
     threads: Annotated[int | None, FREE] = Field(None, ge=1)
     """Decoding threads per rank; default one for each of its cores but one, at least 1 and at most 8."""
     audit: Annotated[bool, FREE] = False

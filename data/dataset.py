@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.errors import DataError
+from configs.run.events import SourceSamples
 from configs.schema import RunConfig
 from data import storage
-from data.decode import ffmpeg_would_win, has_ffmpeg, in_words, needs_ffmpeg
+from data.decode import ffmpeg_would_win, has_ffmpeg, needs_ffmpeg
 from data.index import (
     LAYOUT,
     TRAINING,
@@ -31,8 +33,10 @@ from data.index import (
     read_metadata,
     sidecar_location,
 )
+from data.lengths import tell_lengths
 from data.order import Order, cut_runs
 from data.sources import Shard, expand
+from data.tolerance import too_many_bad
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,18 @@ def index_missing(config: RunConfig, shards: Sequence[Shard]) -> list[Sidecar]:
         )
 
 
-def left_out(
-    config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Sidecar], longest: float
-) -> list[str]:
-    """A line for each shard of which something cannot be used. Raises DataError if it is more than
-    `data.max_bad_fraction`.
+@dataclass(frozen=True)
+class Overview:
+    """What a run has to train on, and what it has not: said at each start."""
 
-    Samples longer than `longest` seconds do not count as bad; a line for each source says how many they are.
-    """
+    lines: list[str]
+    """What is left out or cut, and why."""
+    sources: list[SourceSamples]
+
+
+def left_out(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Sidecar]) -> list[str]:
+    """A line for each shard of which something cannot be used. Raises DataError if it is more than
+    `data.max_bad_fraction`."""
     lines, bad, total, for_ffmpeg = [], 0, 0, 0
     for shard, sidecar in zip(shards, sidecars, strict=True):
         problems = sidecar.table["problem"].filter(pc.not_equal(sidecar.table["problem"], ""))
@@ -119,25 +127,11 @@ def left_out(
                 f" because of this: {problems[0].as_py()}"
             )
     won = [_won_by_ffmpeg(for_ffmpeg)] if for_ffmpeg else []
-    if bad > config.data.max_bad_fraction * max(total, 1000):
+    if too_many_bad(bad, total, config.data.max_bad_fraction, few=2):
         allowed = f"data.max_bad_fraction={config.data.max_bad_fraction:g}"
         summary = f"{bad} of {total} samples cannot be used, more than {allowed} allows"
         raise DataError("\n".join([*lines[:20], *won, summary]))
-    lines += won
-    for source in config.data.sources:
-        of_source = [
-            sidecar.table.column("seconds").to_numpy()
-            for shard, sidecar in zip(shards, sidecars, strict=True)
-            if shard.source is source
-        ]
-        seconds = np.concatenate(of_source)
-        if overlong := int((seconds > longest).sum()):
-            lines.append(
-                f"source {source.name}: {overlong:,} of {len(seconds):,} samples are left out, for more than"
-                f" {longest:g} s (up to {in_words(np.nanmax(seconds), longest)} s); data.overlong=start or"
-                " crop would take a part of each"
-            )
-    return lines
+    return [*lines, *won]
 
 
 def _won_by_ffmpeg(count: int) -> str:
@@ -148,30 +142,65 @@ def _won_by_ffmpeg(count: int) -> str:
     return f"{samples} {ffmpeg_would_win(count)} and {index} after that"
 
 
-def build(config: RunConfig, folder: Path, longest: float) -> list[str]:
+def build(config: RunConfig, folder: Path, longest: float) -> Overview:
     """Write the merged indexes of a run into `folder`, unless those there are current; one rank does it.
-    `longest`: seconds of the model's window.
-
-    Returns what is left out, a line per shard.
-    """
+    `longest`: seconds of the model's window."""
     for left in folder.glob(".index-*.tmp"):  # by an attempt that was killed
         left.unlink(missing_ok=True)
     shards = list_shards(config)
-    limit = float("inf")
-    if config.data.overlong == "skip":
-        limit = min(longest, config.data.max_seconds or longest)
+    used = min(longest, config.data.max_seconds or longest)
+    limit = used if config.data.overlong == "skip" else float("inf")
     made = [read_metadata(folder / name) for name in (TRAINING, VALIDATION)]
     if all(made):
         now = _inputs(config, limit, shards, _origins(config, shards)).encode()
         if all(metadata.get(b"inputs") == now for metadata in made):
-            return list(json.loads(made[0][b"left_out"]))
+            return _overview(config, folder, json.loads(made[0][b"left_out"]))
     sidecars = index_missing(config, shards)
-    lines = left_out(config, shards, sidecars, limit)
-    inputs = _inputs(config, limit, shards, [sidecar.origin for sidecar in sidecars])
-    merge(shards, sidecars, folder, longest=limit, notes={"inputs": inputs, "left_out": json.dumps(lines)})
+    lines = left_out(config, shards, sidecars) + tell_lengths(config.data, shards, sidecars, used)
+    notes = {
+        "inputs": _inputs(config, limit, shards, [sidecar.origin for sidecar in sidecars]),
+        "left_out": json.dumps({"lines": lines, "counts": _counts(config, shards, sidecars, limit)}),
+    }
+    try:
+        merge(shards, sidecars, folder, longest=limit, notes=notes)
+    except DataError as error:
+        raise DataError("\n".join([*lines[:20], str(error)])) from None
+    overview = _overview(config, folder, json.loads(notes["left_out"]))
     del sidecars
     pa.default_memory_pool().release_unused()  # 3.1 million samples: 0.6 GB, which the process would keep
-    return lines
+    return overview
+
+
+def _counts(
+    config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Sidecar], limit: float
+) -> list[dict[str, int]]:
+    """Samples of each source that the merged index leaves out."""
+    counts = {source.name: {"unusable": 0, "too_long": 0} for source in config.data.sources}
+    for shard, sidecar in zip(shards, sidecars, strict=True):
+        sound = pc.equal(sidecar.table["problem"], "").to_numpy()
+        of_source = counts[shard.source.name]
+        of_source["unusable"] += int((~sound).sum())
+        of_source["too_long"] += int((sound & (sidecar.table["seconds"].to_numpy() > limit)).sum())
+    return list(counts.values())
+
+
+def _overview(config: RunConfig, folder: Path, noted: dict[str, Any]) -> Overview:
+    """What the merged indexes in a folder hold, and what was noted when they were made."""
+    used = open_dataset(config, folder)
+    by_part = (used.training.samples_by_source(), used.validation.samples_by_source())
+    sources, lines = [], list(noted["lines"])
+    for source, counts, training, validation in zip(
+        config.data.sources, noted["counts"], *by_part, strict=True
+    ):
+        samples = training + validation + sum(counts.values())
+        sources.append(SourceSamples(source.name, samples, training, validation, **counts))
+        if source.validation.fraction and not validation:
+            lines.append(
+                f"source {source.name}: data.sources.{source.name}.validation="
+                f"{source.validation.fraction:g} chooses none of its {samples:,} samples, so there is no"
+                " validation loss of it; a larger share would"
+            )
+    return Overview(lines, sources)
 
 
 def _origins(config: RunConfig, shards: Sequence[Shard]) -> list[str]:

@@ -287,6 +287,7 @@ class Index:
         named = {
             source.name: (source, json.dumps(source.storage_options, sort_keys=True)) for source in sources
         }
+        self._sources = len(sources)
         self.shards = []
         for name, url, tag, size in json.loads(self.table.schema.metadata[b"shards"]):
             source, options = named[name]
@@ -299,6 +300,11 @@ class Index:
         """A column of numbers, without a copy."""
         column = self.table.column(name)
         return column.chunk(0).to_numpy() if column.num_chunks == 1 else column.to_numpy()
+
+    def samples_by_source(self) -> list[int]:
+        """Samples of each source, in the order of the config."""
+        counts: list[int] = np.bincount(self.column("source"), minlength=self._sources).tolist()
+        return counts
 
     def text(self, name: str, row: int) -> str:
         """One value of a column of strings."""
@@ -333,7 +339,7 @@ def merge(
     """Merge the sound samples of all shards into two Arrow files in `folder`, TRAINING and VALIDATION.
 
     Samples known to be longer than `longest` seconds are left out. `notes` are kept with both files. Raises
-    DataError if a source has no sample for training.
+    DataError if a source has no sample for training, or none of its samples for validation is sound.
     """
     parts = [_samples(shard, sidecar) for shard, sidecar in zip(shards, sidecars, strict=True)]
     table = pa.concat_tables(parts)
@@ -356,10 +362,16 @@ def merge(
         columns = {name: table[name].filter(pa.array(wanted)).combine_chunks() for name in table.column_names}
         merged = pa.table({**columns, **{name: column[wanted] for name, column in numbers.items()}})
         counts = np.bincount(merged["source"].to_numpy(), minlength=len(sources))
-        empty = [name for name, count in zip(sources, counts, strict=True) if not count]
-        if empty and file == TRAINING:
+        meant = np.bincount(numbers["source"][validation], minlength=len(sources))
+        empty = [
+            name
+            for name, count, held_out in zip(sources, counts, meant, strict=True)
+            if not count and (file == TRAINING or held_out)
+        ]
+        if empty:
+            purpose = "train on" if file == TRAINING else "validate with"
             raise DataError(
-                f"no sample to train on in source {', '.join(empty)}: see its shards with `python -m"
+                f"no sample to {purpose} in source {', '.join(empty)}: see its shards with `python -m"
                 " tools.index`, which names every problem"
             )
         metadata = {**(notes or {}), "digest": _digest(merged, shards), "shards": json.dumps(listed)}

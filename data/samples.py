@@ -40,6 +40,11 @@ class Rejected:
     reason: str
     bad: bool
 
+    @property
+    def source(self) -> str:
+        """Name of its source."""
+        return self.key.partition("/")[0]
+
 
 class Stretch(NamedTuple):
     """Bytes [start, end) of a shard."""

@@ -37,6 +37,8 @@ from configs.run.folder import RunDir
 from configs.run.goodput import AttemptSummary, begin, goodput, summarize
 from configs.run.lease import holder
 from configs.run.ledger import History, warning
+from configs.run.quarantine import Quarantined
+from launch.samples import SamplesReport
 from slurm import cluster
 from slurm.chain import chain_jobs, look_outside
 from slurm.cluster import QueuedJob
@@ -77,6 +79,7 @@ class Report:
     """When it was first submitted or started; `goodput` is of the time from there until now or its end."""
     goodput: dict[str, dict[str, float]]
     """Seconds and share by what they went into (see configs/run/goodput.py)."""
+    samples: SamplesReport
     notices: list[str]
     """What went on all the same, but should be looked at: the last of each kind, and how many there were."""
     attempts: list[AttemptSummary]
@@ -143,6 +146,7 @@ def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
     eta = None
     if started and speed and state == "running":
         eta = (started.total_steps - step) * started.global_size / speed
+    quarantined = run.quarantine.read()
     losses = [event.metrics.get("validation/loss") for event in history.of(Evaluated)]
     return Report(
         run=str(run.path),
@@ -159,7 +163,8 @@ def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
             name: {"seconds": round(seconds, 3), "share": round(seconds / total, 5)}
             for name, seconds in spent.items()
         },
-        notices=_notices(run, history),
+        samples=SamplesReport.of(history, quarantined),
+        notices=_notices(history, quarantined),
         attempts=rows,
     )
 
@@ -251,7 +256,7 @@ NOTICES: dict[type[Event], Callable[[Any], str]] = {
 }
 
 
-def _notices(run: RunDir, history: History) -> list[str]:
+def _notices(history: History, quarantined: Quarantined) -> list[str]:
     """What should be looked at: the last event of each kind, notes of the last pre-flight, torn lines."""
     notices = []
     for kind, in_words in NOTICES.items():
@@ -262,7 +267,7 @@ def _notices(run: RunDir, history: History) -> list[str]:
     preflight = history.last(Preflight)
     if preflight is not None:
         notices += preflight.notes
-    torn = run.quarantine.read().unreadable
+    torn = quarantined.unreadable
     if torn:
         notices.append(f"{len(torn)} lines of the quarantine cannot be read, e.g. {torn[0]}")
     unreadable = warning(history)
@@ -306,6 +311,10 @@ def _print_run(console: Console, report: Report) -> None:
         for name, part in report.goodput.items():
             table.add_row(name.replace("_", " "), _duration(part["seconds"]), f"{part['share']:.1%}")
         console.print(table)
+    if report.samples.sources:
+        console.print(report.samples.table())
+    for line in report.samples.lines():
+        console.print(line)
     for notice in report.notices:
         console.print(f"notice: {notice}")
     if report.next:

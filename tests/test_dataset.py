@@ -27,9 +27,8 @@ from tests.making import config_values
 def test_a_cut_off_shard_is_told_at_the_start(tmp_path: Path, model: Path, shards: str) -> None:
     whole = next(Path(shards).parent.glob("*.tar")).read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
-    lines = dataset.build(
-        validate(config_values("run", tmp_path, model, f"{tmp_path}/cut.tar"), "test"), tmp_path, 2.0
-    )
+    config = validate(config_values("run", tmp_path, model, f"{tmp_path}/cut.tar"), "test")
+    lines = dataset.build(config, tmp_path, 2.0).lines
     assert "cut.tar: DAMAGED" in lines[0] and "what came after is lost" in lines[0]
 
 
@@ -82,15 +81,15 @@ def test_indexes_are_merged_again_where_something_changed_and_only_there(
     shutil.copytree(Path(shards).parent, tmp_path / "shards")
     values = config_values("run", tmp_path, model, f"{tmp_path}/shards/*.tar")
 
-    def build(seconds: float = 1.2) -> tuple[list[str], list[int]]:
-        lines = dataset.build(config, config.run.dir, seconds)
-        return lines, [(config.run.dir / name).stat().st_mtime_ns for name in (TRAINING, VALIDATION)]
+    def build(seconds: float = 1.2) -> tuple[dataset.Overview, list[int]]:
+        overview = dataset.build(config, config.run.dir, seconds)
+        return overview, [(config.run.dir / name).stat().st_mtime_ns for name in (TRAINING, VALIDATION)]
 
     config = validate(values, "test")
     _index_fully(config)
-    lines, made = build()
-    assert "left out, for more than 1.2 s" in lines[0]
-    assert build() == (lines, made), "what is left out is told at every start"
+    told, made = build()
+    assert "are longer than 1.2 s and left out" in told.lines[0]
+    assert build() == (told, made), "what is left out is told at every start"
     if change in CHANGES:
         CHANGES[change](config)
     elif change in SETTINGS:
@@ -99,7 +98,7 @@ def test_indexes_are_merged_again_where_something_changed_and_only_there(
         values["data"] |= settings | {"sources": [{**source, **settings.get("sources", {})}]}
         config = validate(values, "test")
     again = build(2.0 if change == "window" else 1.2)
-    assert (again == (lines, made)) == (change == "nothing")
+    assert (again == (told, made)) == (change == "nothing")
     if change != "nothing":
         assert not set(again[1]) & set(made)
         fresh = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path / "fresh"})})

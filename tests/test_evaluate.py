@@ -80,7 +80,7 @@ def opened(model: Path, tmp_path: Path) -> Open:
         loaders = Loaders(config, world, found, encoder, order, windows, journal, frozenset(), shape)
         size = Size(WINDOW_SECONDS * micro, WINDOW_SECONDS, tokens=64)
         records = SampleRecords(config.data, RunDir(config.run.dir), 0, world, torch.zeros(1))
-        return Evaluator(config, world, captioner, loaders, records, size, torch.float32)
+        return Evaluator(config, world, captioner, loaders, records, size, torch.float32, lambda: None)
 
     return opened
 

@@ -20,6 +20,7 @@ from configs.run.events import (
     Hung,
     Progress,
     RankFailed,
+    SourceSamples,
     TrainingEnded,
     parse,
 )
@@ -69,6 +70,7 @@ def test_every_event_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         "int": 3, "str": "é\n", "float": 0.5, "list[str]": ["a"], "list[int]": [1], "list[float]": [0.5],
         "dict[str, float]": {"validation/loss": 1.5}, "float | None": None, "Cause": Cause.CRASH,
         "tuple[int, int]": (3, 1), "list[dict[str, str]]": [{"key": "k"}],
+        "list[SourceSamples]": [SourceSamples("sounds", 9, 4, 3, 2, 0)],
     }  # fmt: skip
     run = RunDir(tmp_path)
     events: list[Event] = []
@@ -185,6 +187,14 @@ KILLED = Failure(Cause.CRASH, "rank 1 on n2: Killed", "n2", by_signal=True, rank
             Cause.ERROR,
             "error: rank 0: no key",
             "n0",
+        ),
+        # What was read stays as it is.
+        (
+            [TRAINED, error(0, Cause.UNUSABLE_DATA, "no caption", exit_code=ExitCode.DATA)],
+            Outside(),
+            Cause.BAD_INPUT,
+            "bad config or data: no caption",
+            "",
         ),
         (
             [Hung(attempt=0, words="rank 1 is stuck", node="n2", suspects=[1]), LOST],

@@ -107,6 +107,12 @@ def test_a_source_without_a_sound_sample_is_named(tmp_path: Path) -> None:
         merged(tmp_path, source(good), source(bad, name="poor"))
 
 
+def test_a_validation_part_without_a_sound_sample_is_named(tmp_path: Path) -> None:
+    good, bad = shard(tmp_path / "a.tar", clip("a")), shard(tmp_path / "b.tar", [("b.json", words())])
+    with pytest.raises(DataError, match=r"no sample to validate with in source sounds.*tools\.index"):
+        merged(tmp_path, source(good, validation={"shards": [str(bad)]}))
+
+
 def rows_of(seed: int, samples: int) -> list[dict[str, object]]:
     """Rows of a sidecar, some with a problem, some long, some of unknown length."""
     random = np.random.default_rng(seed)
@@ -143,6 +149,7 @@ def test_merging_takes_the_usable_rows_in_turn(
     folder = tmp_path_factory.mktemp("merged")
     sources = [source("x", name=f"s{n}", validation=side) for n, (side, _) in enumerate([({}, []), *given])]
     shards, tables, expected = [], [], {True: [], False: []}
+    held_out_of: set[int] = set()
     for number, (one, parts) in enumerate(
         zip(sources, [[(40, False)], *(parts for _, parts in given)], strict=True)
     ):
@@ -154,21 +161,24 @@ def test_merging_takes_the_usable_rows_in_turn(
                 if one.validation.group and (found := re.search(one.validation.group, row["key"])):
                     hashed = found[1] if found.re.groups else found[0]
                 share = int.from_bytes(hashlib.sha256(hashed.encode()).digest()[:8], "big") / 2**64
+                is_held_out = for_validation or share < one.validation.fraction
+                if is_held_out:
+                    held_out_of.add(number)
                 if row["problem"] == "" and not row["seconds"] > longest:
                     kept = {
                         name: value
                         for name, value in row.items()
                         if name not in ("problem", "caption_characters")
                     }
-                    expected[for_validation or share < one.validation.fraction].append(
-                        {**kept, "source": number, "shard": len(shards) - 1}
-                    )
-    merge(
-        shards,
-        [Sidecar(pa.Table.from_pylist(table, SCHEMA), True, "", Stat(1, "tag"), "") for table in tables],
-        folder,
-        longest=longest,
-    )
+                    expected[is_held_out].append({**kept, "source": number, "shard": len(shards) - 1})
+    sidecars = [
+        Sidecar(pa.Table.from_pylist(table, SCHEMA), True, "", Stat(1, "tag"), "") for table in tables
+    ]
+    if without := held_out_of - {row["source"] for row in expected[True]}:
+        with pytest.raises(DataError, match=f"validate with in source s{min(without)}"):
+            merge(shards, sidecars, folder, longest=longest)
+        return
+    merge(shards, sidecars, folder, longest=longest)
     for held_out, name in ((False, TRAINING), (True, VALIDATION)):
         index, rows = Index(folder / name, sources), expected[held_out]
         assert repr(index.table.to_pylist()) == repr(rows), "NaN is NaN"

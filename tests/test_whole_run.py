@@ -64,7 +64,7 @@ def test_bad_samples_of_any_rank_end_the_run(course: Course) -> None:
     config["data"] |= {"max_bad_fraction": 0.001}
     done = course.launch(config, procs=2, before="tests.test_whole_run:rank_1_is_deaf")
     assert done.returncode == 3, (done.stdout, done.stderr)
-    assert "4 samples could not be used, more than data.max_bad_fraction=0.001 allows" in done.stderr
+    assert "4 of 8 samples could not be used, more than data.max_bad_fraction=0.001 allows" in done.stderr
     assert "4 x rank 1 is deaf, e.g. sounds/shard-" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import socket
 from collections.abc import Sequence
@@ -47,19 +48,23 @@ class World:
         return total.tolist()
 
     def sum_fields(self, numbers: D) -> D:
-        """Sums over all ranks of each field of a dataclass of numbers. Every rank must call it at the same
-        point."""
+        """Sums over all ranks of each field of a dataclass: numbers, or tuples of as many on each rank. Every
+        rank must call it at the same point."""
         return self.sum_fields_and_gather(numbers, 0.0)[0]
 
     def sum_fields_and_gather(self, numbers: D, number: float) -> tuple[D, list[float]]:
         """`sum_fields`, and another number of each rank by rank, in one collective. Every rank must call it
         at the same point."""
-        names = [field.name for field in dataclasses.fields(numbers)]
         by_rank = [0.0] * self.size
         by_rank[self.rank] = number
-        sums = self.sum([*(float(getattr(numbers, name)) for name in names), *by_rank])
-        summed = dataclasses.replace(numbers, **dict(zip(names, sums[: len(names)], strict=True)))
-        return summed, sums[len(names) :]
+        fields = {field.name: getattr(numbers, field.name) for field in dataclasses.fields(numbers)}
+        flat = [value if isinstance(value, tuple) else (value,) for value in fields.values()]
+        sums = iter(self.sum([*itertools.chain(*flat), *by_rank]))
+        summed = {
+            name: tuple(itertools.islice(sums, len(value))) if isinstance(value, tuple) else next(sums)
+            for name, value in fields.items()
+        }
+        return dataclasses.replace(numbers, **summed), list(sums)
 
     def any(self, flag: bool) -> bool:
         """Whether something is so on any rank. Every rank must call it at the same point."""

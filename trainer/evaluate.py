@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from configs.errors import DataError
+from configs.errors import UnusableData
 from configs.schema import RunConfig
 from data.batch import Sample, Size, collate
 from data.loader import Loader, Step
@@ -46,6 +46,8 @@ class Evaluator:
     size: Size
     dtype: torch.dtype
     """Type of the weights that compute."""
+    before_leaving: Callable[[], None]
+    """Called by all ranks before they leave together, as nothing of a source could be used."""
 
     @torch.no_grad()
     def loss(self, module: Whisper, fetch: Fetch) -> dict[str, float] | None:
@@ -53,7 +55,7 @@ class Evaluator:
         (`validation/loss/SOURCE`), each clip padded to the whole window, as programs that use the export do;
         where clips are trained at their own lengths, the same at these (`validation/loss_own`), too.
 
-        Empty without validation samples; None where the ranks leave off. Raises DataError if none of a
+        Empty without validation samples; None where the ranks leave off. Raises UnusableData if none of a
         source's validation samples can be used.
         """
         rows_by_source = self.loaders.validation_rows(self.config.evaluate.max_samples)
@@ -144,11 +146,14 @@ class Evaluator:
     def _check_usable(
         self, rows_by_source: list[list[int]], totals: SourceTotals, rejected: list[Rejected]
     ) -> None:
-        """Raise DataError, PeerFailed on the ranks but 0, if nothing of a source could be used."""
+        """Raise UnusableData, PeerFailed on the ranks but 0, if nothing of a source could be used."""
         for name, rows, tokens in zip(self._names, rows_by_source, totals.tokens.tolist(), strict=True):
             if rows and not tokens:
-                of_source = [sample for sample in rejected if sample.key.startswith(f"{name}/")]
+                of_source = [sample for sample in rejected if sample.source == name]
+                self.before_leaving()
                 reasons = self.records.explain(of_source)
-                raise DataError(
-                    f"source {name}: none of its {len(rows)} validation samples can be used. {reasons}"
+                raise UnusableData(
+                    f"source {name}: none of its {len(rows)} validation samples can be used, and a loss of"
+                    " nothing is none; mend them, or choose others by"
+                    f" data.sources.{name}.validation.{reasons}"
                 )

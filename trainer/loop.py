@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NoReturn, Protocol, TypeVar
@@ -26,6 +27,7 @@ from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
 from trainer.profiling import StepProfiler
 from trainer.session import Session, StopFlag, Watch
+from trainer.tally import Tally
 from trainer.transfer import OnItsWay
 
 T = TypeVar("T")
@@ -69,8 +71,12 @@ class StepSums:
     """Ranks whose last save is more than `checkpoint.every_minutes` ago."""
     tokens: float
     """Caption tokens of the global batch."""
+    usable: tuple[float, ...]
+    """Samples of the step, by source."""
+    unusable: tuple[float, ...]
+    """Those that could not be used, by source: of bad content, or too long."""
     bad: float
-    """Samples of the step whose content could not be used."""
+    """Those among them that are of bad content."""
     losses_before: float
     """Token losses of the step before."""
 
@@ -138,6 +144,7 @@ class Training:
         self.session, self.stop, self.watch = session, stop, watch
         self.config, self.world, self.engine = session.config, session.world, session.engine
         self.state, self.records, self.checkpoints = session.state, session.records, session.checkpoints
+        self.sources = [source.name for source in session.config.data.sources]
         captioner = session.captioner
         self.evaluator = Evaluator(
             session.config,
@@ -147,6 +154,7 @@ class Training:
             session.records,
             session.size,
             session.engine.dtype,
+            session.checkpoints.finish,
         )
         self.monitor = Monitor(
             session.config,
@@ -166,8 +174,13 @@ class Training:
         steps = range(session.state.step, session.total_steps)
         self.feed = Feed(session.loaders.training(steps), session.size, session.world.device)
         self.spikes = SpikeWindow(session.config.monitor.spike_sigma)
-        self.first_step = session.state.step
-        self.bad_samples = 0
+        self.tally = Tally(
+            session.config,
+            session.loaders.order,
+            session.loaders.dataset.training.samples_by_source(),
+            session.state.step,
+            session.total_steps,
+        )
         self.skips_in_a_row = 0
         self.saved_at = time.monotonic()
         self.save_is_due = False
@@ -211,7 +224,7 @@ class Training:
                 return self.save_and_leave()
             self.save_is_due = sums.overdue > 0
             self.records.note(fed.step)
-            self.check_bad(int(sums.bad))
+            self.check_usable(sums)
             # Engines want as many micro-batches of all ranks: empty ones are added.
             missing = most_batches - len(fed.batches)
             empty = [collate([]).to(self.world.device) for _ in range(missing)]
@@ -238,6 +251,8 @@ class Training:
             stopping=self.stop.requested,
             overdue=every_minutes is not None and minutes > every_minutes,
             tokens=fed.tokens,
+            usable=self.by_source(sample.source for sample in fed.step.samples),
+            unusable=self.by_source(self.sources.index(sample.source) for sample in fed.step.rejected),
             bad=sum(1 for sample in fed.step.rejected if sample.bad),
             losses_before=self.taken.losses.read() if self.taken else 0.0,
         )
@@ -245,6 +260,11 @@ class Training:
         sums, batches_by_rank = self.world.sum_fields_and_gather(mine, len(fed.batches))
         self.clock.enter(Phase.TRAINING)
         return sums, max(1, *map(int, batches_by_rank))
+
+    def by_source(self, sources: Iterable[int]) -> tuple[float, ...]:
+        """How often each source occurs."""
+        counts = Counter(sources)
+        return tuple(float(counts[number]) for number in range(len(self.sources)))
 
     def take(self, step: Step, batches: list[Batch], tokens: float) -> None:
         """Take a step: forward, backward, update. tokens: caption tokens of the global batch."""
@@ -337,18 +357,20 @@ class Training:
         self.session.lease.check()
         raise PeerFailed("a later attempt has taken over")
 
-    def check_bad(self, bad: int) -> None:
-        """Raise DataError if too many samples were bad in this attempt. bad: of the step, over all ranks."""
-        self.bad_samples += bad
-        samples = (self.state.step - self.first_step) * self.config.batch.global_size
-        if self.records.too_many_bad(self.bad_samples, samples):
+    def check_usable(self, sums: StepSums) -> None:
+        """Raise UnusableData, PeerFailed on the ranks but 0, if so little can be used that the run must not
+        go on."""
+        complaint = self.tally.add(sums.usable, sums.unusable, sums.bad)
+        if complaint:
             self.checkpoints.finish()
-            self.records.raise_bad(self.bad_samples)
+            self.records.refuse(complaint)
 
     def check_loss(self, taken: TakenStep, losses: float) -> None:
         """Mark a step whose loss stands out, and name its samples. losses: sum over the tokens of the global
         batch."""
-        loss = losses / max(1.0, taken.tokens)
+        if not taken.tokens:
+            return
+        loss = losses / taken.tokens
         if self.spikes.stands_out(loss):
             keys = self.gather_keys(taken.step)
             if keys is not None:

@@ -198,7 +198,7 @@ class Monitor:
         if self._writer is None:
             return
         seconds = time.perf_counter() - self._since
-        scalars = by_source.means(self._names, "loss") or {"loss": 0.0}
+        scalars = by_source.means(self._names, "loss")
         scalars |= {"grad_norm": update.grad_norm, "learning_rate": lr, "attempt": self._attempt}
         scalars |= self._speeds(totals, seconds)
         for name, count in zip(self._names, unusable_samples, strict=True):
@@ -233,8 +233,9 @@ class Monitor:
 
     def _show_status(self, scalars: dict[str, float]) -> None:
         """The line on the terminal."""
+        loss = f"loss {scalars['loss']:.4f}" if "loss" in scalars else "no loss: no sample could be used"
         status = (
-            f"loss {scalars['loss']:.4f}  grad norm {scalars['grad_norm']:.3f}"
+            f"{loss}  grad norm {scalars['grad_norm']:.3f}"
             f"  lr {scalars['learning_rate']:.2e}  {scalars['speed/samples_per_second']:.1f} samples/s"
         )
         if "speed/mfu" in scalars:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 
-from configs.errors import DataError, PeerFailed
+from configs.errors import PeerFailed, UnusableData
 from configs.run.events import CaptionCut
 from configs.run.folder import RunDir
-from configs.run.quarantine import Unusable
+from configs.run.quarantine import Unusable, without_numbers
 from configs.schema import Data
 from data.batch import Sample
 from data.captions import IGNORED
 from data.loader import Step
 from data.samples import Rejected
 from trainer.distributed import World
+from trainer.tally import Complaint
 
-LEAST_COUNTED = 1000
-"""Samples from which on `data.max_bad_fraction` counts; of fewer, one would be too many."""
 REASONS_SHOWN = 3
 
 
@@ -36,6 +36,8 @@ class SampleRecords:
         self._data, self._run, self._attempt, self._world = data, run, attempt, world
         self._unusable: dict[str, Rejected] = {}
         """Samples that this rank could not use in this attempt, by key."""
+        self._held_out: set[str] = set()
+        """Keys of those among them that are for validation."""
         self._sources_cut: set[int] = set()
         """Numbers of the sources of which a caption was cut off in this attempt."""
 
@@ -63,43 +65,55 @@ class SampleRecords:
         for sample in rejected:
             if sample.key not in self._unusable:
                 self._unusable[sample.key] = sample
+                if step is None:
+                    self._held_out.add(sample.key)
                 self._run.quarantine.add(
                     Unusable(self._attempt, self._world.rank, sample.key, sample.reason, step)
                 )
 
     def bad_by_source(self) -> Counter[str]:
         """Samples with bad content that this rank has met in this attempt, by name of the source."""
-        return Counter(sample.key.partition("/")[0] for sample in self._unusable.values() if sample.bad)
+        return Counter(sample.source for sample in self._unusable.values() if sample.bad)
 
-    def too_many_bad(self, bad: int, samples: int) -> bool:
-        """Whether more of an attempt's samples are bad, over all ranks, than `data.max_bad_fraction`
-        allows."""
-        return bad > self._data.max_bad_fraction * max(LEAST_COUNTED, samples)
-
-    def raise_bad(self, bad: int) -> NoReturn:
-        """Raise DataError with the commonest reasons, PeerFailed on the ranks but 0. All ranks call it."""
-        reasons = self.explain([sample for sample in self._unusable.values() if sample.bad])
-        fraction = self._data.max_bad_fraction
-        raise DataError(
-            f"{bad} samples could not be used, more than data.max_bad_fraction={fraction:g} allows. {reasons}"
+    def refuse(self, complaint: Complaint) -> NoReturn:
+        """Raise UnusableData with the commonest reasons of what is complained of, PeerFailed on the ranks but
+        0. All ranks call it."""
+        reasons = self.explain(
+            [
+                sample
+                for sample in self._unusable.values()
+                if sample.key not in self._held_out
+                and (sample.bad or not complaint.only_bad)
+                and complaint.source in ("", sample.source)
+            ]
         )
+        raise UnusableData(f"{complaint.what}.{reasons}")
 
     def explain(self, rejected: Sequence[Rejected]) -> str:
-        """The commonest reasons over all ranks, each with an example. All ranks call it; rank 0 gets the
-        text, on the others it raises PeerFailed."""
-        by_rank = self._world.gather([(sample.reason, sample.key) for sample in rejected])
+        """The commonest reasons over all ranks, each with an example, and what to do, on lines of their own.
+        All ranks call it; rank 0 gets the text, on the others it raises PeerFailed."""
+        by_rank = self._world.gather(list(rejected))
         if by_rank is None:
             raise PeerFailed("samples could not be used; rank 0 says why")
-        keys: dict[str, list[str]] = {}
-        for of_rank in by_rank:
-            for reason, key in of_rank:
-                keys.setdefault(reason, []).append(key)
-        commonest = sorted(keys.items(), key=lambda item: -len(item[1]))[:REASONS_SHOWN]
-        lines = ["Reasons:"]
-        lines += [f"{len(examples)} x {reason}, e.g. {examples[0]}" for reason, examples in commonest]
+        alike: dict[str, list[Rejected]] = {}
+        met = {sample.key: sample for sample in itertools.chain(*by_rank)}  # an epoch later by another rank
+        for sample in met.values():
+            alike.setdefault(without_numbers(sample.reason), []).append(sample)
+        commonest = sorted(alike.items(), key=lambda item: -len(item[1]))[:REASONS_SHOWN]
+        lines = [""]
+        for words, samples in commonest:
+            reasons = {sample.reason for sample in samples}
+            reason = reasons.pop() if len(reasons) == 1 else words
+            lines.append(f"{len(samples)} x {reason}, e.g. {samples[0].key}")
         lines.append(f"All are named in {self._run.quarantine.folder}")
-        if any("caption under" in reason for reason in keys):
+        if any("caption under" in reason for reason in alike):
             lines[-1] += "; is data.sources.NAME.caption_key right?"
+        if not all(sample.bad for _, samples in commonest for sample in samples):
+            lines.append(
+                "What is too long is left out, as the config says: data.overlong=start (or crop) and"
+                " data.long_caption=truncate take a part of each; a full index (`python -m tools.index"
+                " CONFIG`) leaves long clips out in advance, so that steps are full"
+            )
         return "\n  ".join(lines)
 
     def share_tokens(self) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from configs.errors import CheckpointError, ConfigError
 from configs.run.crash_journal import CrashJournal, find_poisoned
-from configs.run.events import InitFrom, LeftOut
+from configs.run.events import InitFrom, LeftOut, Samples
 from configs.run.folder import RunDir
 from configs.run.lease import Lease
 from configs.run.stopwatch import Stopwatch
@@ -176,9 +176,11 @@ class Start:
                 f" {seconds:g} s"
             )
         if self.world.rank == 0:
-            for line in dataset.build(self.config, self.run.path, seconds):
+            overview = dataset.build(self.config, self.run.path, seconds)
+            for line in overview.lines:
                 print(line, flush=True)
                 self.run.ledger.record(LeftOut(attempt=self.lease.attempt, what=line))
+            self.run.ledger.record(Samples(attempt=self.lease.attempt, sources=overview.sources))
         self.world.barrier()
         return dataset.open_dataset(self.config, self.run.path)
 

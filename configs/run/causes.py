@@ -23,6 +23,9 @@ class Cause(StrEnum):
     POISONED_SAMPLE = "poisoned_sample"
     ERROR = "error"
     BAD_INPUT = "bad_input"
+    UNUSABLE_DATA = "unusable_data"
+    """Of a rank, never of an attempt: too few samples can be used, and another attempt would find the same,
+    as with other bad input."""
     SUPERSEDED = "superseded"
     LOST_PEER = "lost_peer"
     """Of a rank, never of an attempt: another rank is gone, which is the cause."""

@@ -123,7 +123,9 @@ def rank_errors(history: History, attempt: int) -> list[RankFailed]:
 
 def _is_bad_input(error: RankFailed, history: History) -> bool:
     """Whether another attempt would fail alike. After a step was taken bad data may be credentials that have
-    expired; the next attempt reads them anew."""
+    expired; the next attempt reads them anew. What was read and cannot be used stays as it is."""
+    if error.cause is Cause.UNUSABLE_DATA:
+        return True
     if error.cause is not Cause.BAD_INPUT:
         return False
     has_trained = history.last(Progress, error.attempt) is not None

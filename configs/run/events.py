@@ -148,9 +148,31 @@ class InitFrom(Event, name="init_from"):
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut(Event, name="left_out"):
-    """Samples that the index already knows to be unusable or too long."""
+    """What is known at the start of samples that are unusable or too long."""
 
     what: str
+
+
+@dataclass(frozen=True)
+class SourceSamples:
+    """The samples of a source, by what the index knows of them."""
+
+    source: str
+    samples: int
+    """All that its shards hold: the sum of those that follow."""
+    training: int
+    validation: int
+    unusable: int
+    """Left out, as something is wrong with them."""
+    too_long: int
+    """Left out for their length; a quick index does not know it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples(Event, name="samples"):
+    """The index is merged: what this attempt has to train on."""
+
+    sources: list[SourceSamples]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,11 @@ from pathlib import Path
 from configs.run.files import JsonLines
 
 
+def without_numbers(reason: str) -> str:
+    """A reason with N for each number: what differs from sample to sample."""
+    return re.sub(r"\d[\d.,]*", "N", reason)
+
+
 @dataclass(frozen=True)
 class Unusable:
     """A sample that could not be used. key: SOURCE/SHARD_FILE/KEY; step: None for a validation sample."""
@@ -34,7 +39,7 @@ class Quarantined:
         grouped: dict[tuple[str, str], list[str]] = {}
         for key, reason in reasons.items():
             source = key.partition("/")[0]
-            grouped.setdefault((source, re.sub(r"\d[\d.,]*", "N", reason)), []).append(key)
+            grouped.setdefault((source, without_numbers(reason)), []).append(key)
         return dict(sorted(grouped.items(), key=lambda item: -len(item[1])))
 
 

@@ -1,0 +1,91 @@
+"""What `launch status` says of a run's samples: what there is to train on, and what could not be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from rich.table import Table
+
+from configs.run.events import LeftOut, Samples
+from configs.run.ledger import History
+from configs.run.quarantine import Quarantined
+
+SHOWN = 3
+"""Reasons, and lines, that are printed; `--json` has all."""
+
+
+@dataclass
+class SourceReport:
+    """The samples of a source, by what the last start knew of them, and what has been met since."""
+
+    source: str
+    samples: int
+    """All that its shards hold: those for training and for validation, and those left out."""
+    training: int
+    validation: int
+    unusable: int
+    """Left out, as the index knows that something is wrong with them."""
+    too_long: int
+    """Left out, as the index knows their length."""
+    met_unusable: int
+    """Of those for training and validation, what attempts could not use when it came up."""
+    met_reasons: dict[str, int]
+    """How many of them by reason (numbers in it aside), the commonest first."""
+
+
+@dataclass
+class SamplesReport:
+    """All samples of a run."""
+
+    sources: list[SourceReport]
+    """Empty until a start has read the index."""
+    left_out: list[str]
+    """What the last start told of samples that it leaves out or cuts."""
+
+    @classmethod
+    def of(cls, history: History, quarantined: Quarantined) -> SamplesReport:
+        """What the ledger and the quarantine of a run tell."""
+        known = history.last(Samples)
+        if known is None:
+            return cls([], [])
+        met: dict[str, dict[str, int]] = {source.source: {} for source in known.sources}
+        for (source, reason), keys in quarantined.by_reason().items():
+            met.setdefault(source, {})[reason] = len(keys)
+        sources = [
+            SourceReport(
+                **asdict(source),
+                met_unusable=sum(met[source.source].values()),
+                met_reasons=met[source.source],
+            )
+            for source in known.sources
+        ]
+        return cls(sources, [event.what for event in history.of(LeftOut, known.attempt)])
+
+    def table(self) -> Table:
+        """A row for each source."""
+        columns = ("samples", "training", "validation", "unusable", "too long", "met unusable")
+        table = Table("source", *columns, "", box=None)
+        for source in self.sources:
+            reasons = [f"{count:,} x {reason}" for reason, count in source.met_reasons.items()]
+            table.add_row(
+                source.source,
+                f"{source.samples:,}",
+                f"{source.training:,}",
+                f"{source.validation:,}",
+                f"{source.unusable:,}",
+                f"{source.too_long:,}",
+                f"{source.met_unusable:,}",
+                "; ".join(_some(reasons)),
+            )
+        return table
+
+    def lines(self) -> Iterator[str]:
+        """Some of what the last start told."""
+        yield from (f"left out: {line}" for line in _some(self.left_out))
+
+
+def _some(lines: list[str]) -> list[str]:
+    """The first ones, and how many more there are."""
+    more = len(lines) - SHOWN
+    return [*lines[:SHOWN], f"{more} more (--json)"] if more > 0 else lines
