@@ -156,7 +156,11 @@ def build(config: RunConfig, folder: Path, longest: float) -> Overview:
         if all(metadata.get(b"inputs") == now for metadata in made):
             return _overview(config, folder, json.loads(made[0][b"left_out"]))
     sidecars = index_missing(config, shards)
-    lines = left_out(config, shards, sidecars) + tell_lengths(config.data, shards, sidecars, used)
+    lines = [
+        *left_out(config, shards, sidecars),
+        *tell_lengths(config.data, shards, sidecars, used),
+        *_first_captions(config, shards, sidecars),
+    ]
     notes = {
         "inputs": _inputs(config, limit, shards, [sidecar.origin for sidecar in sidecars]),
         "left_out": json.dumps({"lines": lines, "counts": _counts(config, shards, sidecars, limit)}),
@@ -169,6 +173,24 @@ def build(config: RunConfig, folder: Path, longest: float) -> Overview:
     del sidecars
     pa.default_memory_pool().release_unused()  # 3.1 million samples: 0.6 GB, which the process would keep
     return overview
+
+
+def _first_captions(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Sidecar]) -> list[str]:
+    """A line for each source of whose captions only the first are used, as far as its index counts them."""
+    lines = []
+    for source in config.data.sources:
+        parts = zip(shards, sidecars, strict=True)
+        of_source = [
+            sidecar.table["captions"].to_numpy() for shard, sidecar in parts if shard.source is source
+        ]
+        counts = np.concatenate(of_source)
+        if source.captions == "first" and (counts > 1).any():
+            lines.append(
+                f"source {source.name}: {(counts > 1).sum():,} of {len(counts):,} samples have several"
+                f" captions (up to {counts.max()}), of which the first is used;"
+                f" data.sources.{source.name}.captions=all (or random) would use the others, too"
+            )
+    return lines
 
 
 def _counts(

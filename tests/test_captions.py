@@ -19,7 +19,7 @@ from data import dataset
 from data.batch import Sample
 from data.captions import CaptionEncoder, find_captions
 from data.decode import BadSample
-from data.index import Index
+from data.index import Index, index_shard
 from data.samples import SampleReader
 from data.windows import Windows
 from tests.making import audit, config_values, run_program
@@ -247,6 +247,19 @@ def test_the_first_caption_is_taken_unless_told_otherwise(
 ) -> None:
     index = merged(tmp_path, source(with_captions(tmp_path), caption_key="text"))
     assert read(index)(3) == {f"sounds/a.tar/{key}": texts[0] for key, texts in CAPTIONS.items()}
+
+
+@pytest.mark.parametrize(("captions", "told"), [("first", True), ("all", False), ("random", False)])
+def test_it_is_told_where_only_first_captions_are_used(tmp_path: Path, captions: str, told: bool) -> None:
+    values = config_values("run", tmp_path, tmp_path, str(with_captions(tmp_path)))
+    text = {"caption_key": "text", "captions": captions, "validation": 0}
+    values["data"]["sources"] = [{**values["data"]["sources"][0], **text}]
+    config = validate(values, "test")
+    for one in dataset.list_shards(config):
+        index_shard(one, config.data.index_dir, full=True)
+    lines = dataset.build(config, config.run.dir, 2.0).lines
+    said = "source sounds: 2 of 4 samples have several captions (up to 5), of which the first is used"
+    assert any(said in line for line in lines) == told
 
 
 def test_a_quick_index_of_first_captions_is_made_anew_where_all_are_wanted(tmp_path: Path) -> None:
