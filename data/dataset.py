@@ -19,21 +19,9 @@ from configs.run.events import SourceSamples
 from configs.schema import RunConfig
 from data import storage
 from data.decode import ffmpeg_would_win, has_ffmpeg, needs_ffmpeg
-from data.index import (
-    LAYOUT,
-    TRAINING,
-    VALIDATION,
-    VERSION,
-    Index,
-    Sidecar,
-    index_shard,
-    load_sidecar,
-    merge,
-    origin,
-    read_metadata,
-    sidecar_location,
-)
+from data.index import VERSION, Sidecar, index_shard, load_sidecar, origin, sidecar_location
 from data.lengths import tell_lengths
+from data.merged import LAYOUT, TRAINING, VALIDATION, Index, merge, read_metadata
 from data.order import Order, cut_runs
 from data.sources import Shard, expand
 from data.tolerance import too_many_bad

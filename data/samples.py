@@ -12,8 +12,8 @@ from data import storage
 from data.batch import Sample
 from data.captions import CaptionEncoder, find_captions
 from data.decode import SAMPLE_RATE, BadSample, Skipped, decode, in_words
-from data.index import Index
 from data.location import Location
+from data.merged import Index
 from data.order import CAPTION, CROP, hashed, random_keys
 from data.retry import STATS
 from data.windows import Windows

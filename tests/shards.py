@@ -10,7 +10,8 @@ from pathlib import Path
 import soundfile
 
 from configs.schema import Source
-from data.index import TRAINING, VALIDATION, Index, index_shard, merge
+from data.index import index_shard
+from data.merged import TRAINING, VALIDATION, Index, merge
 from data.sources import expand
 from tests.making import sound_of
 

@@ -19,7 +19,8 @@ from data import dataset
 from data.batch import Sample
 from data.captions import CaptionEncoder, find_captions
 from data.decode import BadSample
-from data.index import Index, index_shard
+from data.index import index_shard
+from data.merged import Index
 from data.samples import SampleReader
 from data.windows import Windows
 from tests.making import audit, config_values, run_program

@@ -17,7 +17,8 @@ from configs.schema import RunConfig
 from data import dataset
 from data.batch import Sample
 from data.captions import CaptionEncoder
-from data.index import TRAINING, VALIDATION, index_shard
+from data.index import index_shard
+from data.merged import TRAINING, VALIDATION
 from data.samples import SampleReader
 from data.windows import Windows
 from tests import shards as small

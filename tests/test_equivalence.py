@@ -19,7 +19,7 @@ from configs.run.folder import RunDir
 from data import dataset
 from data.batch import Sample
 from data.captions import IGNORED, CaptionEncoder
-from data.index import Index
+from data.merged import Index
 from data.order import rank_lanes
 from data.samples import SampleReader
 from data.windows import Windows

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import DataError
-from data.index import SCHEMA, TRAINING, VALIDATION, Index, Sidecar, is_held_out, merge
+from data.index import SCHEMA, Sidecar
 from data.location import Location
+from data.merged import TRAINING, VALIDATION, Index, is_held_out, merge
 from data.sources import Shard, expand
 from data.storage import Stat
 from tests.shards import clip, keys, merged, shard, source, words
@@ -127,6 +128,8 @@ def rows_of(seed: int, samples: int) -> list[dict[str, object]]:
             "crc32": int(random.integers(-1, 1 << 32)),
             "seconds": float(np.float32(random.choice([np.nan, 1.5, 30.0, 99.0]))),
             "caption_characters": n,
+            "captions": int(random.integers(-1, 4)),
+            "members": 2,
             "problem": str(random.choice(["", "", "bad"])),
         }
         for n in range(samples)
@@ -168,11 +171,13 @@ def test_merging_takes_the_usable_rows_in_turn(
                     kept = {
                         name: value
                         for name, value in row.items()
-                        if name not in ("problem", "caption_characters")
+                        if name not in ("problem", "caption_characters", "captions", "members")
                     }
-                    expected[is_held_out].append({**kept, "source": number, "shard": len(shards) - 1})
+                    place = {"caption": -1, "source": number, "shard": len(shards) - 1}
+                    expected[is_held_out].append({**kept, **place})
     sidecars = [
-        Sidecar(pa.Table.from_pylist(table, SCHEMA), True, "", Stat(1, "tag"), "") for table in tables
+        Sidecar(pa.Table.from_pylist(table, SCHEMA), True, "", Stat(1, "tag"), "", 2 * len(table), {})
+        for table in tables
     ]
     if without := held_out_of - {row["source"] for row in expected[True]}:
         with pytest.raises(DataError, match=f"validate with in source s{min(without)}"):

@@ -16,7 +16,7 @@ from configs.run import crash_journal
 from configs.run.crash_journal import CrashJournal
 from configs.run.events import DeathInHand
 from configs.run.folder import RunDir
-from data.index import Index
+from data.merged import Index
 from tests.forks import Course, Kill, Launcher
 from tests.making import ROOT, audit_of_attempts, config_values, make_clips, run_program
 

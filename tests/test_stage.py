@@ -19,8 +19,9 @@ import yaml
 from configs.errors import ConfigError, DataError
 from configs.load import load
 from data import storage
-from data.index import TRAINING, Index, index_shard, merge
+from data.index import index_shard
 from data.location import Location
+from data.merged import TRAINING, Index, merge
 from data.sources import expand
 from tests.making import ROOT, config_values, make_clips, run_program
 from tools import stage

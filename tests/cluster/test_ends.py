@@ -16,7 +16,8 @@ import pytest
 
 from configs.load import load
 from configs.run.events import AttemptBegan, ChainEnded, CouldNotBegin, Ended
-from data.index import is_held_out, load_sidecar
+from data.index import load_sidecar
+from data.merged import is_held_out
 from data.sources import expand
 from tests.cluster.chains import make_chain
 from tests.cluster.conftest import need_packages
