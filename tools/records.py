@@ -87,9 +87,8 @@ class Records:
 
     def __iter__(self) -> Iterator[Record]:
         while line := self._next():
-            record = self._record(line)
-            if any(map(str.strip, record.fields)):
-                yield record
+            if line.replace(self.dialect.delimiter, "").strip():
+                yield self._record(line)
 
     def _next(self) -> str:
         """The next line with its end; "" after the last. Raises DataError."""
@@ -133,7 +132,8 @@ class Records:
 
 def is_audio(name: str) -> bool:
     """Whether a name has the ending of an audio file."""
-    return name.rstrip(' "').rpartition(".")[2].lower() in AUDIO_ENDINGS
+    stem, _, ending = name.rstrip(' "').rpartition(".")
+    return bool(stem) and ending.lower() in AUDIO_ENDINGS
 
 
 def _shown(text: str) -> str:

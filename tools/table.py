@@ -95,6 +95,10 @@ def _header(records: Records, needed: Sequence[str]) -> list[str]:
     for other, option in DELIMITERS.items():
         if missing and set(needed) <= set(_names(Dialect(other).split(text)[0])):
             raise _NoHeader(f"{where}this table is separated by {option}; add --delimiter {option}")
+    if missing and any(map(is_audio, names)):
+        raise _NoHeader(
+            f"{where}is a row already; the first line must name the columns, e.g. {','.join(needed)}"
+        )
     if missing:
         raise _NoHeader(f"{where}no column {', '.join(missing)}; it has {', '.join(names)}")
     if header.wrong:
@@ -117,7 +121,7 @@ class _Columns:
     def __init__(self, names: Sequence[str], delimiter: str) -> None:
         self.names, self.place = names, names.index(FILE)
         self.named = [place for place, name in enumerate(names) if name or not place]
-        """Places that count: a first column without a name is an index of pandas, those left by Excel do not"""
+        """Places that count: not columns without a name, unless it is the first, an index of pandas"""
         self._unnamed = sorted({*range(len(names))} - {*self.named})
         self._option = option_of(delimiter)
 
@@ -162,25 +166,25 @@ def _judge(records: Records, needed: Sequence[str]) -> Table:
     rejected: list[Rejection] = []
     faults: list[Record] = []
     before: Record | None = None
-    is_piece = is_sound = False
+    was_sound = was_piece = False
     for record in records:
-        wrong = columns.what_is_wrong(record)
-        # A row ends with a file that it ends with, and begins with one: only text is broken.
-        if before and is_piece and columns.place:
-            wrong = wrong or f"its beginning is missing: it may be line {before.line}, which is no row"
-        is_piece = columns.is_piece(record)
-        if before and is_sound and is_piece and columns.place < len(columns.names) - 1:
+        wrong, is_piece = columns.what_is_wrong(record), columns.is_piece(record)
+        # Captions are broken, files are not: a row that begins or ends with its file is whole there.
+        is_rest = was_sound and is_piece and columns.place < len(columns.names) - 1
+        if wrong or is_rest:
+            faults.append(record)
+        if before and is_rest:
             rows.pop()
             rejected.append(columns.rejection(before, f"its end may be line {record.line}, which is no row"))
-            faults.append(record)
-        elif wrong:
-            faults.append(record)
+        if before and was_piece and columns.place:
+            wrong = wrong or f"its beginning may be line {before.line}, which is no row"
         if wrong:
             rejected.append(columns.rejection(record, wrong))
         else:
             rows.append(columns.row(record))
-        is_sound = not wrong and not is_piece
-        before = record
+        before, was_sound, was_piece = record, not wrong and not is_piece, is_piece
+    if not rows and not rejected:
+        raise DataError(f"{records.path}: no row could be packed: there is none below the header")
     if len(faults) > max(1, MANY * (len(rows) + len(rejected))):
         raise DataError(_refusal(records, columns, rejected, len(rows), faults))
     return Table([columns.names[place] for place in columns.named], rows, sorted(rejected))
@@ -203,7 +207,7 @@ def _refusal(
     else:
         advice = (
             f"Captions with a {option_of(delimiter)}, quotation marks or a line break need quotation marks"
-            f' around them, and those within are written twice: a.wav{delimiter}"A dog{delimiter} and ""hello"""'
+            f' around them, and those within twice: a.wav{delimiter}"A dog{delimiter} and ""hello"""'
         )
     return (
         f"{records.path}: {len(rejected)} of {sound + len(rejected)} rows cannot be right, so nothing is"
