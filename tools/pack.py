@@ -188,7 +188,9 @@ class _Clips:
         if ending.lower() not in AUDIO_ENDINGS:
             known = ", ".join(sorted(AUDIO_ENDINGS))
             there = hint(self._root, file) if find(self._root, file) is None else ""
-            raise _Rejected(f"{ending!r} is not an audio format that can be read ({known}){there}")
+            raise _Rejected(
+                f"{PurePosixPath(file).suffix[1:]!r} is not an audio format that can be read ({known}){there}"
+            )
         key = re.sub(r"[./\\]", "_", stem.removeprefix("./"))
         if not key:
             raise _Rejected("there is no name before the ending")

@@ -40,7 +40,7 @@ def find(root: Path, written: str) -> str | None:
 
 def identity(root: Path, written: str) -> str:
     """A name that all spellings of a file share; other files may share it, too."""
-    name = unicodedata.normalize("NFC", _spellings(written)[-1])
+    name = unicodedata.normalize("NFC", _plain(written))
     if name.startswith("/"):
         for folder in _roots(root):
             name = name.removeprefix(folder)
@@ -53,7 +53,7 @@ def hint(root: Path, written: str) -> str:
     scheme, separator, _ = written.partition("://")
     if separator and scheme.strip().lower() != "file":
         return "; clips are read from the disk: download it, and write its path"
-    spelling = _spellings(written)[-1]
+    spelling = _plain(written)
     name = PurePosixPath(spelling).name
     places = [(spelling, _looks_same), (spelling, _is_same_clip), (name, _is_same_clip)]
     places += [(f"{folder}/{name}", _is_same_clip) for folder in _subfolders(root)]
@@ -63,13 +63,21 @@ def hint(root: Path, written: str) -> str:
     return ""
 
 
-def _spellings(written: str) -> list[str]:
-    """Names to try, from the one that is written to the one that differs most from it."""
+def _plain(written: str) -> str:
+    """A name without blanks around it, and with `/`."""
+    return _bare(written).replace("\\", "/")
+
+
+def _bare(written: str) -> str:
     bare = written.strip().strip(INVISIBLE).strip()
-    if bare.lower().startswith("file://"):
-        bare = unquote(urlsplit(bare).path)
+    return unquote(urlsplit(bare).path) if bare.lower().startswith("file://") else bare
+
+
+def _spellings(written: str) -> list[str]:
+    """Names to try, in this order."""
+    bare = _bare(written)
     # With `\\` a name is on the disk where an archive from Windows was unpacked by a program that knows none.
-    return list(dict.fromkeys([written, bare, bare.replace("/", "\\"), bare.replace("\\", "/")]))
+    return list(dict.fromkeys([written, bare, _plain(written), bare.replace("/", "\\")]))
 
 
 def _is_there(path: Path) -> bool:
