@@ -144,7 +144,7 @@ class _Columns:
 
     def is_piece(self, record: Record) -> bool:
         """Whether a record may be a piece of a broken row: where the file should be, there is other text."""
-        if len(record.fields) < len(self.names):
+        if record.wrong or len(record.fields) != len(self.names):
             return not is_audio("".join(record.fields[self.place : self.place + 1]))
         name = record.fields[self.place].strip()
         return bool(name) and not HAS_ENDING.search(name)
