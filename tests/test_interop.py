@@ -178,7 +178,7 @@ def test_pack_makes_nothing_where_nothing_could_be_packed(
 def test_pack_leaves_no_half_of_a_set(packed: Callable[..., str], tmp_path: Path) -> None:
     write(tmp_path / "a.wav")
     clips = table(tmp_path / "clips.csv", {"file": "a.wav", "caption": "A bell."})
-    # So far behind that the first row is packed before it turns out not to be UTF-8.
+    # So far behind that the first row is read before it turns out not to be UTF-8.
     clips.write_bytes(clips.read_bytes() + b" " * 100_000 + b"\nb.wav,caf\xe9\n")
     assert "UTF-8" in packed(clips, tmp_path / "out", code=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "clips.csv"]

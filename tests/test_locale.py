@@ -100,7 +100,7 @@ def test_captions_and_file_names_pass_through_commands_in_an_ascii_locale(tmp_pa
     for number, file in enumerate(captions):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         soundfile.write(tmp_path / file, sound_of(number), 16_000)
-    rows = [*captions.items(), ("fehlt-ü.wav", "Not there."), ("鐘.flac", "Twice.")]
+    rows = [*captions.items(), ("fehlt-ü.wav", "Not there."), ("鐘.ogg", "Twice.")]
     with (tmp_path / "clips.csv").open("w", newline="", encoding="utf-8") as table:
         csv.writer(table).writerows([("file", "caption"), *rows])
     shards = tmp_path / "Töne"

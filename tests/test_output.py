@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -74,17 +75,21 @@ def test_a_pack_on_s3_is_the_pack_in_a_folder(bucket: Bucket, table: Path, tmp_p
     assert bucket.objects("pack") == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
-def test_a_pack_that_fails_after_a_shard_was_uploaded_leaves_nothing(
+def test_a_pack_that_is_ended_after_a_shard_was_uploaded_leaves_nothing(
     bucket: Bucket, table: Path, s3_server: s3.Server
 ) -> None:
-    broken = table.with_name("broken.csv")
-    # So far behind that rows are packed before it turns out not to be UTF-8.
-    broken.write_bytes(table.read_bytes() + b" " * 100_000 + b"\nb.wav,caf\xe9,CC0\n")
+    waits = table.with_name("waits.csv")
+    waits.write_bytes(table.read_bytes() + b"waits.wav,A bell.,CC0\n")
+    os.mkfifo(table.with_name("waits.wav"))  # nobody writes into it
     with faults.serve(s3_server.endpoint) as proxy:
-        through_proxy = {"AWS_ENDPOINT_URL": proxy.endpoint}
-        done = run_program("tools.pack", broken, "s3://written/broken", "--shard-mb", 1, env=through_proxy)
-        assert ("PUT", "/written/broken/shard-000000.tar") in {request[:2] for request in proxy.requests}
-    assert done.returncode == 3 and "UTF-8" in done.stderr and bucket.empty("broken")
+        command = [sys.executable, "-m", "tools.pack", waits, "s3://written/ended", "--shard-mb", "1"]
+        environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.endpoint}
+        with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+            while ("PUT", "/written/ended/shard-000000.tar") not in {each[:2] for each in proxy.requests}:
+                with suppress(subprocess.TimeoutExpired):
+                    pytest.fail(f"tools.pack ended with {process.wait(0.05)}")
+            process.send_signal(signal.SIGINT)
+    assert process.returncode == 130 and bucket.empty("ended")
 
 
 def test_what_is_there_already_is_not_written_over(bucket: Bucket, table: Path) -> None:
