@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.decode import SAMPLE_RATE, BadSample, NeedsFfmpeg, decode, probe
+from data.decode import SAMPLE_RATE, BadSample, NeedsFfmpeg, decode, in_words, probe
+from tools import caption
 
 FORMATS = {
     "wav": "PCM_16",
@@ -269,6 +271,35 @@ def test_an_id3_tag_is_not_taken_for_audio_or_for_a_stated_length(tag: bytes, st
     assert len(decoded) == pytest.approx(20 * SAMPLE_RATE, rel=0.02) and lengths == [
         pytest.approx(20, rel=0.02)
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit", "said"),
+    [
+        (10_800, 30, "10800.0"),
+        (30.0000625, 30, "30.0001"),
+        (4.04, 4, "4.04"),
+        (np.float32(1.23), 1.2, "1.23"),
+    ],
+)
+def test_a_length_that_exceeds_a_limit_is_never_said_to_equal_it(
+    seconds: float, limit: float, said: str
+) -> None:
+    assert in_words(seconds, limit) == said
+
+
+def test_caption_decodes_no_more_than_the_window_and_says_how_long_the_file_is(tmp_path: Path) -> None:
+    with soundfile.SoundFile(tmp_path / "hour.flac", "w", 44_100, 2) as file:
+        for _ in range(60):
+            file.write(np.zeros((60 * 44_100, 2), np.int16))
+    tracemalloc.start()
+    clip = caption._read(tmp_path / "hour.flac", 30.0)
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20, "the file in whole would be 1.3 GB"
+    tracemalloc.stop()
+    assert clip.seconds == 3600 and len(clip.waveform) == 30 * SAMPLE_RATE
+    (tmp_path / "short.wav").write_bytes(encode(sine(SAMPLE_RATE), SAMPLE_RATE))
+    clip = caption._read(tmp_path / "short.wav", 30.0)
+    assert clip.seconds == 1 and len(clip.waveform) == SAMPLE_RATE
 
 
 @pytest.mark.parametrize("start", [0.0, 4.0, 7.0])
