@@ -12,8 +12,6 @@ from data.mpeg import COMPLETE, Unsound
 
 BEHIND_JUNK = 64 << 10
 """Bytes in which the beginning of a known format is looked for."""
-
-
 CODECS = {1, 2, 3, 6, 7, 0x11, 0x14, 0x31, 0x38, 0x40, 0x55, 0xFFFE}
 """Numbers of the codecs of WAV that libsndfile reads."""
 FFMPEGS_OGG = (b"Speex   ", b"\x7fFLAC", b"\x80theora", b"fishead\0", b"CELT    ", b"PCM     ")
@@ -129,9 +127,8 @@ def _chained(content: bytes) -> Iterator[int]:
         start = found.start()
         if start and start != end:
             yield start
-        segments = (
-            content[start + 27 : start + 27 + content[start + 26]] if start + 26 < len(content) else b""
-        )
+        header = content[start : start + 27]
+        segments = content[start + 27 : start + 27 + header[-1]]
         end = start + 27 + len(segments) + sum(segments)
 
 
@@ -156,7 +153,7 @@ def _au(content: bytes) -> Iterator[bytes]:
             yield content[: start + stated]
             content = content[start + stated :]
             continue
-        if there * COMPLETE < stated < 0x7FFF_0000 and there < stated * COMPLETE:
+        if there < stated * COMPLETE and stated < 0x7FFF_0000:  # beyond, it was written into a pipe
             raise Unsound(f"is cut off: {len(content):,} of {start + stated:,} bytes are there")
         if stated < there * COMPLETE:
             content = content[:8] + max(0, there).to_bytes(4, "big") + content[12:]

@@ -67,6 +67,7 @@ SIZES = {
     "both from a pipe": put(put(WAV, 40, PIPE), 4, PIPE),
     "a chunk before the audio": WAV[:36] + LIAR + WAV[36:],
     "an odd chunk without padding": WAV[:36] + b"LIST\5\0\0\0INFOx" + WAV[36:],
+    "a chunk behind the audio": put(WAV + b"LIST" + PIPE.to_bytes(4) + bytes(20_000) + b"x", 4, 84_045),
     "BW64": b"BW64" + RF64[4:],
     "RF64, data zero": put(RF64, 28, 0, 8),
     "RF64, data twice": put(RF64, 28, 128_000, 8),
