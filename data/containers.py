@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from data import chunks, mpeg
+from data import chunks, flac, mpeg
 from data.kinds import BEGINNING, what_it_is
 from data.mpeg import COMPLETE, Unsound
 
@@ -63,7 +63,8 @@ def _known(content: bytes) -> list[bytes] | None:
             return None
         return list(chunks.files(content, layout))
     if FLAC.match(content):
-        return _cut(content, [at for at in mpeg.places(content, b"fL") if FLAC.match(content, at)])
+        starts = [at for at in mpeg.places(content, b"fL") if FLAC.match(content, at)]
+        return [flac.mended(file) for file in _cut(content, starts)]
     if content.startswith(b"OggS"):
         return _cut(content, [0, *_chained(content)])
     if content.startswith(b".snd"):

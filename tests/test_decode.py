@@ -52,10 +52,10 @@ def encode(wave: np.ndarray, rate: int, ending: str = "wav", subtype: str | None
     return file.getvalue()
 
 
-def streamed_flac(frames: int = 0) -> bytes:
-    """A FLAC of 1 s whose header states another length; 0 is what an encoder writes into a pipe, where it
+def streamed_flac(frames: int, whole: bytes | None = None) -> bytes:
+    """A FLAC, of 1 s, whose header states another length; 0 is what an encoder writes into a pipe, where it
     cannot go back."""
-    content = bytearray(encode(sine(SAMPLE_RATE), SAMPLE_RATE, "flac"))
+    content = bytearray(whole or encode(sine(SAMPLE_RATE), SAMPLE_RATE, "flac"))
     content[21] = content[21] & 0xF0 | frames >> 32
     content[22:26] = (frames & 0xFFFFFFFF).to_bytes(4, "big")
     return bytes(content)
@@ -152,10 +152,19 @@ def test_integers_that_were_written_as_floats_are_a_bad_sample(loudness: int, ra
         decode(file.getvalue(), "wav")
 
 
-def test_a_flac_that_does_not_say_how_long_it_is_is_told() -> None:
+def test_a_flac_whose_header_cannot_be_so_is_told() -> None:
     for read in (decode, duration):
         with pytest.raises(BadSample, match="does not say how long it is"):
-            read(streamed_flac(), "flac")
+            read(streamed_flac(1 << 33), "flac")
+
+
+@pytest.mark.parametrize("frames", [0, 1, SAMPLE_RATE // 2])
+def test_a_flac_that_states_less_than_there_is_is_read_to_its_end(frames: int) -> None:
+    for seconds in (1, 200):  # frames of two sizes of number
+        content = encode(sine(SAMPLE_RATE, seconds), SAMPLE_RATE, "flac")
+        stated = streamed_flac(frames, content)
+        assert duration(stated, "flac") == seconds
+        assert np.array_equal(decode(stated, "flac"), decode(content, "flac"))
 
 
 def test_a_wav_that_an_encoder_wrote_into_a_pipe_is_read() -> None:
