@@ -22,6 +22,8 @@ OGG = re.compile(rb"OggS\0[\x02\x06]")
 BEGINNINGS = re.compile(
     rb"(RIFF|RIFX|RF64|BW64)....WAVE|FORM....AIF[FC]|OggS\0\x02|fLaC[\0\x80]\0\0\x22", re.DOTALL
 )
+MAGICS = (b"fLaC", b"OggS", b".snd", *(layout.magic[:4] for layout in chunks.LAYOUTS))
+"""What a file of audio begins with, though nothing may follow."""
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 FFMPEGS = re.compile(
     rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|\x30\x26\xb2\x75\x8e\x66\xcf\x11|#!AMR|FLV\x01"
@@ -44,7 +46,8 @@ def files(content: bytes, ffmpegs: bool) -> list[bytes] | None:
         return known
     words = what_it_is(sound)
     silent = not sound[:BEGINNING].strip(b"\0")  # which a file may be before it begins
-    if words and not words.startswith("audio") and not (silent and sound.strip(b"\0")):
+    is_audio = words.startswith("audio") or sound.startswith(MAGICS)
+    if words and not is_audio and not (silent and sound.strip(b"\0")):
         raise Unsound(f"is {words}")
     if found := BEGINNINGS.search(content, 0, BEHIND_JUNK):
         return _known(content[found.start() :])

@@ -249,6 +249,12 @@ def test_what_is_no_audio_says_what_it_is(what: str, ending: str) -> None:
         assert str(refused.value).startswith(f"the audio is {what}")
 
 
+@pytest.mark.parametrize("content", [WAV[:4], WAV[:12], b"fLaC", b"OggS"])
+def test_a_beginning_of_audio_is_not_called_text(content: bytes) -> None:
+    with pytest.raises(BadSample, match="the audio cannot be decoded"):
+        decode(content, "wav")
+
+
 @pytest.mark.parametrize("ending", ["wav", "mp3", "opus", "m4a", "webm"])
 @pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "MP3", "AIFF"])
 def test_the_content_decides_what_reads_it(form: str, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
