@@ -95,8 +95,12 @@ LAYOUTS = (
         preface=4,
     ),
 )
-LONG = {b"RF64": b"RIFF", b"BW64": b"RIFF"}
-"""Their sizes of 64 bits stand in a chunk `ds64`; written anew they are ordinary ones."""
+LONG = (b"RF64", b"BW64")
+"""Their sizes of 64 bits stand in a chunk `ds64`; written anew they are ordinary ones (RIFF)."""
+REMARKS = tuple(
+    b"LIST,JUNK,junk,PAD ,FLLR,bext,iXML,axml,_PMX,id3 ,ID3 ,fact,cue ,smpl,inst,PEAK".split(b",")
+)
+"""Chunks that often stand behind the audio, and are none of it even where their own size is a lie."""
 
 
 class Chunk(NamedTuple):
@@ -163,7 +167,8 @@ def _audio_bytes(content: bytes, layout: Layout, walk: _Walk, data: Chunk) -> in
         return data.size
     if data.size <= layout.preface:
         return there
-    if len(rest) <= (1 - COMPLETE) * len(content) or mpeg.TAGS.match(rest) or not rest.strip(b"\0"):
+    is_remark = rest.startswith(REMARKS) or mpeg.TAGS.match(rest) or not rest.strip(b"\0")
+    if is_remark or len(rest) <= (1 - COMPLETE) * len(content):
         return data.size
     if data.start < outer_end <= walk.end + layout.align:
         raise Unsound(
@@ -242,4 +247,4 @@ def _anew(content: bytes, layout: Layout, chunks: list[Chunk], data: Chunk, size
     if not layout.has_outer:
         return content[: layout.head] + body
     form = content[layout.form_at : layout.head]
-    return layout.chunk(LONG.get(layout.magic, layout.magic), form + body)
+    return layout.chunk(b"RIFF" if layout.magic in LONG else layout.magic, form + body)

@@ -6,14 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from data import chunks, mpeg
+from data import chunks, flac, mpeg
 from data.kinds import BEGINNING, what_it_is
 from data.mpeg import COMPLETE, Unsound
 
 BEHIND_JUNK = 64 << 10
 """Bytes in which the beginning of a known format is looked for."""
-
-
 CODECS = {1, 2, 3, 6, 7, 0x11, 0x14, 0x31, 0x38, 0x40, 0x55, 0xFFFE}
 """Numbers of the codecs of WAV that libsndfile reads."""
 FFMPEGS_OGG = (b"Speex   ", b"\x7fFLAC", b"\x80theora", b"fishead\0", b"CELT    ", b"PCM     ")
@@ -24,6 +22,8 @@ OGG = re.compile(rb"OggS\0[\x02\x06]")
 BEGINNINGS = re.compile(
     rb"(RIFF|RIFX|RF64|BW64)....WAVE|FORM....AIF[FC]|OggS\0\x02|fLaC[\0\x80]\0\0\x22", re.DOTALL
 )
+MAGICS = (b"fLaC", b"OggS", b".snd", *(layout.magic[:4] for layout in chunks.LAYOUTS))
+"""What a file of audio begins with, though nothing may follow."""
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 FFMPEGS = re.compile(
     rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|\x30\x26\xb2\x75\x8e\x66\xcf\x11|#!AMR|FLV\x01"
@@ -46,7 +46,8 @@ def files(content: bytes, ffmpegs: bool) -> list[bytes] | None:
         return known
     words = what_it_is(sound)
     silent = not sound[:BEGINNING].strip(b"\0")  # which a file may be before it begins
-    if words and not words.startswith("audio") and not (silent and sound.strip(b"\0")):
+    is_audio = words.startswith("audio") or sound.startswith(MAGICS)
+    if words and not is_audio and not (silent and sound.strip(b"\0")):
         raise Unsound(f"is {words}")
     if found := BEGINNINGS.search(content, 0, BEHIND_JUNK):
         return _known(content[found.start() :])
@@ -65,7 +66,8 @@ def _known(content: bytes) -> list[bytes] | None:
             return None
         return list(chunks.files(content, layout))
     if FLAC.match(content):
-        return _cut(content, [at for at in mpeg.places(content, b"fL") if FLAC.match(content, at)])
+        starts = [at for at in mpeg.places(content, b"fL") if FLAC.match(content, at)]
+        return [flac.mended(file) for file in _cut(content, starts)]
     if content.startswith(b"OggS"):
         return _cut(content, [0, *_chained(content)])
     if content.startswith(b".snd"):
@@ -129,9 +131,8 @@ def _chained(content: bytes) -> Iterator[int]:
         start = found.start()
         if start and start != end:
             yield start
-        segments = (
-            content[start + 27 : start + 27 + content[start + 26]] if start + 26 < len(content) else b""
-        )
+        header = content[start : start + 27]
+        segments = content[start + 27 : start + 27 + header[-1]]
         end = start + 27 + len(segments) + sum(segments)
 
 
@@ -156,7 +157,7 @@ def _au(content: bytes) -> Iterator[bytes]:
             yield content[: start + stated]
             content = content[start + stated :]
             continue
-        if there * COMPLETE < stated < 0x7FFF_0000 and there < stated * COMPLETE:
+        if there < stated * COMPLETE and stated < 0x7FFF_0000:  # beyond, it was written into a pipe
             raise Unsound(f"is cut off: {len(content):,} of {start + stated:,} bytes are there")
         if stated < there * COMPLETE:
             content = content[:8] + max(0, there).to_bytes(4, "big") + content[12:]

@@ -39,7 +39,11 @@ OVERDRIVEN = 8
 """What no recording exceeds for long, in multiples of full scale: what is less is clipped, as on any way."""
 NO_SAMPLES = "the audio has no samples (0 s)"
 UNKNOWN_FRAMES = 1 << 32  # a day at 48 kHz: more is a header that does not know
-AUDIO_ENDINGS = {"wav", "flac", "ogg", "oga", "mp3", "opus", "aiff", "aif", "au", "w64"} | FFMPEG_ONLY
+AUDIO_ENDINGS = (
+    {"wav", "flac", "ogg", "oga", "opus", "mp3", "mp2"}
+    | {"aiff", "aif", "aifc", "au", "w64", "caf"}
+    | FFMPEG_ONLY
+)
 """Endings of tar members that are taken for audio."""
 
 

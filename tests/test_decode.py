@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.decode import SAMPLE_RATE, BadSample, NeedsFfmpeg, decode, probe
+from data.decode import SAMPLE_RATE, BadSample, NeedsFfmpeg, decode, in_words, probe
+from tools import caption
 
 FORMATS = {
     "wav": "PCM_16",
@@ -50,10 +52,10 @@ def encode(wave: np.ndarray, rate: int, ending: str = "wav", subtype: str | None
     return file.getvalue()
 
 
-def streamed_flac(frames: int = 0) -> bytes:
-    """A FLAC of 1 s whose header states another length; 0 is what an encoder writes into a pipe, where it
+def streamed_flac(frames: int, whole: bytes | None = None) -> bytes:
+    """A FLAC, of 1 s, whose header states another length; 0 is what an encoder writes into a pipe, where it
     cannot go back."""
-    content = bytearray(encode(sine(SAMPLE_RATE), SAMPLE_RATE, "flac"))
+    content = bytearray(whole or encode(sine(SAMPLE_RATE), SAMPLE_RATE, "flac"))
     content[21] = content[21] & 0xF0 | frames >> 32
     content[22:26] = (frames & 0xFFFFFFFF).to_bytes(4, "big")
     return bytes(content)
@@ -150,10 +152,19 @@ def test_integers_that_were_written_as_floats_are_a_bad_sample(loudness: int, ra
         decode(file.getvalue(), "wav")
 
 
-def test_a_flac_that_does_not_say_how_long_it_is_is_told() -> None:
+def test_a_flac_whose_header_cannot_be_so_is_told() -> None:
     for read in (decode, duration):
         with pytest.raises(BadSample, match="does not say how long it is"):
-            read(streamed_flac(), "flac")
+            read(streamed_flac(1 << 33), "flac")
+
+
+@pytest.mark.parametrize("frames", [0, 1, SAMPLE_RATE // 2])
+def test_a_flac_that_states_less_than_there_is_is_read_to_its_end(frames: int) -> None:
+    for seconds in (1, 200):  # frames of two sizes of number
+        content = encode(sine(SAMPLE_RATE, seconds), SAMPLE_RATE, "flac")
+        stated = streamed_flac(frames, content)
+        assert duration(stated, "flac") == seconds
+        assert np.array_equal(decode(stated, "flac"), decode(content, "flac"))
 
 
 def test_a_wav_that_an_encoder_wrote_into_a_pipe_is_read() -> None:
@@ -269,6 +280,35 @@ def test_an_id3_tag_is_not_taken_for_audio_or_for_a_stated_length(tag: bytes, st
     assert len(decoded) == pytest.approx(20 * SAMPLE_RATE, rel=0.02) and lengths == [
         pytest.approx(20, rel=0.02)
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit", "said"),
+    [
+        (10_800, 30, "10800.0"),
+        (30.0000625, 30, "30.0001"),
+        (4.04, 4, "4.04"),
+        (np.float32(1.23), 1.2, "1.23"),
+    ],
+)
+def test_a_length_that_exceeds_a_limit_is_never_said_to_equal_it(
+    seconds: float, limit: float, said: str
+) -> None:
+    assert in_words(seconds, limit) == said
+
+
+def test_caption_decodes_no_more_than_the_window_and_says_how_long_the_file_is(tmp_path: Path) -> None:
+    with soundfile.SoundFile(tmp_path / "hour.flac", "w", 44_100, 2) as file:
+        for _ in range(60):
+            file.write(np.zeros((60 * 44_100, 2), np.int16))
+    tracemalloc.start()
+    clip = caption._read(tmp_path / "hour.flac", 30.0)
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20, "the file in whole would be 1.3 GB"
+    tracemalloc.stop()
+    assert clip.seconds == 3600 and len(clip.waveform) == 30 * SAMPLE_RATE
+    (tmp_path / "short.wav").write_bytes(encode(sine(SAMPLE_RATE), SAMPLE_RATE))
+    clip = caption._read(tmp_path / "short.wav", 30.0)
+    assert clip.seconds == 1 and len(clip.waveform) == SAMPLE_RATE
 
 
 @pytest.mark.parametrize("start", [0.0, 4.0, 7.0])

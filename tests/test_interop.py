@@ -144,7 +144,7 @@ def test_pack_names_every_row_it_rejects(packed: Callable[..., str], tmp_path: P
         "missing.wav": "No such file or directory",
         "mute.wav": "the caption is empty",
         "good.flac": "its key 'good' is that of good.wav",
-        "page.mp3": "the audio cannot be decoded",
+        "page.mp3": "the audio is a web page",
         "empty.wav": "the audio is empty (0 bytes)",
         "notes.doc": "'doc' is not an audio format",
         "": "no file is named",

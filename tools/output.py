@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from data.upload import upload
 
 ABANDONED = timedelta(days=1)
 """An upload to the same place that is older was left by a run that was killed."""
+
+COMPLETED_LATE = 2.0
+"""Seconds after which an upload that was broken off has appeared all the same, if the server had it all."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class _Prefix:
         self._bucket, prefix, _ = filesystem.split_path(path)
         self._prefix = f"{prefix}/" if prefix else ""
         self._moved: list[str] = []
+        self._is_moving = False
 
     def check_empty(self) -> None:
         """Raises ConfigError if the prefix holds anything."""
@@ -124,7 +129,9 @@ class _Prefix:
     def put(self, file: Path) -> None:
         """Upload a file and remove it here."""
         self._moved.append(file.name)
+        self._is_moving = True
         upload(file, Location(f"{self.url}/{file.name}"))
+        self._is_moving = False
         file.unlink()
 
     def clear(self) -> None:
@@ -132,10 +139,12 @@ class _Prefix:
         urls = [f"{self.url}/{name}" for name in self._moved]
         if not urls:
             return
-        with suppress(EarwitnessError):
-            Trouble(Location(self.url), "remove what was written").retry(
-                lambda filesystem, _: filesystem.rm(urls)
-            )
+        for pause in (0.0, COMPLETED_LATE) if self._is_moving else (0.0,):
+            time.sleep(pause)
+            with suppress(EarwitnessError):
+                Trouble(Location(self.url), "remove what was written").retry(
+                    lambda filesystem, _: filesystem.rm(urls)
+                )
         with suppress(EarwitnessError):
             self._abort(lambda item: self._name(item) in self._moved)
 
