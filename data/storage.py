@@ -93,7 +93,8 @@ async def _info(filesystem: Any, path: str, location: Location) -> dict[str, Any
         from data.answers import answer_of
 
         answer = answer_of(error)
-        if location.is_s3 and answer.status not in (0, 404) and answer.status < 500 and not answer.code:
+        refused = 300 <= answer.status < 500 or answer.status == 501
+        if location.is_s3 and refused and answer.status != 404 and not answer.code:
             await within(limit, late, filesystem._cat_file(path, start=0, end=1))
         raise
 

@@ -45,6 +45,7 @@ FAILURES: tuple[type[Exception], ...] = (
     ClientError,
     HttpError,
     HubError,
+    RecursionError,
     ResponseParserError,
     ValueError,
     TypeError,
@@ -78,8 +79,9 @@ BUSY_STATUS = {408, 409, 423, 425, 429}
 FINAL_STATUS = {501, 505, 506, 508, 510, 511}
 """What does not pass of those from 500 on."""
 BUSY = re.compile(
-    r"throttl|timeout|slow ?down|busy|too ?many ?requests|limit ?exceeded|internal|unavailable"
-    r"|IncompleteBody|OperationAborted|BadDigest|SHA256Mismatch|PriorRequestNotComplete",
+    r"throttl|timeout|slow ?down|busy|too ?many ?requests|limit ?exceeded|Internal(Error|Failure|.*Exception)"
+    r"|(Service|Key|Temporarily)Unavailable|IncompleteBody|OperationAborted|BadDigest|SHA256Mismatch"
+    r"|PriorRequestNotComplete",
     re.IGNORECASE,
 )
 """S3's words for what passes, whatever the status is."""
@@ -110,6 +112,8 @@ def judge(error: Exception, location: Location) -> Verdict:
         return verdict
     if tls := next(_tls_errors(error), None):
         return _judge_tls(tls, location)
+    if isinstance(error, RecursionError):  # botocore asks for the region, is redirected, asks for the region
+        return _judge_region(Answer())
     if isinstance(error, PermissionError):
         return Verdict(f"access denied ({error})", general, credentials=True)
     if isinstance(error, FileNotFoundError):
@@ -222,10 +226,10 @@ def _judge_region(answer: Answer) -> Verdict:
     endpoint = answer.fields.get("Endpoint") or re.sub(
         r"^https?://|/.*", "", answer.headers.get("location", "")
     )
-    where = f", {region}" if region else f", at {endpoint}" if endpoint else ""
-    name, at = region or "REGION", f" ({endpoint})" if endpoint and region else ""
+    where = ", ".join(filter(None, [region, endpoint])) or "and the server does not say in which"
+    name = region or "REGION"
     return Verdict(
-        f"its bucket is in another region{where}{at} ({answer})",
+        f"its bucket is in another region, {where}" + (f" ({answer})" if answer.status else ""),
         f"Set `storage_options: {{client_kwargs: {{region_name: {name}}}}}`, or AWS_DEFAULT_REGION={name}."
         " Name no endpoint of another region (`endpoint_url`, AWS_ENDPOINT_URL).",
     )
