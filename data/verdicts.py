@@ -123,7 +123,7 @@ def judge(error: Exception, location: Location) -> Verdict:
     if isinstance(error, ResponseParserError) and re.search(r"<(html|!doctype)", str(error), re.IGNORECASE):
         return Verdict("what answers at this endpoint is a web page, and no S3 server", general)
     if type(error).__name__ == "TooManyRedirects":  # of aiohttp and of httpx
-        return Verdict("the server redirects without end; does it want a sign-in?", general)
+        return Verdict("the server redirects without end, as for a sign-in", general)
     of_settings = isinstance(error, BotoCoreError) and not isinstance(error, PASSING_ERRORS)
     if of_settings or isinstance(error, FINAL_ERRORS):
         return Verdict(_line(error), general)
@@ -262,7 +262,9 @@ def _restoring(location: Location, answer: Answer) -> str:
 
 def _tls_errors(error: BaseException | None) -> Iterator[ssl.SSLError]:
     """Errors of TLS that do not pass, in what led to an error."""
-    while error is not None:
+    seen: set[int] = set()  # an error that is raised anew is in what led to itself
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         for said in (error, *error.args):
             if isinstance(said, ssl.SSLCertVerificationError) or (
                 isinstance(said, ssl.SSLError) and said.reason in WRONG_TLS

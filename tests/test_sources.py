@@ -138,7 +138,7 @@ def test_all_commands_work_in_a_folder_with_brackets_and_braces_in_its_name(
     run("tools.pack", table, "packed")
     values = config_values("run", folder, model, "packed/*.tar", optim={"max_steps": 1, "lr": 1e-3})
     values["data"] |= {"index_dir": "beside", "cache_dir": f"{folder}/cache"}
-    values["run"]["mirror"] = f"{folder}/mirror"
+    values["checkpoint"] = {"mirror": f"{folder}/mirror"}
     (folder / "mine.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     assert "24 samples" in run("tools.index", "mine.yaml")
     assert list((folder / "packed/index").glob("*.parquet"))
