@@ -70,11 +70,13 @@ def answer_of(error: BaseException) -> Answer:
         if isinstance(cause.__cause__, HttpProcessingError):  # what came was no answer in HTTP
             return Answer()
         return Answer(cause.status, headers=_lower(cause.headers or {}))
-    response = getattr(error, "response", None)  # as the errors of huggingface_hub have it
+    # As the errors of huggingface_hub have it, which its file system wraps in part.
+    hub = error if hasattr(error, "response") else error.__cause__
+    response = getattr(hub, "response", None)
     if response is None:
         return Answer()
     headers = _lower(response.headers)
-    message = _short(str(getattr(error, "server_message", None) or ""))
+    message = _short(str(getattr(hub, "server_message", None) or ""))
     return Answer(int(response.status_code), headers.get("x-error-code", ""), message, {}, headers)
 
 

@@ -120,8 +120,6 @@ def judge(error: Exception, location: Location) -> Verdict:
         return Verdict("it does not exist", general)
     if isinstance(error, NO_CREDENTIALS):
         return Verdict(_line(error), f"{general} {ANON}", credentials=True)
-    if isinstance(error, ResponseParserError) and re.search(r"<(html|!doctype)", str(error), re.IGNORECASE):
-        return Verdict("what answers at this endpoint is a web page, and no S3 server", general)
     if type(error).__name__ == "TooManyRedirects":  # of aiohttp and of httpx
         return Verdict("the server redirects without end, as for a sign-in", general)
     of_settings = isinstance(error, BotoCoreError) and not isinstance(error, PASSING_ERRORS)
@@ -267,7 +265,7 @@ def _tls_errors(error: BaseException | None) -> Iterator[ssl.SSLError]:
         seen.add(id(error))
         for said in (error, *error.args):
             if isinstance(said, ssl.SSLCertVerificationError) or (
-                isinstance(said, ssl.SSLError) and said.reason in WRONG_TLS
+                isinstance(said, ssl.SSLError) and getattr(said, "reason", "") in WRONG_TLS
             ):
                 yield said
         error = error.__cause__ or error.__context__

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import urlsplit
 
-PAGE = b"<!DOCTYPE html><title>Sign in</title>" + b" " * 5000
+PAGE = b"<!DOCTYPE html><title>Sign in</title><br>" + b" " * 5000
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,10 @@ class Handler(BaseHTTPRequestHandler):
         signed, pays = "Authorization" in self.headers, "x-amz-request-payer" in self.headers
         if (name == "payer" and not pays) or (name == "anonymous" and signed):
             return self.answer(403, REFUSALS["denied"].body())
-        if "list-type" in self.path and name != "page":
+        if "list-type" in self.path:
             return self.answer(200, self.listed(name))
+        if not self.path.endswith("a.tar"):
+            return self.answer(404, b"")
         if name == "page":
             return self.answer(200, PAGE, {"Content-Type": "text/html"})
         if name == "netrc" and self.headers.get("Authorization") != "Basic bWU6aHVudGVyMg==":

@@ -123,12 +123,6 @@ def test_without_keys_a_public_bucket_is_told_of(
     assert storage.read(in_bucket(server, "plain", anon=True), 5, 9) == CONTENT[5:9]
 
 
-def test_an_endpoint_that_is_no_s3_server_is_told_of(server: refusals.Server) -> None:
-    place = Location("s3://page/*.tar", in_bucket(server, "page").options)
-    with pytest.raises(DataError, match="a web page, and no S3 server"):
-        storage.glob(place)
-
-
 BY_WEB = {
     "unauthorised": ("access denied (401)", "~/.netrc"),
     "forbidden": ("access denied (403)", "trust_env: true"),
