@@ -39,7 +39,7 @@ def named_data(
 ) -> tuple[Data, RunConfig | None]:
     """The data that SHARDS...|CONFIG names, and the config, if it is one.
 
-    All else is for shards that are named one by one. Raises ConfigError.
+    All but the names is for shards that are named one by one. Raises ConfigError.
     """
     if len(names) == 1 and names[0].endswith((".yaml", ".yml")):
         if index_dir is not None:
