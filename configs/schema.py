@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,7 +22,15 @@ SECRET_OPTIONS = {
     "aws_access_key_id",
     "aws_secret_access_key",
     "aws_session_token",
+    "authorization",
+    "cookie",
+    "ssecustomerkey",
+    "account_key",
+    "sas_token",
+    "connection_string",
+    "client_secret",
 }
+"""Options of fsspec, at any depth and in lower case, that hold secrets."""
 SECRET_URL = re.compile(
     r"://[^/?\"]*:[^/?\"@]*@|[?&](x-amz-signature|x-goog-signature|signature|sig|token|access_token)=",
     re.IGNORECASE,
@@ -37,6 +46,14 @@ def public(value: T) -> T:
             " expire in the middle of a run; give s3://BUCKET/... with keys in the environment or a profile"
         )
     return value
+
+
+def _keys(value: object) -> Iterator[str]:
+    """All keys of nested mappings."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _keys(inner)
 
 
 class Change(Enum):
@@ -187,12 +204,12 @@ class Source(Section):
     @field_validator("storage_options")
     @classmethod
     def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        nested = [value, *(v for v in value.values() if isinstance(v, dict))]
-        found = sorted(SECRET_OPTIONS & {key for options in nested for key in options})
+        found = sorted(key for key in _keys(value) if key.lower() in SECRET_OPTIONS)
         if found:
             raise ValueError(
                 f"{', '.join(found)}: secrets do not belong in a config; set AWS_ACCESS_KEY_ID and"
-                " AWS_SECRET_ACCESS_KEY, or `profile`"
+                " AWS_SECRET_ACCESS_KEY, or `profile`; for http use ~/.netrc, with `client_kwargs:"
+                " {trust_env: true}`"
             )
         return public(value)
 

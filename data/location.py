@@ -36,13 +36,28 @@ class Location:
     @property
     def name(self) -> str:
         """File name, as `audioset-000012.tar`."""
-        path = self.url.partition("?")[0] if self.url.startswith("http") else self.url
+        path = self.url.partition("?")[0] if self.is_http else self.url
         return path.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def protocol(self) -> str:
+        """What opens it, as `s3`."""
+        return split_protocol(self.url)[0] or "file"
 
     @property
     def is_local(self) -> bool:
         """Whether the shard lies in this machine's file system."""
-        return split_protocol(self.url)[0] in (None, "file", "local")
+        return self.protocol in ("file", "local")
+
+    @property
+    def is_s3(self) -> bool:
+        """Whether the shard lies in a bucket that speaks S3."""
+        return self.protocol in ("s3", "s3a")
+
+    @property
+    def is_http(self) -> bool:
+        """Whether the shard is on a web server."""
+        return self.protocol in ("http", "https")
 
 
 _open: dict[tuple[str, str], AbstractFileSystem] = {}
@@ -51,15 +66,15 @@ _opening = Lock()
 
 def open_filesystem(location: Location) -> tuple[AbstractFileSystem, str]:
     """File system of a location and the path in it."""
-    protocol, _ = which = _which(location)
+    which = location.protocol, location.options
     with _opening:
         filesystem = _open.get(which)
         if filesystem is None:
             given = json.loads(location.options)
-            if protocol in ("s3", "s3a"):
+            if location.is_s3:
                 given["config_kwargs"] = {**S3, **given.get("config_kwargs", {})}
             try:
-                filesystem = fsspec.filesystem(protocol, skip_instance_cache=True, **given)
+                filesystem = fsspec.filesystem(location.protocol, skip_instance_cache=True, **given)
             except (ValueError, ImportError) as error:
                 raise DataError(f"{location.url}: {error}") from None
             _open[which] = filesystem
@@ -70,9 +85,6 @@ def renew(location: Location, refused: AbstractFileSystem | None) -> None:
     """Open the file system anew at the next use, if it is still the one that was refused: keys may have been
     changed meanwhile."""
     with _opening:
-        if _open.get(_which(location)) is refused:
-            _open.pop(_which(location), None)
-
-
-def _which(location: Location) -> tuple[str, str]:
-    return split_protocol(location.url)[0] or "file", location.options
+        which = location.protocol, location.options
+        if _open.get(which) is refused:
+            _open.pop(which, None)

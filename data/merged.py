@@ -1,5 +1,5 @@
-"""The samples of a run: the indexes of its shards, merged into a memory-mapped Arrow file each for training and
-validation."""
+"""The samples of a run: the indexes of its shards, merged into one memory-mapped Arrow file for training, and
+one for validation."""
 
 from __future__ import annotations
 

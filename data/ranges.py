@@ -14,9 +14,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Set
 from typing import Any, TypeVar
 
+from configs.errors import DataError
 from data import retry
+from data.kinds import BEGINNING, what_it_is
 from data.location import Location
-from data.retry import STATS, Trouble, failures
+from data.retry import STATS, Trouble, advice, failures
 
 T = TypeVar("T")
 Answer = dict[str, Any]
@@ -26,9 +28,19 @@ PROGRESS = 256 << 10
 PIECE = 1 << 20
 """Bytes that are taken at once, at most: as a rule what has come meanwhile."""
 WHOLE = 4 << 20
-"""Bytes of a request to file systems other than S3, which give an answer only as a whole."""
+"""Bytes of a request to file systems other than S3 and HTTP, which give an answer only as a whole."""
+WHOLES = 3
+"""Answers with the whole object after which a server counts as one that gives no ranges."""
 LATE = 5
 """Times that it usually takes until an answer begins, after which a request counts as late."""
+
+
+class NoRanges(DataError):
+    """A server gives objects only as a whole."""
+
+
+class SinkFailed(Exception):
+    """What takes the bytes has failed, not the storage; its error is the cause."""
 
 
 class Range:
@@ -42,6 +54,8 @@ class Range:
         self._trouble = Trouble(location, f"read bytes {start}-{end}")
         self._progress_from = start
         """Position at which progress was told last."""
+        self._wholes = 0
+        """Answers that were the whole object."""
 
     async def fetch(self) -> bytes:
         """All bytes of the range."""
@@ -57,10 +71,13 @@ class Range:
                     STATS["resumed"] += 1
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
 
-    def _take(self, part: bytes) -> None:
-        if self.position + len(part) > self.end:
-            raise EOFError(f"more came than bytes up to {self.end}: does this server know ranges?")
+    async def _keep(self, part: bytes) -> None:
         self._parts.append(part)
+
+    async def _take(self, part: bytes) -> None:
+        if self.position + len(part) > self.end:
+            raise EOFError(f"more came than bytes up to {self.end}")
+        await self._keep(part)
         self.position += len(part)
         STATS["bytes"] += len(part)
         if self.position - self._progress_from >= PROGRESS:
@@ -71,8 +88,10 @@ class Range:
         """Ask once for what is missing, and take what comes."""
         STATS["requests"] += 1
         filesystem, path = self._trouble.open()
-        if "s3" in filesystem.protocol:
-            await self._stream(filesystem, path)
+        if self.location.is_s3:
+            await self._stream_s3(filesystem, path)
+        elif self.location.is_http:
+            await self._stream_http(filesystem, path)
         else:
             await self._take_wholes(filesystem, path)
 
@@ -86,47 +105,117 @@ class Range:
             else:
                 reading = asyncio.to_thread(filesystem.cat_file, path, start=self.position, end=end)
             part = await within(seconds, f"not whole within {seconds:.0f} s", reading)
+            if len(part) > end - self.position:
+                self._whole_came(part)
             if len(part) != end - self.position:
-                raise EOFError(
-                    f"{len(part)} bytes came, not those from {self.position} to {end}: does this server know"
-                    " ranges?"
-                )
-            self._take(part)
+                raise EOFError(f"{len(part)} bytes came, not those from {self.position} to {end}")
+            await self._take(part)
 
-    async def _stream(self, filesystem: Any, path: str) -> None:
+    def _asked(self) -> dict[str, str]:
+        """What is asked for, as a header."""
+        return {"Range": f"bytes={self.position}-{self.end - 1}"}
+
+    async def _stream_s3(self, filesystem: Any, path: str) -> None:
         """Take what comes by s3fs's client. Its own reads wrap that, but know neither If-Match nor a part of
         an answer."""
         bucket, key, version = filesystem.split_path(path)
-        wanted = {"Bucket": bucket, "Key": key, "Range": f"bytes={self.position}-{self.end - 1}"}
+        wanted = {"Bucket": bucket, "Key": key, **self._asked()}
         if version:
             wanted["VersionId"] = version
         if self.location.tag:
             wanted["IfMatch"] = self.location.tag
-        client = await filesystem.set_session()
-        answer = await _hedged(lambda: client.get_object(**filesystem.req_kw, **wanted))
+        await filesystem.set_session()
+        get = (await filesystem.get_s3(bucket)).get_object
+        options = filesystem._get_s3_method_kwargs(get, filesystem.req_kw, **wanted)
+        answer = await _hedged(lambda: get(**options))
         body = answer["Body"]
         try:
-            if not str(answer.get("ContentRange", "")).startswith(f"bytes {self.position}-"):
-                raise EOFError(f"the answer is of another range: {answer.get('ContentRange')}")
-            await self._take_body(body)
+            await self._take_answer(body, answer.get("ContentRange"))
         finally:
             body.close()
 
-    async def _take_body(self, body: Any) -> None:
-        """Take a body piece by piece. Raises TimeoutError where it stalls or comes too slowly."""
+    async def _stream_http(self, filesystem: Any, path: str) -> None:
+        """Take what comes by the session of fsspec's file system, whose own reads hold a whole answer in
+        memory."""
+        from aiohttp import ClientTimeout
+
+        options = dict(filesystem.kwargs)
+        headers = {"Accept-Encoding": "identity", **options.pop("headers", {}), **self._asked()}
+        options |= {"headers": headers, "timeout": ClientTimeout(total=None)}
+        session = await filesystem.set_session()
+        limit = retry.LIMITS.answer
+        asking = session.get(filesystem.encode_url(path), raise_for_status=True, **options)
+        answer = await within(limit, f"no answer within {limit:.0f} s", asking)
+        try:
+            await self._take_answer(answer.content, answer.headers.get("Content-Range"))
+        finally:
+            answer.close()
+
+    async def _take_answer(self, body: Any, content_range: str | None) -> None:
+        """Take the body of an answer. content_range: its header, which says what it is of."""
+        if not content_range:
+            self._whole_came(await within(retry.LIMITS.stall, "no byte of the answer", body.read(BEGINNING)))
+            raise EOFError("the answer is the whole object, not a range of it")
+        if not content_range.startswith(f"bytes {self.position}-"):
+            raise EOFError(f"the answer is of another range: {content_range}")
+        await self._take_body(body)
+
+    def _whole_came(self, beginning: bytes) -> None:
+        """Count an answer that is the whole object. Raises NoRanges for the third: a cache on the way may
+        give one."""
+        self._wholes += 1
+        if self._wholes < WHOLES:
+            return
+        failure = f"{self.location.url}: cannot read bytes {self.position}-{self.end}"
+        kind = what_it_is(beginning)
+        if kind not in ("", "a tar archive"):
+            raise DataError(f"{failure}: what comes instead is {kind}. {advice(self.location)}")
+        raise NoRanges(
+            f"{failure}: this server gives no ranges, only whole objects: copy the shards to a disk with"
+            " `python -m tools.stage SHARDS... DIR`, or by hand, and train on the copies"
+        )
+
+    async def _take_body(self, body: Any, skipped: int = 0) -> None:
+        """Take a body piece by piece, without so many bytes of its beginning. Raises TimeoutError where it
+        stalls or comes too slowly."""
         stall = retry.LIMITS.stall
-        window_began, bytes_before = time.monotonic(), self.position
+        window_began, count = time.monotonic(), 0
         while self.position < self.end:
             part = await within(stall, f"no byte for {stall:.0f} s", body.read(PIECE))
             if not part:
                 return
-            self._take(part)
+            count += len(part)
+            wanted = part[skipped:]
+            skipped -= len(part) - len(wanted)
+            if wanted:
+                await self._take(wanted)
             now = time.monotonic()
-            seconds, count = now - window_began, self.position - bytes_before
+            seconds = now - window_began
             if seconds > retry.LIMITS.window:
                 if count < retry.LIMITS.rate * seconds:
                     raise TimeoutError(f"{count} bytes in {seconds:.0f} s are too slow")
-                window_began, bytes_before = now, self.position
+                window_began, count = now, 0
+
+
+class Whole(Range):
+    """An object of so many bytes, from a server that gives no ranges: after a break all comes again, and what
+    was there is passed over."""
+
+    def __init__(self, location: Location, size: int, sink: Callable[[bytes], object]) -> None:
+        super().__init__(location, 0, size)
+        self._sink = sink
+
+    async def _keep(self, part: bytes) -> None:
+        try:
+            await asyncio.to_thread(self._sink, part)
+        except Exception as error:
+            raise SinkFailed from error
+
+    def _asked(self) -> dict[str, str]:
+        return {}
+
+    async def _take_answer(self, body: Any, content_range: str | None) -> None:
+        await self._take_body(body, self.position)
 
 
 _answer_seconds: deque[float] = deque(maxlen=64)

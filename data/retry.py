@@ -82,15 +82,15 @@ class Trouble:
         failure = f"{self.location.url}: cannot {self.what}"
         from data.verdicts import judge
 
-        verdict = judge(error)
+        verdict = judge(error, self.location)
         if verdict.credentials and not self.location.is_local:
             renew(self.location, self._filesystem)
             if not self._renewed:
                 self._renewed = True
                 return 0.0
         if verdict.reason:
-            raise DataError(f"{failure}: {verdict.reason}. {advice(self.location)}") from error
-        said = str(error) or type(error).__name__
+            raise DataError(f"{failure}: {verdict.reason}. {verdict.advice}") from error
+        said = str(error).rstrip(".") or type(error).__name__
         if verdict.credentials:
             said += " (have the keys expired?)"
         if self.location.is_local:
@@ -132,11 +132,31 @@ def received() -> int:
     return STATS["bytes"] + STATS["cached"] + STATS["local"]
 
 
+_GOOGLE = (
+    "Check bucket and name, and the credentials (`gcloud auth application-default login`, or"
+    " GOOGLE_APPLICATION_CREDENTIALS)."
+)
+_AZURE = (
+    "Check container and name, and the credentials (AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY,"
+    " or AZURE_STORAGE_CONNECTION_STRING)."
+)
+ADVICE = {
+    **dict.fromkeys(("file", "local"), "Check the path, and that this machine sees that file system."),
+    **dict.fromkeys(
+        ("s3", "s3a"),
+        "Check bucket and name, the credentials (AWS_ACCESS_KEY_ID, or a profile), the region and the"
+        " endpoint (AWS_ENDPOINT_URL).",
+    ),
+    "hf": (
+        "Check owner, repository, revision and file (hf://datasets/OWNER/NAME@REVISION/FILE); what is private"
+        " or gated wants HF_TOKEN, of an account that has accepted its terms on its page."
+    ),
+    **dict.fromkeys(("gs", "gcs"), _GOOGLE),
+    **dict.fromkeys(("az", "abfs", "abfss"), _AZURE),
+}
+"""What to look at where something is missing or forbidden, by protocol."""
+
+
 def advice(location: Location) -> str:
     """What to look at where something is missing or forbidden."""
-    if location.is_local:
-        return "Check the path, and that this machine sees that file system."
-    return (
-        "Check bucket and name, the credentials (AWS_ACCESS_KEY_ID, or a profile), the region and the"
-        " endpoint (AWS_ENDPOINT_URL)."
-    )
+    return ADVICE.get(location.protocol, "Check the URL, and that this machine reaches it.")

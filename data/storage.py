@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from fsspec.utils import glob_translate
 from configs.errors import DataError
 from data import retry
 from data.location import Location
-from data.ranges import Range, within
+from data.ranges import Range, SinkFailed, Whole, within
 from data.retry import STATS, Trouble, advice
 
 TAGS = (
@@ -62,8 +62,7 @@ def find(location: Location) -> Stat | None:
         filesystem.invalidate_cache(filesystem._parent(path))
         try:
             if filesystem.async_impl:
-                limit = retry.LIMITS.answer
-                asking = within(limit, f"no answer within {limit:.0f} s", filesystem._info(path))
+                asking = _info(filesystem, path, location)
                 entry = asyncio.run_coroutine_threadsafe(asking, get_loop()).result()
             else:
                 entry = filesystem.info(path)
@@ -74,10 +73,40 @@ def find(location: Location) -> Stat | None:
             said_so = isinstance(cause, (FileNotFoundError, ClientError))
             if cause is None or said_so or getattr(cause, "status", 0) in (404, 410):
                 return None
-            raise cause from None
+            raise cause from cause.__cause__
+        if entry["size"] is None and entry.get("type") == "file":
+            raise DataError(f"{location.url}: {_without_size(entry)}")
         return _stat(entry)
 
     return Trouble(location, "read its size").retry(info)
+
+
+async def _info(filesystem: Any, path: str, location: Location) -> dict[str, Any]:
+    """What a file system says of an object. Where an answer is refused without a word why, as to a HEAD, a
+    byte is asked for: that refusal has a body."""
+    limit = retry.LIMITS.answer
+    late = f"no answer within {limit:.0f} s"
+    try:
+        entry: dict[str, Any] = await within(limit, late, filesystem._info(path))
+        return entry
+    except OSError as error:
+        from data.answers import answer_of
+
+        answer = answer_of(error)
+        refused = 300 <= answer.status < 500 or answer.status == 501
+        if location.is_s3 and refused and answer.status != 404 and not answer.code:
+            await within(limit, late, filesystem._cat_file(path, start=0, end=1))
+        raise
+
+
+def _without_size(entry: dict[str, Any]) -> str:
+    """Why an object without a size is of no use, as a web server answers that makes it while it is sent."""
+    if entry.get("mimetype") == "text/html":
+        return "is a web page: did its download need a sign-in? Check the URL"
+    return (
+        "this server does not say how large it is (no Content-Length), so that it can neither be indexed nor"
+        " verified: copy it to a disk with curl or wget"
+    )
 
 
 def find_all(locations: Sequence[Location]) -> list[Stat | None]:
@@ -101,7 +130,7 @@ def _list(folder: Location) -> dict[str, Stat] | None:
     """What is in a folder of an S3 bucket, by name; None if it is none, or may not be listed."""
 
     def entries(filesystem: Any, path: str) -> dict[str, Stat] | None:
-        if "s3" not in filesystem.protocol:
+        if not folder.is_s3:
             return None
         try:
             return {
@@ -121,34 +150,46 @@ def _stat(entry: dict[str, Any]) -> Stat:
     return Stat(int(entry["size"] or 0), tag)
 
 
-def glob(location: Location) -> list[Location]:
-    """The objects that a URL with `*`, `?` or `[...]` matches."""
+def glob(location: Location, folder: str = "") -> list[Location]:
+    """The objects that a URL with `*`, `?` or `[...]` matches. folder: its beginning that is there as it is
+    written and no pattern, whatever is in its names."""
 
     def match(filesystem: Any, path: str) -> list[Location]:
-        paths = _glob(filesystem, path, local=location.is_local)
+        literal = filesystem._strip_protocol(folder) if folder else ""
+        paths = _glob(filesystem, path, literal, local=location.is_local)
         urls = paths if location.is_local else [filesystem.unstrip_protocol(path) for path in paths]
         return [Location(url, location.options) for url in urls]
 
     return Trouble(location, "read the list of shards").retry(match)
 
 
-def _glob(filesystem: AbstractFileSystem, path: str, *, local: bool) -> list[str]:
+def _glob(filesystem: AbstractFileSystem, path: str, literal: str, *, local: bool) -> list[str]:
     """As the file system's own; which leaves out folders that cannot be listed where a folder's name is a
-    pattern: here that is an error."""
-    root, _, _ = re.split(r"[*?[]", path, maxsplit=1)[0].rpartition("/")
-    if "/" not in path[len(root) + 1 :] or "http" in filesystem.protocol:
+    pattern (here that is an error), and takes every bracket for one."""
+    plain = re.split(r"[*?[]", path[len(literal) :], maxsplit=1)[0]
+    root, _, _ = f"{literal}{plain}".rpartition("/")
+    pattern = path[len(root) + 1 :]
+    is_flat = "/" not in pattern
+    if "http" in filesystem.protocol or (is_flat and not re.search(r"[*?[]", root)):
         return list(filesystem.glob(path))
+    if local:
+        files = _files(root or "/", flat=is_flat)
+    else:
+        files = filesystem.find(root, maxdepth=1 if is_flat else None)
+    wanted = re.compile(re.escape(f"{root}/") + glob_translate(pattern))
+    return sorted(filter(wanted.match, files))
+
+
+def _files(root: str, *, flat: bool) -> Iterator[str]:
+    """The files in a folder of this machine, and, if not flat, in all below it."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    if local:
-        folders = os.walk(root, onerror=fail)
-        files = [f"{folder}/{name}" for folder, _, names in folders for name in names]
-    else:
-        files = filesystem.find(root)
-    wanted = re.compile(glob_translate(path))
-    return sorted(filter(wanted.match, files))
+    for folder, folders, names in os.walk(root, onerror=fail):
+        if flat:
+            folders.clear()
+        yield from (f"{folder.rstrip('/')}/{name}" for name in names)
 
 
 def read(location: Location, start: int, end: int) -> bytes:
@@ -175,3 +216,16 @@ def read(location: Location, start: int, end: int) -> bytes:
         return content
 
     return Trouble(location, f"read bytes {start}-{end}").retry(from_disk)
+
+
+def pour(location: Location, size: int, sink: Callable[[bytes], object]) -> None:
+    """Give all bytes of an object to `sink`, piece by piece, from a server that gives no ranges. Raises as
+    `read` does, and what `sink` raises."""
+    reading = asyncio.run_coroutine_threadsafe(Whole(location, size, sink).fetch(), get_loop())
+    try:
+        reading.result()
+    except SinkFailed as error:
+        raise (error.__cause__ or error) from None
+    except BaseException:
+        reading.cancel()  # else it would go on in fsspec's thread after Ctrl-C
+        raise

@@ -247,7 +247,8 @@ def test_many_objects_of_a_folder_are_looked_at_by_its_list(
     assert storage.find_all(places) == wanted
 
 
-def test_a_hub_that_is_away_is_tried_again_and_named(bucket: Bucket) -> None:
+def test_a_hub_that_is_away_is_tried_again_and_named(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     place = Location("hf://datasets/a/b/x.tar", json.dumps({"endpoint": "http://127.0.0.1:9"}))
     with pytest.raises(
         ShardError, match=r"hf://datasets/a/b/x\.tar: cannot read its size: \d s without progress"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+import yaml
 from pydantic import ValidationError
 
 from configs.errors import ConfigError
@@ -27,26 +28,42 @@ CaptionKeys = Annotated[
         show_default="caption",
     ),
 ]
+StorageOptions = Annotated[
+    str | None,
+    typer.Option(
+        help="""As `storage_options` in a config (for SHARDS): '{"anon": true}', in JSON or YAML.""",
+        metavar="MAPPING",
+    ),
+]
 Threads = Annotated[int, typer.Option(min=1, help="Shards at a time.")]
 
 
 def named_data(
-    names: Sequence[str], caption_keys: Sequence[str] | None = None, index_dir: str | None = None
+    names: Sequence[str],
+    caption_keys: Sequence[str] | None = None,
+    index_dir: str | None = None,
+    storage_options: str | None = None,
 ) -> tuple[Data, RunConfig | None]:
     """The data that SHARDS...|CONFIG names, and the config, if it is one.
 
-    caption_keys and index_dir are for shards that are named one by one. Raises ConfigError.
+    All but the names is for shards that are named one by one. Raises ConfigError.
     """
     if len(names) == 1 and names[0].endswith((".yaml", ".yml")):
-        if index_dir is not None:
-            raise ConfigError(
-                f"--index-dir {index_dir}: is for SHARDS; a config says it itself, as data.index_dir"
-            )
+        given = {
+            "--caption-key": caption_keys,
+            "--index-dir": index_dir,
+            "--storage-options": storage_options,
+        }
+        for option, value in given.items():
+            if value:
+                raise ConfigError(f"{option} {value}: is for SHARDS; a config says it itself")
         config = load(names[0])
         return config.data, config
     source: dict[str, object] = {"name": "shards", "shards": list(names)}
     if caption_keys:
         source["caption_key"] = list(caption_keys)
+    if storage_options is not None:
+        source["storage_options"] = _mapping(storage_options)
     values: dict[str, object] = {"sources": [source]}
     if index_dir is not None:
         values["index_dir"] = index_dir
@@ -54,3 +71,16 @@ def named_data(
         return Data.model_validate(values), None
     except ValidationError as error:
         raise explained(error, "SHARDS") from None
+
+
+def _mapping(text: str) -> object:
+    """The value of --storage-options. Raises ConfigError."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(
+            """--storage-options: is a mapping in JSON or YAML, quoted for the shell, as '{"anon": true}'"""
+        )
+    return value

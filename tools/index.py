@@ -21,7 +21,7 @@ from data.index import Sidecar, index_shard, load_sidecar, sidecar_location
 from data.retry import STATS
 from data.sources import Shard, expand
 from data.storage import find
-from tools.arguments import CaptionKeys, ShardsOrConfig, Threads, named_data
+from tools.arguments import CaptionKeys, ShardsOrConfig, StorageOptions, Threads, named_data
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
@@ -38,11 +38,12 @@ def index(
     index_dir: Annotated[
         str | None, typer.Option(help="Where the indexes go (for SHARDS).", show_default="index")
     ] = None,
+    storage_options: StorageOptions = None,
     threads: Threads = 8,
 ) -> None:
     """Index shards, and name every problem. What is there already and current is not done again. In a Slurm
     array each job takes its share."""
-    data, config = named_data(shards, caption_key, index_dir)
+    data, config = named_data(shards, caption_key, index_dir, storage_options)
     all_shards = [shard for source in data.sources for shard in expand(source)]
     share = _share(all_shards)
     began = time.monotonic()

@@ -23,7 +23,7 @@ from data.captions import find_captions
 from data.decode import AudioInfo, BadSample, decode, probe
 from data.index import Sidecar, index_shard, load_sidecar
 from data.sources import Shard, expand
-from tools.arguments import CaptionKeys, named_data
+from tools.arguments import CaptionKeys, StorageOptions, named_data
 from trainer import checkpoint
 
 EXAMPLES = 3
@@ -50,13 +50,14 @@ def inspect(
     index_dir: Annotated[
         str | None, typer.Option(help="Where the indexes are (for SHARDS).", show_default="index")
     ] = None,
+    storage_options: StorageOptions = None,
 ) -> None:
     """Show what shards hold (their samples are opened and decoded), or verify every byte of a checkpoint."""
     folder = Path(names[0])
     if len(names) == 1 and folder.is_dir():
         _show_checkpoints(folder)
         return
-    data, config = named_data(names, caption_key, index_dir)
+    data, config = named_data(names, caption_key, index_dir, storage_options)
     if tokenizer is None and config is not None:
         tokenizer = config.model.name_or_path
     ruler = _caption_ruler(tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from threading import Event, Lock
 from typing import Annotated, TypedDict
 
 import typer
+import yaml
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -34,8 +36,10 @@ from configs.run.files import write_atomic
 from configs.schema import RunConfig, Source
 from data import storage
 from data.index import Sidecar, load_sidecar
+from data.location import Location
+from data.ranges import NoRanges
 from data.sources import Shard, expand
-from tools.arguments import ShardsOrConfig, Threads, named_data
+from tools.arguments import ShardsOrConfig, StorageOptions, Threads, named_data
 
 BLOCK = 8 << 20
 LOCK = ".stage.lock"
@@ -48,13 +52,14 @@ def stage(
     folder: Annotated[
         Path, typer.Argument(help="Where the copies go: a config's into a folder per source.", metavar="DIR")
     ],
+    storage_options: StorageOptions = None,
     threads: Threads = 8,
 ) -> None:
     """Copy shards, verify every copy, and say what to put into the config. What is there already and current
     is not copied again."""
     if re.match(r"\w+:/", str(folder)):
         raise ConfigError(f"{folder}: is no folder; copies go to a disk")
-    data, config = named_data(shards)
+    data, config = named_data(shards, storage_options=storage_options)
     folder = folder.absolute()
     with ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
         stop = Event()
@@ -121,6 +126,10 @@ class _Staged(TypedDict):
     """Of the bytes."""
 
 
+class _Stopped(Exception):
+    """Another copy has failed."""
+
+
 @dataclass
 class _Copy:
     """One shard and the folder where its copy goes."""
@@ -160,13 +169,19 @@ class _Copy:
         location = replace(self.shard.location, tag=self.stat.tag)
         crc = 0
         with self._part.open("wb") as file:
-            for start in range(0, self.stat.size, BLOCK):
+
+            def take(block: bytes) -> None:
+                nonlocal crc
                 if stop.is_set():
-                    return
-                block = storage.read(location, start, min(start + BLOCK, self.stat.size))
+                    raise _Stopped
                 crc = zlib.crc32(block, crc)
                 file.write(block)
                 advance(len(block))
+
+            try:
+                self._read(location, take)
+            except _Stopped:
+                return
             file.flush()
             os.fsync(file.fileno())
             # So that what is read back comes from the disk, not from memory.
@@ -182,6 +197,17 @@ class _Copy:
             _check_samples(self._part, sidecar, location.url)
         self._part.replace(self.path)
         _note(self.path, _Staged(size=self.stat.size, tag=self.stat.tag, crc32=crc))
+
+    def _read(self, location: Location, take: Callable[[bytes], object]) -> None:
+        """Give all bytes to `take`: range by range, or in one answer where the server gives none."""
+        for start in range(0, self.stat.size, BLOCK):
+            try:
+                block = storage.read(location, start, min(start + BLOCK, self.stat.size))
+            except NoRanges:
+                if start:
+                    raise
+                return storage.pour(location, self.stat.size, take)
+            take(block)
 
     @property
     def _part(self) -> Path:
@@ -255,14 +281,19 @@ def _check_space(copies: Sequence[_Copy], folder: Path) -> None:
 def _advice(shards: Sequence[str], copies: Sequence[_Copy], config: RunConfig | None) -> str:
     """What to type or write to train on the copies, in one line."""
     if config is None:
-        return f"in the config: shards: {copies[0].folder}/*.tar"
+        return f"in the config: shards: {_yaml(f'{copies[0].folder}/*.tar')}"
     overrides: list[str] = []
     for copy in copies:
         key = "validation.shards" if copy.shard.validation else "shards"
-        override = f"data.sources.{copy.shard.source.name}.{key}=[{copy.folder}/*.tar]"
+        override = f"data.sources.{copy.shard.source.name}.{key}={_yaml([f'{copy.folder}/*.tar'])}"
         if override not in overrides:
             overrides.append(override)
     return f"python -m launch train {shards[0]} {shlex.join(overrides)}"
+
+
+def _yaml(value: object) -> str:
+    """A value as a config has it, in one line: with quotes, if folders are called `set [v2]`."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def _staged(folder: Path) -> dict[str, _Staged]:

@@ -201,9 +201,9 @@ class Mirror:
 
     def _names(self) -> list[str]:
         """Complete checkpoints there, newest first."""
-        manifests = f"checkpoints/step-*/{MANIFEST}"
-        paths = self._try("read its list", manifests, lambda filesystem, path: filesystem.glob(path))
-        names = [path.split("/")[-2] for path in paths]
+        # A glob would take brackets in the mirror's own name for a pattern.
+        paths = self._try("read its list", "checkpoints", lambda filesystem, path: filesystem.find(path))
+        names = [path.split("/")[-2] for path in paths if path.endswith(f"/{MANIFEST}")]
         return sorted((name for name in names if NAME.fullmatch(name)), reverse=True)
 
     def _list(self, folder: str) -> list[str]:
