@@ -153,6 +153,10 @@ class _Columns:
         """A sound record as a row."""
         return Row(record.line, tuple(record.fields[place] for place in self.named))
 
+    def file_of(self, row: Row) -> str:
+        """The file that a row names."""
+        return row.values[self.named.index(self.place)]
+
     def rejection(self, record: Record, reason: str) -> Rejection:
         """A record as a rejected row."""
         return Rejection(record.line, "".join(record.fields[self.place : self.place + 1]), reason)
@@ -173,9 +177,13 @@ def _judge(records: Records, needed: Sequence[str]) -> Table:
         is_rest = was_sound and is_piece and columns.place < len(columns.names) - 1
         if wrong or is_rest:
             faults.append(record)
-        if before and is_rest:
-            rows.pop()
-            rejected.append(columns.rejection(before, f"its end may be line {record.line}, which is no row"))
+        if is_rest:
+            # A row without a file may be a piece of the row before it, too.
+            while rows and (cut := rows.pop()):
+                why = f"its end may be line {record.line}, which is no row"
+                rejected.append(Rejection(cut.line, columns.file_of(cut), why))
+                if columns.file_of(cut).strip():
+                    break
         if before and was_piece and columns.place:
             wrong = wrong or f"its beginning may be line {before.line}, which is no row"
         if wrong:
