@@ -284,7 +284,7 @@ def test_storage_options_on_a_command_line_reach_every_request(
         (["a.tar"], "{anon: [", "is a mapping in JSON or YAML"),
         (["a.tar"], "{secret: x}", "secrets do not belong"),
         (["a.tar"], "{headers: {Authorization: Bearer x}}", "Authorization: secrets do not belong"),
-        (["mine.yaml"], "{anon: true}", "a config says them itself"),
+        (["mine.yaml"], "{anon: true}", "a config says it itself"),
     ],
 )
 def test_storage_options_that_cannot_be_are_refused(names: list[str], options: str, said: str) -> None:
