@@ -18,7 +18,7 @@ from configs.errors import DataError
 from configs.run.events import SourceSamples
 from configs.schema import RunConfig
 from data import storage
-from data.decode import ffmpeg_would_win, has_ffmpeg, needs_ffmpeg
+from data.ffmpeg import ffmpeg_would_win, has_ffmpeg, needs_ffmpeg
 from data.index import VERSION, Sidecar, index_shard, load_sidecar, origin, sidecar_location
 from data.lengths import tell_lengths
 from data.merged import LAYOUT, TRAINING, VALIDATION, Index, merge, read_metadata

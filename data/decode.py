@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +12,14 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from data import containers
+from data import containers, ffmpeg
+from data.ffmpeg import memory_file
 from data.kinds import what_it_is
 from data.mpeg import COMPLETE, Unsound
 
 SAMPLE_RATE = 16_000  # Hz
-FFMPEG_ONLY = {"m4a", "mp4", "aac", "webm", "wma", "mka"}
-"""Endings of formats that libsndfile does not read."""
-FFMPEG_SECONDS = 100
-"""CPU time after which FFmpeg is taken to never end; it decodes 25 h of AAC in it."""
 READ_FRAMES = 1 << 20
 LAST_FRAMES = 256
-FFMPEG_HELD = 600 * SAMPLE_RATE
-"""Samples that are kept while FFmpeg decodes: of what is longer, the wanted stretch is decoded again."""
-NEEDS_FFMPEG = "the audio needs FFmpeg"
-"""What the reason begins with where there is none."""
 UNKNOWN_FORMATS = (1, 4)
 """Codes of libsndfile for a format, and an encoding, that it does not know."""
 MP3_FRAME = 200
@@ -42,23 +31,13 @@ UNKNOWN_FRAMES = 1 << 32  # a day at 48 kHz: more is a header that does not know
 AUDIO_ENDINGS = (
     {"wav", "flac", "ogg", "oga", "opus", "mp3", "mp2"}
     | {"aiff", "aif", "aifc", "au", "w64", "caf"}
-    | FFMPEG_ONLY
+    | ffmpeg.ENDINGS
 )
 """Endings of tar members that are taken for audio."""
 
 
 class BadSample(Exception):
     """The content of a sample cannot be used; the message says why."""
-
-
-class NeedsFfmpeg(BadSample):
-    """Only FFmpeg reads this sample, and there is none."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            f"{NEEDS_FFMPEG}, and there is no `ffmpeg` on this machine's PATH: install it (apt-get install"
-            " ffmpeg, or conda install ffmpeg), or convert the clips to FLAC"
-        )
 
 
 class Skipped(BadSample):
@@ -84,18 +63,18 @@ def decode(content: bytes, ending: str, fit: Fit = lambda seconds: None) -> npt.
     says; the ending is asked where that is of no known format.
 
     Memory is taken for no more than that stretch, and ten minutes of what FFmpeg has to read. Returns (n,)
-    int16. Raises BadSample for content that is not sound audio of at least one sample, NeedsFfmpeg where only
-    FFmpeg could say.
+    int16. Raises BadSample for content that is not sound audio of at least one sample, or that only FFmpeg
+    reads where there is none.
     """
     files = _files(content, ending)
     if files is None:
-        return _ffmpeg(content, fit)
+        return _stretch_by_ffmpeg(content, fit)
     try:
         return _sndfile(files[0], fit) if len(files) == 1 else _chain(files, fit)
     except _Unread:
         if not _is_ffmpegs(files):
             raise
-        return _ffmpeg(content, fit)
+        return _stretch_by_ffmpeg(content, fit)
 
 
 def probe(content: bytes, ending: str) -> AudioInfo:
@@ -109,24 +88,8 @@ def probe(content: bytes, ending: str) -> AudioInfo:
             raise
         infos = None
     if infos is None:
-        return AudioInfo(_ffmpeg_length(content), 0, 0)
+        return AudioInfo(_by_ffmpeg(content)[1] / SAMPLE_RATE, 0, 0)
     return AudioInfo(sum(info.seconds for info in infos), infos[0].rate, infos[0].channels)
-
-
-def has_ffmpeg() -> bool:
-    """Whether there is an FFmpeg on this machine's PATH."""
-    return shutil.which("ffmpeg") is not None
-
-
-def needs_ffmpeg(reason: str) -> bool:
-    """Whether this is the reason of NeedsFfmpeg."""
-    return reason.startswith(NEEDS_FFMPEG)
-
-
-def ffmpeg_would_win(count: int) -> str:
-    """For a summary, after "N of what": that they would be won by installing FFmpeg."""
-    verb = "needs" if count == 1 else "need"
-    return f"{verb} FFmpeg, and would be won by installing it (apt-get install ffmpeg)"
 
 
 def in_words(seconds: float, limit: float) -> str:
@@ -144,7 +107,7 @@ def _files(content: bytes, ending: str) -> list[bytes] | None:
     if not content:
         raise BadSample("the audio is empty (0 bytes)")
     try:
-        return containers.files(content, ending.rsplit(".", 1)[-1] in FFMPEG_ONLY)
+        return containers.files(content, ending.rsplit(".", 1)[-1] in ffmpeg.ENDINGS)
     except Unsound as error:
         raise BadSample(f"the audio {error}") from None
 
@@ -266,72 +229,29 @@ def _mix(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return audio.mean(axis=1, dtype=np.float32)
 
 
-def _ffmpeg(content: bytes, fit: Fit) -> npt.NDArray[np.int16]:
-    """The stretch that `fit` chooses, by FFmpeg. How long the audio is, it says by decoding it only."""
-    held: list[bytes] = []
-    count = 0
-    for part in _ffmpeg_parts(content):
-        count += len(part) // 2
-        held = [*held, part] if count <= FFMPEG_HELD else []
-    if not count:
-        raise BadSample(NO_SAMPLES)
+def _stretch_by_ffmpeg(content: bytes, fit: Fit) -> npt.NDArray[np.int16]:
+    """Decode the stretch that `fit` chooses. How long the audio is, FFmpeg says by decoding it only."""
+    samples, count = _by_ffmpeg(content)
     first, wanted = _frames(fit(count / SAMPLE_RATE), SAMPLE_RATE)
-    if count > FFMPEG_HELD:
-        held, first = _ffmpeg_stretch(content, first, wanted), 0
-    samples = np.frombuffer(b"".join(held), np.int16)
+    if samples is None:
+        return ffmpeg.stretch(content, SAMPLE_RATE, first, wanted)
     return samples[first : first + wanted].copy()  # writable, and the rest is let go
 
 
-def _ffmpeg_stretch(content: bytes, first: int, wanted: int) -> list[bytes]:
-    """Samples [first, first + wanted) in parts: decoded from the beginning, as a leap would not be exact."""
-    held, at, end = [], 0, 2 * (first + wanted)
-    with closing(_ffmpeg_parts(content)) as parts:
-        for part in parts:
-            held.append(part[max(0, 2 * first - at) : max(0, end - at)])
-            at += len(part)
-            if at >= end:
-                break
-    return held
-
-
-def _ffmpeg_length(content: bytes) -> float:
-    """Seconds, by decoding."""
-    count = sum(len(part) // 2 for part in _ffmpeg_parts(content))
+def _by_ffmpeg(content: bytes) -> tuple[npt.NDArray[np.int16] | None, int]:
+    """All samples, None where there are very many, and how many there are."""
+    try:
+        samples, count = ffmpeg.decode(content, SAMPLE_RATE)
+    except Unsound as error:
+        raise BadSample(f"the audio {error}") from None
     if not count:
         raise BadSample(NO_SAMPLES)
-    return count / SAMPLE_RATE
-
-
-def _ffmpeg_parts(content: bytes) -> Generator[bytes]:
-    """What FFmpeg makes of a file: int16 at 16 kHz, mono, in parts of whole samples. Raises BadSample."""
-    program = shutil.which("ffmpeg")
-    if program is None:
-        raise NeedsFfmpeg
-    with _memory_file(content) as descriptor, tempfile.TemporaryFile() as errors:
-        command = [program, "-nostdin", "-v", "error", "-timelimit", str(FFMPEG_SECONDS)]
-        command += ["-i", (name := f"/proc/self/fd/{descriptor}")]
-        command += ["-vn", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "s16le", "-"]
-        # As floats FFmpeg would not normalise the mix to mono.
-        with subprocess.Popen(
-            command, pass_fds=[descriptor], stdout=subprocess.PIPE, stderr=errors
-        ) as process:
-            assert process.stdout is not None
-            try:
-                while part := process.stdout.read(READ_FRAMES):
-                    yield part
-            except BaseException:
-                process.kill()
-                raise
-        if process.returncode:
-            errors.seek(0)
-            said = errors.read().decode(errors="replace").strip()
-            said = said or f"FFmpeg ended with {process.returncode} (it is stopped after {FFMPEG_SECONDS} s)"
-            raise BadSample(f"the audio cannot be decoded: {said.splitlines()[-1].removeprefix(f'{name}: ')}")
+    return samples, count
 
 
 @contextmanager
 def _open(content: bytes) -> Iterator[soundfile.SoundFile]:
-    with _memory_file(content) as descriptor:
+    with memory_file(content) as descriptor:
         try:
             with soundfile.SoundFile(descriptor, closefd=False) as file:
                 if file.frames >= UNKNOWN_FRAMES:
@@ -343,18 +263,3 @@ def _open(content: bytes) -> Iterator[soundfile.SoundFile]:
         except soundfile.LibsndfileError as error:
             kind = _Unread if error.code in UNKNOWN_FORMATS else BadSample
             raise kind(f"the audio cannot be decoded: {error.error_string}") from None
-
-
-@contextmanager
-def _memory_file(content: bytes) -> Iterator[int]:
-    """A descriptor of these bytes. Over BytesIO soundfile calls back into Python at every read, which slows
-    the main thread."""
-    descriptor = os.memfd_create("audio")
-    try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        yield descriptor
-    finally:
-        os.close(descriptor)

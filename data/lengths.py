@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 
 from configs.schema import Data, Source
 from data import storage
-from data.decode import FFMPEG_ONLY, BadSample, probe
+from data.decode import BadSample, probe
+from data.ffmpeg import ENDINGS
 from data.index import Sidecar
 from data.sources import Shard
 
@@ -48,7 +49,7 @@ class Clip:
     @property
     def needs_ffmpeg(self) -> bool:
         """Whether FFmpeg has to decode it."""
-        return self.value("ending").rsplit(".", 1)[-1] in FFMPEG_ONLY
+        return self.value("ending").rsplit(".", 1)[-1] in ENDINGS
 
     def __str__(self) -> str:
         return f"{self.shard.location.name}/{self.value('key')}"

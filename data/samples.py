@@ -18,19 +18,6 @@ from data.order import CAPTION, CROP, hashed, random_keys
 from data.retry import STATS
 from data.windows import Windows
 
-COLUMNS = (
-    "shard",
-    "source",
-    "audio_offset",
-    "audio_size",
-    "text_offset",
-    "text_size",
-    "crc32",
-    "caption",
-)
-"""Of the index, those that every sample is read by."""
-
-
 @dataclass(frozen=True)
 class Rejected:
     """A sample whose content could not be used. `bad` is false where the configuration leaves it out (too

@@ -15,7 +15,7 @@ import soundfile
 import soxr
 
 from data import containers, mpeg
-from data.decode import SAMPLE_RATE, BadSample, NeedsFfmpeg, decode, probe
+from data.decode import SAMPLE_RATE, BadSample, decode, probe
 from data.index import load_sidecar
 from data.sources import expand
 from tests.making import run_program
@@ -294,7 +294,7 @@ def test_what_only_ffmpeg_reads_goes_there_under_any_name(
     assert probed == decoded == pytest.approx(SECONDS, abs=0.15)
     monkeypatch.setenv("PATH", "")
     for action in (decode, probe):
-        with pytest.raises(NeedsFfmpeg, match=r"^the audio needs FFmpeg, and there is no"):
+        with pytest.raises(BadSample, match=r"^the audio needs FFmpeg, and there is no"):
             action(content, "wav")
 
 
@@ -313,8 +313,8 @@ def test_a_stretch_of_what_ffmpeg_reads_is_that_of_the_whole_and_held_alone(
     content = by_ffmpeg("m4a", "aac", 12.0)
     whole = decode(content, "m4a")
     for held in (600, 3):  # seconds, beyond which it is decoded again
-        monkeypatch.setattr("data.decode.FFMPEG_HELD", held * SAMPLE_RATE)
-        monkeypatch.setattr("data.decode.READ_FRAMES", 30_000)
+        monkeypatch.setattr("data.ffmpeg.HELD_SECONDS", held)
+        monkeypatch.setattr("data.ffmpeg.PART", 30_000)
         found: list[float] = []
 
         def fit(seconds: float, found: list[float] = found) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.decode import SAMPLE_RATE, BadSample, NeedsFfmpeg, decode, in_words, probe
+from data.decode import SAMPLE_RATE, BadSample, decode, in_words, probe
 from tools import caption
 
 FORMATS = {
@@ -230,7 +230,7 @@ def test_an_ffmpeg_that_never_ends_is_an_error_of_the_sample(
     (tmp_path / "a.wav").write_bytes(encode(sine(48_000, 5), 48_000))
     subprocess.run([ffmpeg, "-v", "error", "-i", tmp_path / "a.wav", tmp_path / "a.m4a"], check=True)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("data.decode.FFMPEG_SECONDS", 1)
+    monkeypatch.setattr("data.ffmpeg.CPU_SECONDS", 1)
     with pytest.raises(BadSample, match="stopped after 1 s"):
         decode((tmp_path / "a.m4a").read_bytes(), "m4a")
 
@@ -241,7 +241,7 @@ def test_without_ffmpeg_the_way_to_install_it_is_told(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     for action in (decode, duration):
-        with pytest.raises(NeedsFfmpeg, match=r"the audio needs FFmpeg.*apt-get install ffmpeg"):
+        with pytest.raises(BadSample, match=r"the audio needs FFmpeg.*apt-get install ffmpeg"):
             action(b"\0\0\0 ftypM4A ", ending)
 
 

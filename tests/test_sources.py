@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,13 @@ from configs.errors import DataError
 from data.sources import expand, locate
 from tests.making import config_values, make_clips, run_program
 from tests.shards import source
+from tools.caption import caption
+from tools.export import export
+from tools.index import index
+from tools.inspect import inspect
+from tools.pack import pack
 from tools.sandbox import s3
+from tools.stage import stage
 
 NAMES = (
     "a.tar",
@@ -122,31 +129,28 @@ def test_in_a_bucket_it_is_the_same(bucket: dict[str, object], pattern: str, nam
 
 
 def test_all_commands_work_in_a_folder_with_brackets_and_braces_in_its_name(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "set [v2] {a}"
     table = make_clips(folder / "clips", range(24), ("wav",))
-
-    def run(*arguments: object) -> str:
-        done = run_program(*arguments, cwd=folder)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run("tools.pack", table, "packed")
+    monkeypatch.chdir(folder)
+    pack(table, "packed")
     values = config_values("run", folder, model, "packed/*.tar", optim={"max_steps": 1, "lr": 1e-3})
     values["data"] |= {"index_dir": "beside", "cache_dir": f"{folder}/cache"}
     values["checkpoint"] = {"mirror": f"{folder}/mirror"}
     (folder / "mine.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    assert "24 samples" in run("tools.index", "mine.yaml")
+    index(["mine.yaml"])
+    assert "24 samples" in capsys.readouterr().out
     assert list((folder / "packed/index").glob("*.parquet"))
-    assert "24 of 24 samples" in run("tools.inspect", "packed/*.tar", "--index-dir", "beside")
-    staged = run("tools.stage", "mine.yaml", "copies [1]").splitlines()[-1]
-    override = staged.partition("'")[2].rstrip("'").replace("'\"'\"'", "'")
-    key, _, value = override.partition("=")
-    assert yaml.safe_load(value) == [f"{folder}/copies [1]/sounds/*.tar"], (key, override)
-    run("launch", "train", "mine.yaml")
-    run("tools.export", "run", "exported")
-    captions = run("tools.caption", "exported", "clips")
-    assert captions.count("clip00") == 24 and list(
-        (folder / "mirror").glob("run/checkpoints/*/manifest.json")
-    )
+    inspect(["packed/*.tar"], index_dir="beside")
+    assert "24 of 24 samples" in capsys.readouterr().out
+    stage(["mine.yaml"], Path("copies [1]"))
+    _, override = shlex.split(capsys.readouterr().out.splitlines()[-1])[-2:]
+    assert yaml.safe_load(override.partition("=")[2]) == [f"{folder}/copies [1]/sounds/*.tar"]
+    done = run_program("launch", "train", "mine.yaml", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((folder / "mirror").glob("run/checkpoints/*/manifest.json"))
+    export(Path("run"), "exported")
+    capsys.readouterr()
+    caption(Path("exported"), [Path("clips")])
+    assert capsys.readouterr().out.count("clip00") == 24

@@ -228,5 +228,4 @@ def test_a_table_of_another_kind_is_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(DataError) as refused:
         read(tmp_path, content)
-    print(refused.value)
     assert said in str(refused.value)

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import ConfigError, DataError, EarwitnessError, ShardError
+from configs.errors import ConfigError, DataError, EarwitnessError, ExitCode, ShardError, run_command
 from data import retry, storage
 from data.location import Location
 from data.retry import Limits
 from tests import refusals
-from tests.making import run_program
 from tests.shards import clip, shard
 from tools import index, inspect, stage
 from tools.arguments import named_data
@@ -256,13 +255,20 @@ def of_a_shard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[refusals.Se
     ],
 )
 def test_commands_end_with_three_and_one_paragraph(
-    of_a_shard: refusals.Server, tmp_path: Path, name: str, words: str
+    of_a_shard: refusals.Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    words: str,
 ) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", of_a_shard.url)
     began = time.monotonic()
-    environment = {**KEYS, "AWS_ENDPOINT_URL": of_a_shard.url}
-    done = run_program("tools.index", f"s3://{name}/a.tar", "--index-dir", tmp_path, env=environment)
-    assert done.returncode == 3 and words in done.stderr, done.stdout + done.stderr
-    assert len(done.stderr.splitlines()) == 1 and time.monotonic() - began < SECONDS
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: index.index([f"s3://{name}/a.tar"], index_dir=str(tmp_path)))
+    assert time.monotonic() - began < SECONDS
+    said = capsys.readouterr().err
+    assert ended.value.code == ExitCode.DATA and words in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("name", "option"), [("payer", "requester_pays"), ("anonymous", "anon")])

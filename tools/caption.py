@@ -14,15 +14,8 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from transformers.utils import logging
 
 from configs.errors import ConfigError, DataError, run_command
-from data.decode import (
-    AUDIO_ENDINGS,
-    SAMPLE_RATE,
-    BadSample,
-    NeedsFfmpeg,
-    decode,
-    ffmpeg_would_win,
-    in_words,
-)
+from data.decode import AUDIO_ENDINGS, SAMPLE_RATE, BadSample, decode, in_words
+from data.ffmpeg import ffmpeg_would_win, needs_ffmpeg
 from data.windows import HOP, Windows
 from trainer.captioning import Generator
 from trainer.whisper import AUDIO_WINDOW, from_transformers
@@ -53,7 +46,7 @@ def caption(
             clip = _read(path, captioner.seconds)
         except (BadSample, OSError) as error:
             failed += 1
-            for_ffmpeg += isinstance(error, NeedsFfmpeg)
+            for_ffmpeg += needs_ffmpeg(str(error))
             if as_json:
                 _print_json(path=str(path), error=str(error))
             else:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.errors import ConfigError, DataError, EarwitnessError, run_command
-from data.decode import ffmpeg_would_win, has_ffmpeg, needs_ffmpeg
+from data.ffmpeg import ffmpeg_would_win, has_ffmpeg, needs_ffmpeg
 from data.index import Sidecar, index_shard, load_sidecar, sidecar_location
 from data.retry import STATS
 from data.sources import Shard, expand

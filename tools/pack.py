@@ -15,7 +15,8 @@ import typer
 from webdataset import ShardWriter
 
 from configs.errors import ConfigError, DataError, run_command
-from data.decode import AUDIO_ENDINGS, BadSample, ffmpeg_would_win, needs_ffmpeg, probe
+from data.decode import AUDIO_ENDINGS, BadSample, probe
+from data.ffmpeg import ffmpeg_would_win, needs_ffmpeg
 from data.kinds import what_it_is
 from tools.output import Output, new_folder
 from tools.spelling import find, hint, identity, native
