@@ -165,9 +165,10 @@ def _judge_answer(answer: Answer, location: Location) -> Verdict:
             f"{general} If they are right, copy the shards to a disk by the server's own tools.",
         )
     if 300 <= status < 400:
-        return Verdict(
-            f"the server redirects to {answer.headers.get('location', 'nowhere')} ({said})", general
-        )
+        where = answer.headers.get("location") or "nowhere"
+        if region := answer.region():  # S3, asked by a plain URL
+            where += f", as for what is in another region, {region}"
+        return Verdict(f"the server redirects to {where} ({said})", general)
     return Verdict(f"it was refused ({said})", general)
 
 

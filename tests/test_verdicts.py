@@ -130,6 +130,7 @@ BY_WEB = {
     "bad": ("it was refused (400)",),
     "method": ("(405)",),
     "loop": ("redirects without end",),
+    "bare": ("redirects to nowhere, as for what is in another region, eu-west-9 (301)",),
     "unimplemented": ("(501)",),
 }
 
@@ -284,7 +285,7 @@ def test_storage_options_on_a_command_line_reach_every_request(
         (["a.tar"], "{anon: [", "is a mapping in JSON or YAML"),
         (["a.tar"], "{secret: x}", "secrets do not belong"),
         (["a.tar"], "{headers: {Authorization: Bearer x}}", "Authorization: secrets do not belong"),
-        (["mine.yaml"], "{anon: true}", "a config says them itself"),
+        (["mine.yaml"], "{anon: true}", "a config says it itself"),
     ],
 )
 def test_storage_options_that_cannot_be_are_refused(names: list[str], options: str, said: str) -> None:
