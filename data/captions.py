@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from configs.errors import ConfigError
 from data.decode import BadSample, Skipped
 from data.kinds import what_it_is, what_it_stands_for
+from data.texts import EMPTY, bare, sound_caption
 
 LANGUAGE, TASK = "en", "transcribe"
 """What the prompt tokens of a multilingual Whisper say; captioners are used with generate(language="en",
@@ -21,7 +22,6 @@ END, PROMPT = "<|endoftext|>", "<|startofprev|>"
 """Tokens that a caption ends with, and that a style begins with."""
 IGNORED = -100
 """Label of positions that the loss leaves out."""
-EMPTY = "the caption is empty"
 OF_OBJECTS = ("caption", "text")
 """What objects call a caption that they hold."""
 
@@ -42,7 +42,7 @@ def find_captions(content: bytes, keys: Sequence[str]) -> list[str]:
     """
     text = _decoded(content)
     if keys[0].startswith("."):
-        return [_sound(_plain(text))]
+        return [sound_caption(_plain(text))]
     document = _parsed(text)
     problems: list[BadSample] = []
     for key in keys:
@@ -83,9 +83,25 @@ def _plain(text: str) -> str:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
+        what = what_it_is(text.encode())
+        if what.startswith("empty"):
+            raise BadSample(f"the caption's member is {what}") from None
+        if what.startswith("text"):
+            raise BadSample(f"the caption's member is {what}, not JSON") from None
         raise BadSample(f"the JSON is broken: {error}") from None
+
+
+class _Twice:
+    """In the place of values that differ, and have one name in one object."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found |= {name: _Twice() for name, value in pairs if found[name] != value}
+    return found
 
 
 def _texts(document: Any, key: str) -> list[str]:
@@ -98,7 +114,7 @@ def _texts(document: Any, key: str) -> list[str]:
         if isinstance(wrong[0], dict) and wrong[0]:
             advice = f" (its keys: {', '.join(wrong[0])}); name one of them, as {key}.{next(iter(wrong[0]))}"
         raise BadSample(f"the caption under {key!r} is {json_type(wrong[0])}, not text{advice}")
-    captions = [_sound(value) for value in values if value and value.strip()]
+    captions = [sound_caption(value) for value in values if value and bare(value)]
     if not values or (None in values and not captions):
         raise BadSample(f"the caption under {key!r} is {'null' if values else 'an empty array'}")
     if not captions:
@@ -151,16 +167,8 @@ def _under(value: Any, path: str, key: str) -> list[Any]:
 def json_type(value: Any) -> str:
     """What JSON calls a value that was read from it."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    names[_Twice] = "there twice with different values"
     return names.get(type(value), "a number")
-
-
-def _sound(caption: str) -> str:
-    """A caption without blanks around it. Raises BadSample."""
-    if not caption.strip():
-        raise BadSample(EMPTY)
-    if any("\ud800" <= character <= "\udfff" for character in caption):
-        raise BadSample("the caption holds half a character (a lone surrogate)")
-    return caption.strip()
 
 
 @dataclass(frozen=True)

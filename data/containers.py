@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from data import chunks, flac, mpeg
+from data import chunks, flac, mpeg, ogg
 from data.kinds import BEGINNING, what_it_is
 from data.mpeg import COMPLETE, Unsound
 
@@ -14,11 +14,7 @@ BEHIND_JUNK = 64 << 10
 """Bytes in which the beginning of a known format is looked for."""
 CODECS = {1, 2, 3, 6, 7, 0x11, 0x14, 0x31, 0x38, 0x40, 0x55, 0xFFFE}
 """Numbers of the codecs of WAV that libsndfile reads."""
-FFMPEGS_OGG = (b"Speex   ", b"\x7fFLAC", b"\x80theora", b"fishead\0", b"CELT    ", b"PCM     ")
-"""What a stream of Ogg begins with that libsndfile does not read."""
 FLAC = re.compile(rb"fLaC[\0\x80]\0\0\x22")
-OGG = re.compile(rb"OggS\0[\x02\x06]")
-"""A page that begins a stream."""
 BEGINNINGS = re.compile(
     rb"(RIFF|RIFX|RF64|BW64)....WAVE|FORM....AIF[FC]|OggS\0\x02|fLaC[\0\x80]\0\0\x22", re.DOTALL
 )
@@ -59,8 +55,6 @@ def files(content: bytes, ffmpegs: bool) -> list[bytes] | None:
 
 def _known(content: bytes) -> list[bytes] | None:
     """The files of a content whose first bytes say its format; [] for another one."""
-    if content.startswith(b"OggS") and content.startswith(FFMPEGS_OGG, 28):
-        return None
     if layout := chunks.layout_of(content):
         if layout.form == b"WAVE" and _codec(content, layout) not in CODECS:
             return None
@@ -69,7 +63,8 @@ def _known(content: bytes) -> list[bytes] | None:
         starts = [at for at in mpeg.places(content, b"fL") if FLAC.match(content, at)]
         return [flac.mended(file) for file in _cut(content, starts)]
     if content.startswith(b"OggS"):
-        return _cut(content, [0, *_chained(content)])
+        starts = ogg.starts(content)
+        return None if content.startswith(ogg.FFMPEGS, 28) else _cut(content, starts)
     if content.startswith(b".snd"):
         return list(_au(content))
     if content[4:8] == b"ftyp":
@@ -122,18 +117,6 @@ def _cut(content: bytes, starts: list[int]) -> list[bytes]:
     if len(starts) == 1:
         return [content]
     return [content[start:end] for start, end in zip(starts, [*starts[1:], len(content)], strict=True)]
-
-
-def _chained(content: bytes) -> Iterator[int]:
-    """Where a stream of Ogg begins after another one; those that begin together belong together."""
-    end = 0
-    for found in OGG.finditer(content):
-        start = found.start()
-        if start and start != end:
-            yield start
-        header = content[start : start + 27]
-        segments = content[start + 27 : start + 27 + header[-1]]
-        end = start + 27 + len(segments) + sum(segments)
 
 
 def _is_adts(content: bytes) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+
+from data.crc import checksum
 
 SYNC = re.compile(rb"\xff[\xf8\xf9]")
 """What a frame begins with: blocks of one size, or of several."""
@@ -23,7 +24,7 @@ def mended(content: bytes) -> bytes:
     for found in reversed(list(SYNC.finditer(content, tail))):
         if (end := _end(content, found.start())) is None:
             continue
-        if end <= stated or _checksum(content[found.start() :], 0x8005, 16):
+        if end <= stated or checksum(content[found.start() :], 0x8005, 16):
             return content
         return content[: TOTAL.start] + (numbers - stated + end).to_bytes(8, "big") + content[TOTAL.stop :]
     return content
@@ -44,30 +45,8 @@ def _end(content: bytes, at: int) -> int | None:
     if block in (6, 7):
         size, place = int.from_bytes(header[place : place + block - 5], "big") + 1, place + block - 5
     place += {12: 1, 13: 2, 14: 2}.get(header[2] & 15, 0)
-    if not size or _checksum(header[: place + 1], 0x07, 8):
+    if not size or checksum(header[: place + 1], 0x07, 8):
         return None
     if header[1] & 1:
         return number + size
     return number * int.from_bytes(content[8:10], "big") + size  # all but the last one are of that size
-
-
-def _checksum(content: bytes, polynomial: int, bits: int) -> int:
-    """CRC of content, 0 if it ends with its own."""
-    table = _table(polynomial, bits)
-    check = 0
-    for byte in content:
-        check = (check << 8 & (1 << bits) - 1) ^ table[check >> bits - 8 ^ byte]
-    return check
-
-
-@cache
-def _table(polynomial: int, bits: int) -> list[int]:
-    """What each byte does to a CRC."""
-    table = []
-    for byte in range(256):
-        value = byte << bits - 8
-        for _ in range(8):
-            value = value << 1 ^ (polynomial if value >> bits - 1 else 0)
-            value &= (1 << bits) - 1
-        table.append(value)
-    return table

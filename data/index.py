@@ -83,6 +83,13 @@ class Sidecar:
         )
 
 
+def ignored_in_words(kinds: Mapping[str, int]) -> str:
+    """As `4 ignored (folder x 3, hidden files x 1)`. kinds: how many there are of each."""
+    named = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    parts = f" ({', '.join(f'{kind} x {count:,}' for kind, count in named)})" if named else ""
+    return f"{sum(kinds.values()):,} ignored{parts}"
+
+
 def sidecar_location(shard: Shard, index_dir: str | Path) -> Location:
     """Where the index of a shard is kept, by URL and by what was taken from the samples. index_dir: as in a
     config's `data`."""

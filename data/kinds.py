@@ -11,10 +11,11 @@ TEXTS = {
         "a pointer of Git LFS, not the file itself (`git lfs pull` fetches that)"
     ),
     b"version https://git-annex": "a pointer of git-annex, not the file itself (`git annex get` helps)",
-    b"/annex/objects/": "a pointer of git-annex, not the file itself (`git annex get` helps)",
+    b"annex/objects/": "a pointer of git-annex, not the file itself (`git annex get` helps)",
+    b"git/annex/objects/": "a pointer of git-annex, not the file itself (`git annex get` helps)",
     b"#EXTM3U": "a list of files to play, not the audio",
 }
-"""By the first bytes of a text, what it stands for, as it is said after `it is`."""
+"""By the first bytes of a text, dots and slashes apart, what it stands for, as it is said after `it is`."""
 BINARIES = {
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
@@ -58,6 +59,8 @@ PAGE = re.compile(
 )
 XML = re.compile(rb"\s*<(\?xml|error)\b", re.IGNORECASE)
 JSON = re.compile(rb"\s*(\{\s*[\"}]|\[\s*[\[{\"\]\d-])")
+OFFICE = re.compile(rb"\[Content_Types\]\.xml|_rels/|docProps/|xl/|opendocument")
+"""In the first names within a zip archive that is one of a document."""
 TAR = slice(257, 262)
 """Where a tar archive says `ustar`."""
 MARK = b"\xef\xbb\xbf"
@@ -76,6 +79,8 @@ def what_it_is(content: bytes) -> str:
         return "nothing but zero bytes: was its download broken off?"
     if beginning[TAR] == b"ustar":
         return "a tar archive"
+    if beginning.startswith(b"PK\x03\x04") and OFFICE.search(beginning):
+        return "a document of Excel or Word; a table is saved from there as CSV UTF-8"
     if beginning[4:8] == b"ftyp":
         return "audio or video (MP4)"
     if not _is_text(beginning):
@@ -90,7 +95,7 @@ def what_it_stands_for(text: bytes) -> str:
     refusal; "" if it is none of these. The words go on after `it is`."""
     text = text[:BEGINNING].removeprefix(MARK)
     for first, words in TEXTS.items():
-        if text.startswith(first):
+        if text.lstrip(b"./\\").startswith(first):
             return words
     if PAGE.match(text):
         return f"a web page{_title(text)}: did its download need a sign-in?"

@@ -6,7 +6,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -20,6 +20,8 @@ FOLLOWED = 40
 """Links that are followed, one to the next, before they are taken for a circle."""
 OF_MACOS = re.compile(r"(^|/)(\._|__MACOSX(/|$)|\.DS_Store$)")
 """In names of what macOS adds to archives."""
+NO_FILE = "is no file of this archive (`tar -h` packs what links point to)"
+CONTROL = re.compile(r"[\0-\x1f\x7f\x85\u2028\u2029]")
 LEADING_TO_FILES = (Kind.FILE, Kind.HARD_LINK, Kind.SYMBOLIC_LINK)
 
 
@@ -104,7 +106,8 @@ def problem_of(group: Group, source: Source) -> str:
         there = ", .".join(part.ending for part in [*group.text, *group.others])
         return f"no audio member (there are .{there}){group.hint}"
     if not group.text:
-        return f"no .{' or .'.join(text_endings(source))} member{group.hint}"
+        there = ", .".join(part.ending for part in [*group.audio, *group.others])
+        return f"no .{' or .'.join(text_endings(source))} member (there are .{there}){group.hint}"
     if len({part.ending for part in group.audio}) > 1:
         there = ", .".join(part.ending for part in group.audio)
         raise DataError(
@@ -148,7 +151,7 @@ def _parts(members: Sequence[Member], ignored: Counter[str]) -> Iterator[tuple[s
         elif not ending:
             ignored["names without an ending"] += 1
         else:
-            yield key, links.resolved(Part(ending.lower(), member))
+            yield key, links.resolved(Part(ending.lower().rstrip(), member))
 
 
 class _Links:
@@ -159,7 +162,7 @@ class _Links:
 
     @cached_property
     def _by_name(self) -> dict[str, Member]:
-        return {posixpath.normpath(member.name): member for member in self._members}
+        return {posixpath.normpath(member.name).lstrip("/"): member for member in self._members}
 
     @cached_property
     def _by_form(self) -> dict[str, Member]:
@@ -173,7 +176,7 @@ class _Links:
         for _ in range(FOLLOWED):
             target = self._target(member)
             if target is None or target.kind not in LEADING_TO_FILES:
-                return part._replace(broken=_broken(part, "is no file of this archive"))
+                return part._replace(broken=_broken(part, NO_FILE))
             if target.kind is Kind.FILE:
                 return part._replace(member=target._replace(name=part.member.name))
             member = target
@@ -181,10 +184,32 @@ class _Links:
 
     def _target(self, member: Member) -> Member | None:
         """The member that a link points to, if it is in the archive: a hard link has its name, a symbolic one
-        the way to it."""
+        the way to it, or its path from the root, whose slash tar leaves out in names."""
         folder = posixpath.dirname(member.name) if member.kind is Kind.SYMBOLIC_LINK else ""
         name = posixpath.normpath(posixpath.join(folder, member.link))
+        for _ in range(FOLLOWED):
+            if found := self._named(name):
+                return found
+            if (through := self._through_folder(name)) is None:
+                return None
+            name = through
+        return None
+
+    def _named(self, name: str) -> Member | None:
+        name = name.lstrip("/")
         return self._by_name.get(name) or self._by_form.get(_composed(name))
+
+    def _through_folder(self, name: str) -> str | None:
+        """A name with one of its folders, which is a link, replaced by what that points to; None if none
+        is."""
+        folder = posixpath.dirname(name)
+        while folder not in ("", "/", ".", ".."):
+            link = self._named(folder)
+            if link and link.kind is Kind.SYMBOLIC_LINK:
+                target = posixpath.join(posixpath.dirname(link.name), link.link)
+                return posixpath.normpath(posixpath.join(target, posixpath.relpath(name, folder)))
+            folder = posixpath.dirname(folder)
+        return None
 
 
 def _broken(part: Part, why: str) -> str:
@@ -218,16 +243,14 @@ class _Wanted:
 def _put_together(parts: Sequence[Part], wanted: _Wanted) -> list[Group]:
     """Groups of parts whose keys by the first dot differ in their Unicode form at most.
 
-    Each caption's name, without its ending, is a key; a part belongs to the longest key that it begins with.
-    If no sample comes of that, all are one group.
+    Each caption's name, without its ending, is a key, and `a.wav.json` is called as `a.json` where there is
+    an `a.wav`; a part belongs to the longest key that it begins with. If no sample comes of that, all are one
+    group.
     """
     names = [_composed(_utf8(part.member.name)) for part in parts]
-    keys = {
-        name[: -len(ending) - 1]
-        for name in names
-        for ending in wanted.text
-        if name.lower().endswith(f".{ending}")
-    }
+    audio = {name for name in names if name.rpartition(".")[2].lower() in AUDIO_ENDINGS}
+    names = [_without_middle(name, audio, wanted.text) for name in names]
+    keys = {name[: -len(ending) - 1] for name in names for ending in wanted.text if _ends(name, ending)}
     by_key: dict[str, list[Part]] = {}
     for name, part in zip(names, parts, strict=True):
         dots = [place for place, character in enumerate(name) if character == "."]
@@ -238,6 +261,19 @@ def _put_together(parts: Sequence[Part], wanted: _Wanted) -> list[Group]:
         return groups
     key, _ = split(names[0])
     return [wanted.group(key, parts)]
+
+
+def _without_middle(name: str, audio: Collection[str], endings: Sequence[str]) -> str:
+    """The name of a caption as `a.json` where it is `a.wav.json`; other names as they are. audio: names."""
+    for ending in endings:
+        whole = name[: -len(ending) - 1]
+        if _ends(name, ending) and whole in audio:
+            return whole.rpartition(".")[0] + name[len(whole) :]
+    return name
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name.lower().endswith(f".{ending}")
 
 
 def _add_hints(incomplete: Sequence[Group]) -> None:
@@ -262,12 +298,10 @@ def _last(part: Part) -> str:
 
 
 def _utf8(name: str) -> str:
-    """A name that Arrow takes, which takes UTF-8 only."""
-    return (
-        name
-        if name.isascii()
-        else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    )
+    """A name that Arrow takes, which takes UTF-8 only, and that stays in one line."""
+    if not name.isascii():
+        name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], name) if CONTROL.search(name) else name
 
 
 def _composed(name: str) -> str:

@@ -18,6 +18,7 @@ from data.order import CAPTION, CROP, hashed, random_keys
 from data.retry import STATS
 from data.windows import Windows
 
+
 @dataclass(frozen=True)
 class Rejected:
     """A sample whose content could not be used. `bad` is false where the configuration leaves it out (too
@@ -83,17 +84,7 @@ class SampleReader:
         self.always_alike = always_alike
         self.crash_journal, self.poisoned = crash_journal, poisoned
         self.max_length = round(max_seconds * SAMPLE_RATE)
-        names = (
-            "shard",
-            "source",
-            "audio_offset",
-            "audio_size",
-            "text_offset",
-            "text_size",
-            "crc32",
-            "caption",
-        )
-        self._columns = {name: index.column(name) for name in names}
+        self._columns = {name: index.column(name) for name in COLUMNS}
 
     def place(self, row: int) -> Place:
         """Where a sample's bytes are."""

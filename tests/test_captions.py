@@ -140,6 +140,55 @@ def test_what_stands_in_the_place_of_a_caption_is_not_learnt(key: str, case: str
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        ("\u200b\ufeff \u200e", "the caption is empty"),
+        ("...", "the caption is '...', without a letter or a digit"),
+        ("NaN", "the caption is 'NaN', which programs write where there is none"),
+        ("#NAME?", "the caption is '#NAME?', which programs write"),
+        ("['A bell.', 'A gong.']", "a list or an object that was written as text"),
+        ("['A bell.'\n 'A gong.']", "a list or an object that was written as text"),
+        ('{"text": "A bell."}', "object"),
+    ],
+)
+@pytest.mark.parametrize("key", ["caption", ".txt"])
+def test_what_programs_write_for_a_caption_that_is_none_is_not_learnt(
+    key: str, caption: str, said: str
+) -> None:
+    content = caption if key == ".txt" else json.dumps({"caption": caption})
+    with pytest.raises(BadSample) as refused:
+        find_captions(content.encode(), [key])
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("caption", ["♪", "[music]", "{laughs} No.", "None of it.", "鐘", "5", "👏"])
+def test_an_unusual_caption_is_one(caption: str) -> None:
+    assert find_captions(json.dumps({"caption": f"\ufeff{caption}\u200b"}).encode(), ["caption"]) == [caption]
+
+
+def test_of_two_captions_of_one_name_none_is_taken_for_the_caption() -> None:
+    twice = b'{"caption": "A bell.", "by": 1, "by": 2, "caption": "A gong."}'
+    with pytest.raises(BadSample, match="under 'caption' is there twice with different values"):
+        find_captions(twice, ["caption"])
+    alike = b'{"caption": "A bell.", "by": 1, "by": 2, "caption": "A bell."}'
+    assert find_captions(alike, ["caption"]) == ["A bell."]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"caption: A bell.", "is text (caption: A bell.), not JSON"),
+        (b'{"a"', "is broken"),
+    ],
+)
+def test_what_is_no_json_says_what_it_is(content: bytes, said: str) -> None:
+    with pytest.raises(BadSample) as refused:
+        find_captions(content, ["caption"])
+    assert said in str(refused.value)
+
+
 def test_json_in_a_text_member_is_not_learnt_with_its_brackets() -> None:
     with pytest.raises(BadSample, match="is JSON, an object, not text: give it the ending"):
         find_captions(b'{"caption": "A bell."}', [".txt"])

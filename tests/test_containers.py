@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -107,6 +108,26 @@ def test_sizes_that_agree_with_each_other_are_those_of_a_file_that_was_cut_off()
     with pytest.raises(BadSample, match=r"goes on where it should end.* 32,044 of 64,044 bytes"):
         decode(half, "wav")
     assert lengths(WAV + ID3V1, "wav") == (SECONDS, SECONDS)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_half_an_ogg_is_refused_and_one_that_was_recorded_up_to_some_moment_is_read(subtype: str) -> None:
+    content = encode("OGG", noise(8, 48_000), 48_000, subtype=subtype)
+    pages = [found.start() for found in re.finditer(b"OggS\\0", content)]
+    middle = pages[len(pages) // 2]
+    for cut in (content[: middle - 99], content[: middle + 20], content[:middle] + bytes(9999)):
+        with pytest.raises(BadSample, match="is cut off: its last page is not all there"):
+            probe(cut, "ogg")
+    recorded = content[:middle]
+    assert 2 < lengths(recorded, "ogg")[1] < 6
+    assert lengths(content + ID3V1, "ogg")[1] == 8
+
+
+def test_an_ogg_with_a_hole_is_a_bad_sample() -> None:
+    content = encode("OGG", noise(8, 48_000), 48_000)
+    third = len(content) // 3
+    with pytest.raises(BadSample, match="bytes are no pages of Ogg"):
+        decode(content[:third] + bytes(third) + content[2 * third :], "ogg")
 
 
 def mp3(seconds: float = SECONDS, rate: int = 44_100, channels: int = 1) -> bytes:

@@ -48,6 +48,24 @@ def test_names_may_hold_dots(tmp_path: Path, case: str) -> None:
         assert json.loads(text)["caption"] == f"{key}.json", "a caption of another clip"
 
 
+@pytest.mark.parametrize("names", [("a", "b"), ("Song 2.0", "Song 2.1 (live)")])
+@pytest.mark.parametrize("key", ["caption", ".txt"])
+def test_a_caption_may_be_called_after_the_whole_name_of_its_audio(
+    tmp_path: Path, names: tuple[str, str], key: str
+) -> None:
+    ending, content = ("txt", b"A bell.") if key == ".txt" else ("json", words())
+    members = [
+        part for name in names for part in [(f"{name}.wav", sound()), (f"{name}.wav.{ending}", content)]
+    ]
+    found = rows(shard(tmp_path / "a.tar", members), caption_key=key)
+    assert {name: row["problem"] for name, row in found.items()} == dict.fromkeys(names, "")
+
+
+def test_a_name_that_would_break_a_line_is_shown_in_one(tmp_path: Path) -> None:
+    found = rows(shard(tmp_path / "a.tar", [("a\nb\t.wav", sound()), ("a\nb\t.json", words())]))
+    assert {key: row["problem"] for key, row in found.items()} == {"a\\nb\\t": ""}
+
+
 def test_thousands_of_names_that_begin_alike_are_found_at_once(tmp_path: Path) -> None:
     names = [f"fma.{number:06d}" for number in range(3000)]
     members = [(f"{name}.{ending}", b"x") for name in names for ending in ("wav", "json")]
@@ -87,6 +105,9 @@ LINKS = {
     "to what comes later": "mv a.wav z.flac; ln -s z.flac c.wav; cp b.json c.json; cp b.wav a.wav",
     "one after the other": "ln -s d.wav c.wav; ln -s e.wav d.wav; ln -s a.wav e.wav; cp b.json c.json",
     "from a folder": "mkdir sub; mv a.wav sub/x.wav; ln -s sub/x.wav c.wav; cp b.json c.json; cp b.wav a.wav",
+    "through a folder that is one": "mkdir sub; mv a.wav sub/x.wav; ln -s sub now; ln -s now/x.wav c.wav;"
+    " cp b.json c.json; cp b.wav a.wav",
+    "from the root": "mkdir sub; mv a.wav sub/x.wav; ln -s /sub/x.wav c.wav; cp b.json c.json; cp b.wav a.wav",
     "up and down": "mkdir sub; cd sub; ln -s ../a.wav c.wav; cp ../b.json c.json",
 }
 

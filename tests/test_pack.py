@@ -82,7 +82,7 @@ def test_a_file_that_is_there_as_written_is_taken_before_all_others(
         ("wavs/A.WAV", "No such file or directory; wavs/a.wav is there"),
         ("WAVS/a.wav", "No such file or directory; wavs/a.wav is there"),
         ("wavs/a.flac", "No such file or directory; wavs/a.wav is there"),
-        ("wavs/a", "'' is not an audio format that can be read"),
+        ("wavs/a", "it has no ending of an audio format that"),
         ("wavs/a", "; wavs/a.wav is there"),
         ("a.wav", "No such file or directory; wavs/a.wav is there"),
         ("C:\\Users\\me\\b.wav", "No such file or directory; b.wav is there"),
@@ -204,6 +204,17 @@ def test_a_value_that_no_row_has_is_told_with_those_that_are_there(
     clips = table(tmp_path / "clips.csv", *rows, columns=("split",))
     said = packed(clips, tmp_path / "out", "--where", "split=trian", code=3)
     assert "no row could be packed: none has split=trian; there is split=test, train" in said
+
+
+def test_a_caption_that_is_none_is_not_packed(packed: Packed, tmp_path: Path) -> None:  # noqa: F811
+    write(tmp_path / "a.wav")
+    captions = ["nan", "-", "\u200b", "['A bell.', 'A gong.']", "\ufeffA bell.\u200b"]
+    rows = [{"file": "a.wav", "caption": caption} for caption in captions]
+    message = packed(table(tmp_path / "clips.csv", *rows), tmp_path / "out")
+    assert "1 samples in 1 shard, 4 rows rejected" in message
+    for said in ("'nan', which programs write", "'-', without a letter", "is empty", "a list or an object"):
+        assert said in message
+    assert jsons(tmp_path / "out/shard-000000.tar") == {"a": {"caption": "A bell."}}
 
 
 def test_what_macos_keeps_beside_a_file_is_told(packed: Packed, tmp_path: Path) -> None:  # noqa: F811

@@ -183,6 +183,8 @@ def test_a_broken_caption_before_the_file_costs_both_pieces(tmp_path: Path) -> N
         (b"file,caption\ra.wav,A dog\r", "A dog"),
         ("file,caption\na.wav,Köln\n".encode("utf-16"), "Köln"),
         ("\ufefffile,caption\na.wav,Köln\n".encode("utf-16-be"), "Köln"),
+        (b"\xef\xbb\xbf\xef\xbb\xbffile,caption\na.wav,A dog\n", "A dog"),
+        (b'file,caption\na.wav,\t"A dog, barking"\t\n', "A dog, barking"),
         (b"sep=,\nfile,caption\na.wav,A dog\n", "A dog"),
         (b"file,caption,,\na.wav,A dog,,\n", "A dog"),
         ("file,caption\na.wav,A\u2028dog\x0b\x85\n".encode(), "A\u2028dog\x0b\x85"),
@@ -192,6 +194,12 @@ def test_a_broken_caption_before_the_file_costs_both_pieces(tmp_path: Path) -> N
 def test_habits_of_programs_that_write_tables_are_read(tmp_path: Path, content: bytes, caption: str) -> None:
     table = read(tmp_path, content)
     assert (table.columns, rows_of(table), table.rejected) == (["file", "caption"], [["a.wav", caption]], [])
+
+
+def test_the_header_of_a_table_that_was_put_behind_another_costs_no_row(tmp_path: Path) -> None:
+    table = read(tmp_path, "file,caption\na.wav,A dog\n\ufefffile, caption\nb.wav,A cat\n")
+    assert rows_of(table) == [["a.wav", "A dog"], ["b.wav", "A cat"]]
+    assert [(row.line, row.reason) for row in table.rejected] == [(3, "it is the header once more")]
 
 
 def test_an_index_of_pandas_is_a_column_without_a_name(tmp_path: Path) -> None:
@@ -220,6 +228,7 @@ def test_an_index_of_pandas_is_a_column_without_a_name(tmp_path: Path) -> None:
         ("file,caption\na.wav,A dog\n".encode("utf-16-le"), "UTF-16 without a byte order mark?"),
         ("file,caption\na.wav,A dog\nb.wav,Köln\n".encode("latin-1"), "line 3: is not UTF-8 (byte 0xf6)"),
         (b"PAR1" + bytes(100), "it is a Parquet file"),
+        (b"PK\3\4\x14\0\6\0" + bytes(22) + b"[Content_Types].xml", "it is a document of Excel or Word; a table"),
         (b"<!doctype html><title>Sign in</title>\n", "it is a web page (Sign in)"),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.errors import ConfigError, DataError, EarwitnessError, run_command
 from data.ffmpeg import ffmpeg_would_win, has_ffmpeg, needs_ffmpeg
-from data.index import Sidecar, index_shard, load_sidecar, sidecar_location
+from data.index import Sidecar, ignored_in_words, index_shard, load_sidecar, sidecar_location
 from data.retry import STATS
 from data.sources import Shard, expand
 from data.storage import find
@@ -163,6 +163,8 @@ def _report(shard: Shard, sidecar: Sidecar, totals: _Totals) -> None:
     for problem, keys in keys_of_problem.items():
         others = f"; and {len(keys) - 1:,} others" if len(keys) > 1 else ""
         print(f"{shard.location.url}: {keys[0]}: {problem}{others}")
+    if not len(sidecar.table) and not sidecar.damage:
+        print(f"{shard.location.url}: no samples, {ignored_in_words(sidecar.ignored)}")
     if sidecar.damage:
         print(f"{shard.location.url}: {sidecar.loss()}")
         totals.damaged += 1

@@ -21,7 +21,7 @@ from configs.schema import Source
 from data import storage
 from data.captions import find_captions
 from data.decode import AudioInfo, BadSample, decode, probe
-from data.index import Sidecar, index_shard, load_sidecar
+from data.index import Sidecar, ignored_in_words, index_shard, load_sidecar
 from data.sources import Shard, expand
 from tools.arguments import CaptionKeys, StorageOptions, named_data
 from trainer import checkpoint
@@ -174,13 +174,11 @@ def _show_members(sidecars: Sequence[Sidecar], found: int) -> None:
         has_problem = pc.not_equal(sidecar.table["problem"], "")
         in_problems += pc.sum(sidecar.table["members"].filter(has_problem)).as_py() or 0
         kinds.update(sidecar.ignored)
-    ignored = kinds.total()
     total = sum(sidecar.members for sidecar in sidecars)
-    named = f" ({', '.join(f'{kind} x {count:,}' for kind, count in kinds.most_common())})" if kinds else ""
     _line(
         "members",
-        f"{total:,}: {total - in_problems - ignored:,} of samples, {in_problems:,} of those with a problem,"
-        f" {ignored:,} ignored{named}",
+        f"{total:,}: {total - in_problems - kinds.total():,} of samples, {in_problems:,} of those with a"
+        f" problem, {ignored_in_words(kinds)}",
     )
 
 

@@ -18,6 +18,7 @@ from configs.errors import ConfigError, DataError, run_command
 from data.decode import AUDIO_ENDINGS, BadSample, probe
 from data.ffmpeg import ffmpeg_would_win, needs_ffmpeg
 from data.kinds import what_it_is
+from data.texts import bare, sound_caption
 from tools.output import Output, new_folder
 from tools.spelling import find, hint, identity, native
 from tools.table import CAPTION, FILE, Rejection, Row, Table, read_table
@@ -116,8 +117,9 @@ def _write(path: Path, table: Table, output: Output, caption_key: str, shard_byt
 
     reject(table.rejected)
     clips = _Clips(path, table.columns, caption_key)
-    sound = [row for row in table.rows if not clips.what_is_missing(row)]
-    reject(clips.rejection(row, reason) for row in table.rows if (reason := clips.what_is_missing(row)))
+    reasons = [clips.what_is_missing(row) for row in table.rows]
+    reject(clips.rejection(row, reason) for row, reason in zip(table.rows, reasons, strict=True) if reason)
+    sound = [row for row, reason in zip(table.rows, reasons, strict=True) if not reason]
     several, most = 0, 1
     pattern = str(output.folder).replace("%", "%%") + "/shard-%06d.tar"
     with ShardWriter(
@@ -164,9 +166,13 @@ class _Clips:
 
     def what_is_missing(self, row: Row) -> str:
         """Why a row says nothing of a clip; "" if it does."""
-        if not row.values[self._file].strip():
+        if not bare(row.values[self._file]):
             return "no file is named"
-        return "" if row.values[self._caption].strip() else "the caption is empty"
+        try:
+            sound_caption(row.values[self._caption])
+        except BadSample as error:
+            return str(error)
+        return ""
 
     def by_file(self, rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
         """Each clip, in the order of the first rows: its file in the spelling that is there, and its rows."""
@@ -194,9 +200,9 @@ class _Clips:
         if ending.lower() not in AUDIO_ENDINGS:
             known = ", ".join(sorted(AUDIO_ENDINGS))
             there = hint(self._root, file) if find(self._root, file) is None else ""
-            raise _Rejected(
-                f"{PurePosixPath(file).suffix[1:]!r} is not an audio format that can be read ({known}){there}"
-            )
+            ending = PurePosixPath(file).suffix[1:]
+            what = f"{ending!r} is not" if ending else "it has no ending of"
+            raise _Rejected(f"{what} an audio format that can be read ({known}){there}")
         key = re.sub(r"[./\\]", "_", stem.removeprefix("./"))
         if not key:
             raise _Rejected("there is no name before the ending")
@@ -233,7 +239,7 @@ class _Clips:
             values = [row[place] for row in different]
             if place not in (self._file, self._caption):
                 fields[name] = values if len(set(values)) > 1 else values[0]
-        captions = list(dict.fromkeys(row.values[self._caption].strip() for row in rows))
+        captions = list(dict.fromkeys(bare(row.values[self._caption]) for row in rows))
         return {**fields, self._caption_key: captions if len(captions) > 1 else captions[0]}
 
 

@@ -32,9 +32,11 @@ class Dialect:
 
     def __init__(self, delimiter: str) -> None:
         self.delimiter = delimiter
-        end = rf" *({re.escape(delimiter)}|\Z)"
-        self._quoted = re.compile(rf' *"({STAYS_OPEN.pattern})"{end}')
-        self._unclosed = re.compile(rf' *"{STAYS_OPEN.pattern}\Z')
+        blanks = " *" if delimiter == "\t" else "[ \t]*"
+        end = rf"{blanks}({re.escape(delimiter)}|\Z)"
+        self._blanks = " \t".replace(delimiter, "") or " "
+        self._quoted = re.compile(rf'{blanks}"({STAYS_OPEN.pattern})"{end}')
+        self._unclosed = re.compile(rf'{blanks}"{STAYS_OPEN.pattern}\Z')
         self._plain = re.compile(rf"([^{re.escape(delimiter)}]*)({re.escape(delimiter)}|\Z)")
 
     def split(self, text: str) -> tuple[list[str], str]:
@@ -57,7 +59,7 @@ class Dialect:
 
     def _what_is_wrong(self, text: str, at: int, field: str) -> str:
         """What is wrong with a field that is none in sound quotation marks."""
-        if field.lstrip(" ").startswith('"'):
+        if field.lstrip(self._blanks).startswith('"'):
             return UNCLOSED if self._unclosed.match(text, at) else WITHIN
         if '""' in field:
             return DOUBLED

@@ -12,9 +12,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from data.decode import AUDIO_ENDINGS
+from data.texts import bare
 
-INVISIBLE = "\ufeff\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e"
-"""Comes along when a name is copied, e.g. from a file's properties in Windows (U+202A)."""
 FOLDERS = 64
 """Whose names are kept in memory."""
 
@@ -65,19 +64,20 @@ def hint(root: Path, written: str) -> str:
 
 def _plain(written: str) -> str:
     """A name without blanks around it, and with `/`."""
-    return _bare(written).replace("\\", "/")
+    return _path(written).replace("\\", "/")
 
 
-def _bare(written: str) -> str:
-    bare = written.strip().strip(INVISIBLE).strip()
-    return unquote(urlsplit(bare).path) if bare.lower().startswith("file://") else bare
+def _path(written: str) -> str:
+    """A name without blanks around it; of a `file://` URL its path."""
+    name = bare(written)
+    return unquote(urlsplit(name).path) if name.lower().startswith("file://") else name
 
 
 def _spellings(written: str) -> list[str]:
     """Names to try, in this order."""
-    bare = _bare(written)
+    path = _path(written)
     # With `\\` a name is on the disk where an archive from Windows was unpacked by a program that knows none.
-    return list(dict.fromkeys([written, bare, _plain(written), bare.replace("/", "\\")]))
+    return list(dict.fromkeys([written, path, _plain(written), path.replace("/", "\\")]))
 
 
 def _is_there(path: Path) -> bool:

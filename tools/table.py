@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from configs.errors import DataError
 from data.kinds import BEGINNING, what_it_is
+from data.texts import bare
 from tools.records import Dialect, Record, Records, is_audio
 
 FILE, CAPTION = "file", "caption"
@@ -28,6 +29,7 @@ MANY = 0.1
 """Share of rows with faults beyond which these are no accidents, unless it is one row only."""
 SHOWN = 10
 """Rows that are named where nothing is packed."""
+HEADER_AGAIN = "it is the header once more"
 HAS_ENDING = re.compile(r"\.[A-Za-z]\w{0,4}\W*$")
 """A name that is one of a file, of whatever kind."""
 
@@ -71,7 +73,7 @@ def read_table(path: Path, needed: Sequence[str] = (FILE, CAPTION), delimiter: s
     except _NoHeader as reason:
         what = what_it_is(beginning)
         is_other = what and not what.startswith("text")
-        raise DataError(f"{path}: it is {what}, not a CSV" if is_other else f"{path}{reason}") from None
+        raise DataError(f"{path}: no CSV: it is {what}" if is_other else f"{path}{reason}") from None
 
 
 class _NoHeader(Exception):
@@ -112,14 +114,14 @@ def _header(records: Records, needed: Sequence[str]) -> list[str]:
 
 
 def _names(fields: Sequence[str]) -> list[str]:
-    return [field.strip() for field in fields]
+    return [bare(field) for field in fields]
 
 
 class _Columns:
     """Judges records by the header."""
 
     def __init__(self, names: Sequence[str], delimiter: str) -> None:
-        self.names, self.place = names, names.index(FILE)
+        self.names, self.place, self._header = names, names.index(FILE), list(names)
         self.named = [place for place, name in enumerate(names) if name or not place]
         """Places that count: not columns without a name, unless it is the first, an index of pandas"""
         self._unnamed = sorted({*range(len(names))} - {*self.named})
@@ -132,6 +134,8 @@ class _Columns:
             return f"lines {record.line} to {record.end}: " * (record.end > record.line) + record.wrong
         if any("\0" in field for field in fields):
             return "it holds a zero byte"
+        if _names(fields) == self._header:
+            return HEADER_AGAIN
         if len(fields) > len(self.names):
             return (
                 f"it has {len(fields)} fields, {of}: is a {self._option} in a field without quotation marks?"
@@ -148,6 +152,10 @@ class _Columns:
             return not is_audio("".join(record.fields[self.place : self.place + 1]))
         name = record.fields[self.place].strip()
         return bool(name) and not HAS_ENDING.search(name)
+
+    def are_those_of_a_row(self, fields: Sequence[str]) -> bool:
+        """Whether there is a field for each column, and the name of an audio file where it should be."""
+        return len(fields) == len(self.names) and is_audio(fields[self.place])
 
     def row(self, record: Record) -> Row:
         """A sound record as a row."""
@@ -174,6 +182,10 @@ def _judge(records: Records, needed: Sequence[str]) -> Table:
     for record in records:
         wrong, is_piece = columns.what_is_wrong(record), columns.is_piece(record)
         # Captions are broken, files are not: a row that begins or ends with its file is whole there.
+        if wrong == HEADER_AGAIN:  # of tables that were put together: the row before it is whole
+            rejected.append(columns.rejection(record, wrong))
+            was_sound = was_piece = False
+            continue
         is_rest = was_sound and is_piece and columns.place < len(columns.names) - 1
         if wrong or is_rest:
             faults.append(record)
@@ -209,7 +221,7 @@ def _refusal(
     delimiter = records.dialect.delimiter
     for other in DELIMITERS:
         splits = (Dialect(other).split(delimiter.join(fault.fields))[0] for fault in faults)
-        if other != delimiter and all(len(fields) == len(columns.names) for fields in splits):
+        if other != delimiter and all(map(columns.are_those_of_a_row, splits)):
             advice = f"They are separated by {option_of(other)}, but the header by {option_of(delimiter)}"
             break
     else:
