@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -73,12 +74,27 @@ def open_filesystem(location: Location) -> tuple[AbstractFileSystem, str]:
             given = json.loads(location.options)
             if location.is_s3:
                 given["config_kwargs"] = {**S3, **given.get("config_kwargs", {})}
+            if location.is_http:
+                given["client_kwargs"] = {
+                    "raise_for_status": _lead_somewhere,
+                    **given.get("client_kwargs", {}),
+                }
             try:
                 filesystem = fsspec.filesystem(location.protocol, skip_instance_cache=True, **given)
             except (ValueError, ImportError) as error:
                 raise DataError(f"{location.url}: {error}") from None
             _open[which] = filesystem
     return filesystem, filesystem._strip_protocol(location.url)
+
+
+async def _lead_somewhere(answer: Any) -> None:
+    """Raise for a redirect that leads nowhere, as S3's to another region; aiohttp takes it for the object."""
+    if 300 <= answer.status < 400:
+        from aiohttp import ClientResponseError
+
+        raise ClientResponseError(
+            answer.request_info, answer.history, status=answer.status, headers=answer.headers
+        )
 
 
 def renew(location: Location, refused: AbstractFileSystem | None) -> None:

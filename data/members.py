@@ -87,12 +87,12 @@ def sort_out(members: Sequence[Member], source: Source) -> Contents:
         for group in _put_together(parts, wanted):
             (contents.samples if group.is_pair else incomplete).append(group)
     for group in contents.samples:
-        contents.ignored.update(f".{part.ending} beside samples" for part in group.others)
+        contents.ignored.update(f".{_last(part)} beside samples" for part in group.others)
     for group in incomplete:
         if group.audio or group.text:
             contents.incomplete.append(group)
         else:
-            contents.ignored.update(f"neither audio nor caption (.{part.ending})" for part in group.others)
+            contents.ignored.update(f"neither audio nor caption (.{_last(part)})" for part in group.others)
     _add_hints(contents.incomplete)
     return contents
 
@@ -254,6 +254,11 @@ def _add_hints(incomplete: Sequence[Group]) -> None:
 def _alike(group: Group) -> str:
     """What the keys have in common of members that may belong together: all but folders and capitals."""
     return _composed(posixpath.basename(group.key)).casefold()
+
+
+def _last(part: Part) -> str:
+    """The last ending of a member."""
+    return part.ending.rpartition(".")[2]
 
 
 def _utf8(name: str) -> str:

@@ -144,9 +144,10 @@ class Range:
         options |= {"headers": headers, "timeout": ClientTimeout(total=None)}
         session = await filesystem.set_session()
         limit = retry.LIMITS.answer
-        asking = session.get(filesystem.encode_url(path), raise_for_status=True, **options)
+        asking = session.get(filesystem.encode_url(path), **options)
         answer = await within(limit, f"no answer within {limit:.0f} s", asking)
         try:
+            answer.raise_for_status()
             await self._take_answer(answer.content, answer.headers.get("Content-Range"))
         finally:
             answer.close()

@@ -67,7 +67,7 @@ PASSING_ERRORS = (
 )
 """What passes of botocore's errors: those of the network, and of keys that others hand out. All else is of
 settings."""
-FINAL_ERRORS = (IsADirectoryError, OfflineModeIsEnabled, ValueError, TypeError)
+FINAL_ERRORS = (OfflineModeIsEnabled, ValueError, TypeError)
 """ValueError and TypeError: of an endpoint, or an option, that is none."""
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 """These pass when whoever changes the keys has done so."""
@@ -118,6 +118,8 @@ def judge(error: Exception, location: Location) -> Verdict:
         return Verdict(f"access denied ({error})", general, credentials=True)
     if isinstance(error, FileNotFoundError):
         return Verdict("it does not exist", general)
+    if isinstance(error, IsADirectoryError):
+        return Verdict("it is a folder", f"`{location.url}/*.tar` names the shards in it.")
     if isinstance(error, NO_CREDENTIALS):
         return Verdict(_line(error), f"{general} {ANON}", credentials=True)
     if type(error).__name__ == "TooManyRedirects":  # of aiohttp and of httpx
@@ -165,9 +167,10 @@ def _judge_answer(answer: Answer, location: Location) -> Verdict:
             f"{general} If they are right, copy the shards to a disk by the server's own tools.",
         )
     if 300 <= status < 400:
-        return Verdict(
-            f"the server redirects to {answer.headers.get('location', 'nowhere')} ({said})", general
-        )
+        where = answer.headers.get("location") or "nowhere"
+        if region := answer.region():  # S3, asked by a plain URL
+            where += f", as for what is in another region, {region}"
+        return Verdict(f"the server redirects to {where} ({said})", general)
     return Verdict(f"it was refused ({said})", general)
 
 

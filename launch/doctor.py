@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from configs.cores import remark_on_cores
 from configs.errors import EarwitnessError
 from configs.schema import RunConfig, node_range
 from data.balance import remark_on_balance
+from data.location import Location
 from slurm import cluster
 from slurm.submit import cores_per_task
 
@@ -205,7 +206,6 @@ def _credentials() -> Iterator[Finding]:
 
 def _config(path: Path) -> Iterator[Finding]:
     from configs.load import load
-    from data import storage
     from data.dataset import list_shards, load_sidecars
 
     try:
@@ -214,12 +214,13 @@ def _config(path: Path) -> Iterator[Finding]:
         yield from _cores(config)
         yield from _balance(config)
         shards = list_shards(config)
-        for source in config.data.sources:
-            its_shards = [shard for shard in shards if shard.source is source]
-            first = its_shards[0].location
-            size = storage.stat(first).size
-            details = f"{len(its_shards)} shards; {first.url} has {size / 1e6:.1f} MB"
-            yield Finding(f"source {source.name}", "ok", details)
+        sources = [
+            _source(source.name, [shard.location for shard in shards if shard.source is source])
+            for source in config.data.sources
+        ]
+        yield from sources
+        if any(source.verdict == "bad" for source in sources):
+            return
         sidecars = load_sidecars(config, shards)
         for shard, sidecar in zip(shards, sidecars, strict=True):
             if sidecar and sidecar.damage:
@@ -233,3 +234,16 @@ def _config(path: Path) -> Iterator[Finding]:
             yield Finding("index", "ok", "complete")
     except EarwitnessError as error:
         yield Finding("config", "bad", str(error))
+
+
+def _source(name: str, shards: Sequence[Location]) -> Finding:
+    """Whether the first shard of a source can be read: many a server tells its size, but gives no bytes."""
+    from data import storage
+
+    first = shards[0]
+    try:
+        size = storage.stat(first).size
+        storage.read(first, 0, min(1, size))
+    except EarwitnessError as error:
+        return Finding(f"source {name}", "bad", str(error))
+    return Finding(f"source {name}", "ok", f"{len(shards)} shards; {first.url} has {size / 1e6:.1f} MB")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rich.table import Table
 
@@ -20,17 +21,18 @@ class SourceReport:
     """The samples of a source, by what the last start knew of them, and what has been met since."""
 
     source: str
-    samples: int
-    """All that its shards hold: those for training and for validation, and those left out."""
-    training: int
-    validation: int
-    unusable: int
+    samples: int | None = None
+    """All that its shards hold: those for training and for validation, and those left out. None, as the next
+    four: no start has told, as those of earlier versions did not."""
+    training: int | None = None
+    validation: int | None = None
+    unusable: int | None = None
     """Left out, as the index knows that something is wrong with them."""
-    too_long: int
+    too_long: int | None = None
     """Left out, as the index knows their length."""
-    met_unusable: int
+    met_unusable: int = 0
     """Of those for training and validation, what attempts could not use when it came up."""
-    met_reasons: dict[str, int]
+    met_reasons: dict[str, int] = field(default_factory=dict)
     """How many of them by reason (numbers in it aside), the commonest first."""
 
 
@@ -39,28 +41,26 @@ class SamplesReport:
     """All samples of a run."""
 
     sources: list[SourceReport]
-    """Empty until a start has read the index."""
+    """Empty until a start has read the index, or something could not be used."""
     left_out: list[str]
     """What the last start told of samples that it leaves out or cuts."""
 
     @classmethod
     def of(cls, history: History, quarantined: Quarantined) -> SamplesReport:
         """What the ledger and the quarantine of a run tell."""
-        known = history.last(Samples)
-        if known is None:
-            return cls([], [])
-        met: dict[str, dict[str, int]] = {source.source: {} for source in known.sources}
+        met: dict[str, dict[str, int]] = {}
         for (source, reason), keys in quarantined.by_reason().items():
             met.setdefault(source, {})[reason] = len(keys)
-        sources = [
-            SourceReport(
-                **asdict(source),
-                met_unusable=sum(met[source.source].values()),
-                met_reasons=met[source.source],
-            )
-            for source in known.sources
-        ]
-        return cls(sources, [event.what for event in history.of(LeftOut, known.attempt)])
+        known, left_out = history.last(Samples), history.last(LeftOut)
+        told = known or left_out
+        counts: list[dict[str, Any]] = [{"source": source} for source in met]
+        if known:
+            counts = [asdict(source) for source in known.sources]
+        sources = []
+        for count in counts:
+            reasons = met.get(count["source"], {})
+            sources.append(SourceReport(**count, met_unusable=sum(reasons.values()), met_reasons=reasons))
+        return cls(sources, [event.what for event in history.of(LeftOut, told.attempt)] if told else [])
 
     def table(self) -> Table:
         """A row for each source."""
@@ -68,16 +68,16 @@ class SamplesReport:
         table = Table("source", *columns, "", box=None)
         for source in self.sources:
             reasons = [f"{count:,} x {reason}" for reason, count in source.met_reasons.items()]
-            table.add_row(
-                source.source,
-                f"{source.samples:,}",
-                f"{source.training:,}",
-                f"{source.validation:,}",
-                f"{source.unusable:,}",
-                f"{source.too_long:,}",
-                f"{source.met_unusable:,}",
-                "; ".join(_some(reasons)),
+            counts = (
+                source.samples,
+                source.training,
+                source.validation,
+                source.unusable,
+                source.too_long,
+                source.met_unusable,
             )
+            in_words = ["?" if count is None else f"{count:,}" for count in counts]
+            table.add_row(source.source, *in_words, "; ".join(_some(reasons)))
         return table
 
     def lines(self) -> Iterator[str]:

@@ -308,16 +308,16 @@ def taken_over_in_step_2() -> None:
     """In a rank: another attempt takes the run while rank 0 is about to take step 2, which notices it."""
     from trainer import loop
 
-    check_bad = loop.Training.check_bad
+    check_usable = loop.Training.check_usable
 
-    def checked(training: Any, bad: int) -> None:
-        check_bad(training, bad)
+    def checked(training: Any, sums: Any) -> None:
+        check_usable(training, sums)
         if training.state.step == 2 and training.world.rank == 0:
             claim(training.session.run, job="4712", supersede=True)
             with contextlib.suppress(Superseded):
                 training.session.lease.check()
 
-    loop.Training.check_bad = checked
+    loop.Training.check_usable = checked
 
 
 def test_an_attempt_that_was_taken_over_takes_no_further_step(

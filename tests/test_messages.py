@@ -90,10 +90,12 @@ def test_a_key_that_is_unknown_or_of_another_type(
             "clips.tar.gz: compressed shards cannot be read at any position; unpack it to a plain .tar",
         ),
         ("page.tar", "page.tar: not a tar archive that can be read"),
+        ("set", "set: cannot read bytes 0-4096: it is a folder. `{folder}/set/*.tar` names the shards in it"),
     ],
 )
 def test_shards_that_are_not_there_or_are_none(tmp_path: Path, model: Path, shards: str, said: str) -> None:
     (tmp_path / "page.tar").write_bytes(b"<html>404 Not Found</html>" * 100) if shards == "page.tar" else None
+    (tmp_path / "set").mkdir()
     message = refused(ExitCode.DATA, "launch", "train", config(tmp_path, model, tmp_path / shards))
     assert said.format(folder=tmp_path) in message
     assert not (tmp_path / "run").exists(), "nothing was begun"

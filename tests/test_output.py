@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -84,11 +85,14 @@ def test_a_pack_that_is_ended_after_a_shard_was_uploaded_leaves_nothing(
     with faults.serve(s3_server.endpoint) as proxy:
         command = [sys.executable, "-m", "tools.pack", waits, "s3://written/ended", "--shard-mb", "1"]
         environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.endpoint}
-        with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        # A shell lets what it starts in the background ignore Ctrl-C.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=heed) as process:
             while ("PUT", "/written/ended/shard-000000.tar") not in {each[:2] for each in proxy.requests}:
                 with suppress(subprocess.TimeoutExpired):
                     pytest.fail(f"tools.pack ended with {process.wait(0.05)}")
             process.send_signal(signal.SIGINT)
+            process.wait(60)
     assert process.returncode == 130 and bucket.empty("ended")
 
 

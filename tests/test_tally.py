@@ -148,6 +148,14 @@ def test_a_small_source_is_given_one_pass() -> None:
     assert steps[3] == Complaint("source s1: none of its first 3 samples can be used", source="s1")
 
 
+def test_a_source_of_which_a_run_takes_few_is_named_at_its_end() -> None:
+    """Of 200 samples an epoch takes two."""
+    for total_steps, at in ((8, 8), (100, None)):
+        one = tally(64, 200, weights=(1.0, 0.01), total_steps=total_steps, max_bad_fraction=1)
+        found = [one.add([7, 0], [0, 1], 1) for _ in range(8)]
+        assert next((number for number, what in enumerate(found, 1) if what), None) == at
+
+
 def test_the_bad_one_of_two_that_comes_twice_is_no_source_without_samples() -> None:
     """It was the last of an epoch that an attempt took up, and is the first of the next one."""
     one = tally(62, 2, first_step=7)

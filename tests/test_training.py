@@ -21,6 +21,8 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipe
 
 from configs.run.events import Evaluated, RankFailed, Skipped
 from configs.run.folder import RunDir
+from tests import refusals
+from tests import shards as small
 from tests.making import ROOT, audit, caption_of, config_values, make_clips, make_model, run_program, sound_of
 from tools.sandbox import faults
 from tools.sandbox.faults import Fault
@@ -389,3 +391,16 @@ def test_doctor_gives_a_verdict(tmp_path: Path, model: Path, shards: str) -> Non
         "launch", "doctor", write_config(tmp_path, config_values("run", tmp_path, model, shards))
     )
     assert done.returncode == 0 and "verdict: ready to train" in done.stdout and "deepspeed" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["whole", "bare"])
+def test_doctor_reads_of_each_source_as_a_size_alone_tells_little(
+    tmp_path: Path, model: Path, name: str
+) -> None:
+    content = small.shard(tmp_path / "a.tar", small.clip("one")).read_bytes()
+    with refusals.serve(content) as server:
+        values = config_values("run", tmp_path, model, f"{server.url}/{name}/a.tar")
+        done = run_program("launch", "doctor", write_config(tmp_path, values), env={"COLUMNS": "1000"})
+    said = {"whole": "this server gives no ranges", "bare": "the server redirects to nowhere"}
+    assert done.returncode == 1 and "verdict: mend source sounds first" in done.stdout
+    assert said[name] in done.stdout

@@ -26,6 +26,9 @@ def numbers(count: int) -> Members:
     ]
 
 
+LONG_CAPTION = (("wav", sound()), ("json", words("A bell rings. " * 400)))
+
+
 def good(count: int) -> Members:
     return [member for number in range(count) for member in clip(f"g{number}", number)]
 
@@ -103,6 +106,16 @@ def test_steps_that_stay_mostly_empty_end_the_run_and_name_what_would_fill_them(
     assert "data.overlong=start (or crop)" in done.stderr
 
 
+def test_what_is_said_of_long_captions_is_not_what_is_said_of_long_clips(
+    tmp_path: Path, model: Path, launch: Launcher
+) -> None:
+    long = [(f"{number}.{ending}", content) for number in range(3) for ending, content in LONG_CAPTION]
+    sources = [source("sounds", shard(tmp_path / "long.tar", long))]
+    done = launch(config(tmp_path, model, sources, long_caption="skip"))
+    assert done.returncode == ExitCode.DATA
+    assert "data.long_caption=truncate" in done.stderr and "overlong" not in done.stderr
+
+
 def test_one_bad_clip_of_few_ends_no_run_wherever_it_is_resumed(
     tmp_path: Path, model: Path, launch: Launcher
 ) -> None:
@@ -146,4 +159,16 @@ def test_status_shows_what_can_be_used_and_what_cannot(tmp_path: Path, model: Pa
         2,
     )
     assert list(counts["met_reasons"].values()) == [2]
+
+    # Earlier versions did not tell the ledger what there is.
+    for file in (tmp_path / "run/events").iterdir():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["event"] != "samples"]
+        file.write_text("".join(kept), encoding="utf-8")
+    (row,) = [
+        line.split()[:7]
+        for line in run_program("launch", "status", tmp_path / "run").stdout.splitlines()
+        if line.startswith(" sounds ")
+    ]
+    assert row == ["sounds", *["?"] * 5, "2"]
     assert "1 of 23 samples are left out" in told["left_out"][0]

@@ -129,6 +129,7 @@ BY_WEB = {
     "bad": ("it was refused (400)",),
     "method": ("(405)",),
     "loop": ("redirects without end",),
+    "bare": ("redirects to nowhere, as for what is in another region, eu-west-9 (301)",),
     "unimplemented": ("(501)",),
 }
 

@@ -64,8 +64,8 @@ class Mirror:
         """Bring the newest sound checkpoint, the best one and base/ into a run's folder that has none;
         nothing if the mirror has none either.
 
-        Raises CheckpointError if the mirror cannot be read, or all that it holds is damaged: the run must not
-        start from nothing then.
+        Raises DataError if the mirror may not be read, CheckpointError if it cannot be now, or if all that it
+        holds is damaged: the run must not start from nothing then.
         """
         try:
             names = self._names()
@@ -75,7 +75,8 @@ class Mirror:
                 self._bring_back(best)
         except (DataError, ShardError, OSError) as error:
             said = str(error).rstrip(".")
-            raise CheckpointError(
+            failure = DataError if isinstance(error, DataError) else CheckpointError
+            raise failure(
                 f"{self.url}: {self._run.path} has no checkpoint, and this mirror of it cannot be read:"
                 f" {said}. Mend the access, or leave checkpoint.mirror out (checkpoint.mirror=null) to start"
                 " from the beginning."

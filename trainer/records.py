@@ -108,11 +108,17 @@ class SampleRecords:
         lines.append(f"All are named in {self._run.quarantine.folder}")
         if any("caption under" in reason for reason in alike):
             lines[-1] += "; is data.sources.NAME.caption_key right?"
-        if not all(sample.bad for _, samples in commonest for sample in samples):
+        left_out = [words for words, samples in commonest if not all(sample.bad for sample in samples)]
+        if any("the audio" in words for words in left_out):
             lines.append(
-                "What is too long is left out, as the config says: data.overlong=start (or crop) and"
-                " data.long_caption=truncate take a part of each; a full index (`python -m tools.index"
-                " CONFIG`) leaves long clips out in advance, so that steps are full"
+                "Long clips are left out, as the config says: data.overlong=start (or crop) takes a part of"
+                " each; a full index (`python -m tools.index CONFIG`) leaves them out in advance, so that"
+                " steps are full"
+            )
+        if any("the caption" in words for words in left_out):
+            lines.append(
+                "Long captions are left out, as the config says: data.long_caption=truncate takes the"
+                " beginning of each"
             )
         return "\n  ".join(lines)
 

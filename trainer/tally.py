@@ -95,11 +95,16 @@ class Tally:
         """Nothing usable at the beginning, or in the whole of a short run."""
         seen = self._all.seen
         few = FEW if self._bad == seen else FEW_TOO_LONG
-        is_over = self._is_whole_run and not self._steps_left and not self._has_learnt
+        is_over = self._is_over and not self._has_learnt
         if self._all.usable or not seen or (seen < self._enough(few, sum(self._passes)) and not is_over):
             return None
         where = f"epoch {self._epoch + 1}" if self._is_from_beginning else "this attempt"
         return Complaint(f"none of the first {seen:.0f} samples of {where} can be used")
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether this is the last step of a run, all of which was counted."""
+        return self._is_whole_run and not self._steps_left
 
     @property
     def _has_learnt(self) -> bool:
@@ -116,10 +121,12 @@ class Tally:
         )
 
     def _nothing_of_a_source(self) -> Complaint | None:
+        """Nothing usable of a source; of one with a small weight few samples may come in a whole run."""
+        few = FEW if self._is_over else FEW_OF_SOURCE
         for source, counts, one_pass in zip(
             self._config.data.sources, self._by_source, self._passes, strict=True
         ):
-            if not counts.usable and counts.seen >= self._enough(FEW_OF_SOURCE, one_pass):
+            if not counts.usable and counts.seen >= self._enough(few, one_pass):
                 return Complaint(
                     f"source {source.name}: none of its first {counts.seen:.0f} samples can be used",
                     source=source.name,
