@@ -18,6 +18,7 @@ from data.order import CAPTION, CROP, hashed, random_keys
 from data.retry import STATS
 from data.windows import Windows
 
+
 @dataclass(frozen=True)
 class Rejected:
     """A sample whose content could not be used. `bad` is false where the configuration leaves it out (too
