@@ -68,8 +68,8 @@ class Dialect:
 
 
 class Record(NamedTuple):
-    """A row as it stands in the table: its first and last line, and what is
-    wrong with its quotation marks ("" if nothing)."""
+    """A row as it stands in the table: its first and last line, and what is wrong with its quotation marks
+    ("" if nothing)."""
 
     line: int
     end: int

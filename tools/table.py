@@ -123,7 +123,7 @@ class _Columns:
     def __init__(self, names: Sequence[str], delimiter: str) -> None:
         self.names, self.place, self._header = names, names.index(FILE), list(names)
         self.named = [place for place, name in enumerate(names) if name or not place]
-        """Places that count: not columns without a name, unless it is the first, an index of pandas"""
+        """Places that count: not columns without a name, unless it is the first, an index of pandas."""
         self._unnamed = sorted({*range(len(names))} - {*self.named})
         self._option = option_of(delimiter)
 
