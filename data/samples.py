@@ -84,7 +84,8 @@ class SampleReader:
         self.always_alike = always_alike
         self.crash_journal, self.poisoned = crash_journal, poisoned
         self.max_length = round(max_seconds * SAMPLE_RATE)
-        self._columns = {name: index.column(name) for name in COLUMNS}
+        names = ("shard", "source", "audio_offset", "audio_size", "text_offset", "text_size", "crc32")
+        self._columns = {name: index.column(name) for name in (*names, "caption")}
 
     def place(self, row: int) -> Place:
         """Where a sample's bytes are."""
