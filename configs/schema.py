@@ -3,14 +3,24 @@ nearest valid one)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 T = TypeVar("T")
 
@@ -36,6 +46,20 @@ SECRET_URL = re.compile(
     re.IGNORECASE,
 )
 """Of URLs, in JSON: user and password, or a signature."""
+
+
+def as_meant(place: T) -> T | str:
+    """The path of a place on this machine: without `file://`, and `~` is the home folder, unless something
+    here is called so. Other places stay as they are."""
+    path = re.sub("^(file|local)://", "", str(place))
+    if not isinstance(place, str | Path) or "://" in path:
+        return place
+    with contextlib.suppress(RuntimeError):  # ~NAME of nobody
+        return path if os.path.lexists(path) else str(Path(path).expanduser())
+    return path
+
+
+AS_MEANT = BeforeValidator(as_meant)
 
 
 def public(value: T) -> T:
@@ -93,7 +117,7 @@ class Run(Section):
 
     name: Annotated[str, FREE] = Field(min_length=1)
     """Name of the run."""
-    dir: Annotated[Path, FREE] = Path("runs/NAME")
+    dir: Annotated[Path, AS_MEANT, FREE] = Path("runs/NAME")
     """Folder of the run; NAME is `run.name`. Starting again with the same folder resumes."""
     seed: Annotated[int, NEW_EPOCH] = Field(0, ge=0)
     """Seed of the sample order and of weights that start at random."""
@@ -112,10 +136,10 @@ class Run(Section):
 class Model(Section):
     """The Whisper to start from."""
 
-    name_or_path: Annotated[str, NEVER]
+    name_or_path: Annotated[str, AS_MEANT, NEVER]
     """A name on the model hub, a folder that `from_pretrained` loads, or a folder with a config.json but no
     weights (random start)."""
-    init_from: Annotated[str | None, NEVER] = None
+    init_from: Annotated[str | None, AS_MEANT, NEVER] = None
     """A run, a checkpoint or an export whose weights a new phase starts from, with a fresh optimizer and
     schedule; of the model of `name_or_path`."""
     freeze: Annotated[list[str], NEVER] = []
@@ -219,10 +243,10 @@ class Data(Section):
 
     sources: Annotated[list[Source], NEW_EPOCH] = Field(min_length=1)
     """The data sets; each epoch passes over all of them."""
-    index_dir: Annotated[str, AfterValidator(public), FREE] = "index"
+    index_dir: Annotated[str, AS_MEANT, AfterValidator(public), FREE] = "index"
     """Where the shards' indexes are kept, which runs may share: a folder, `s3://BUCKET/PREFIX`, or `beside`:
     the shards, in a folder `index`."""
-    cache_dir: Annotated[Path | None, FREE] = None
+    cache_dir: Annotated[Path | None, AS_MEANT, FREE] = None
     """A folder on each node's own disk that keeps what was read from a bucket; the ranks of the node share
     it, and so may runs."""
     cache_gb: Annotated[float, FREE] = Field(100, gt=0)
@@ -347,7 +371,7 @@ class Checkpoint(Section):
     """Checkpoints kept, newest first; the best by `evaluate.best_metric` is kept besides."""
     keep_every: Annotated[int | None, FREE] = Field(None, ge=1)
     """Keep each checkpoint whose step is a multiple of this."""
-    mirror: Annotated[str | None, AfterValidator(public), FREE] = None
+    mirror: Annotated[str | None, AS_MEANT, AfterValidator(public), FREE] = None
     """URL, e.g. `s3://bucket/mirror`, below which complete checkpoints are copied to MIRROR/NAME; a run whose
     own folder is gone goes on from there."""
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
-from fsspec.core import split_protocol
 
 from configs.errors import DataError
-from configs.schema import Source
+from configs.schema import Source, as_meant
 from data.location import Location
 from data.retry import advice
 from data.storage import find, glob
@@ -83,10 +82,8 @@ def _matches(location: Location, source: Source) -> list[Location]:
 
 
 def _absolute(url: str) -> str:
-    """The path of a local file, from the root; `~` is the home folder, unless something here is called so."""
-    path = split_protocol(url)[1]
-    written = Path(path)
-    return str((written if os.path.lexists(path) else written.expanduser()).absolute())
+    """The path of a local file, from the root."""
+    return str(Path(as_meant(url)).absolute())
 
 
 def _existing(location: Location, known: str) -> str:

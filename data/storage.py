@@ -55,6 +55,14 @@ def stat(location: Location) -> Stat:
     return known
 
 
+def taste(location: Location) -> Stat:
+    """As `stat`, once a byte has come, too: an archive, or a server without ranges, tells a size all the
+    same. Raises as `read` does."""
+    known = stat(location)
+    read(location, 0, min(1, known.size))
+    return known
+
+
 def find(location: Location) -> Stat | None:
     """Size and tag of an object, None if it is not there. Raises DataError if it may not be read."""
 

@@ -201,7 +201,7 @@ def _look_at_shards(config: RunConfig, shards: Sequence[Shard]) -> int:
     """Read a little of each source, and count the shards without an index. Raises DataError for what cannot
     be read."""
     for source in config.data.sources:
-        storage.stat(next(shard for shard in shards if shard.source is source).location)
+        storage.taste(next(shard for shard in shards if shard.source is source).location)
     return load_sidecars(config, shards).count(None)
 
 

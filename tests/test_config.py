@@ -366,3 +366,26 @@ def test_what_a_run_kept_before_clips_were_packed_is_read_as_it_was(tmp_path: Pa
     assert run.read_config().data.window == run.proposal.read().data.window == "full"
     run.config.write_text(dump(validate(values, "test")), encoding="utf-8")
     assert run.read_config().data.window == "own"
+
+
+def test_places_on_this_machine_are_taken_as_they_are_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells do not expand the `~` of `run.dir=~/runs`."""
+    monkeypatch.setenv("HOME", f"{tmp_path}/home [1]")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~here").mkdir()
+
+    def places(place: str) -> list[str]:
+        settings = ("run.dir", "model.name_or_path", "model.init_from", "checkpoint.mirror")
+        settings += ("data.index_dir", "data.cache_dir")
+        config = load(ROOT / "configs/turbo.yaml", [f"{setting}={place}" for setting in settings])
+        run, model, data = config.run, config.model, config.data
+        found = (run.dir, model.name_or_path, model.init_from, config.checkpoint.mirror)
+        return [str(one) for one in (*found, data.index_dir, data.cache_dir)]
+
+    assert places("~/it") == [f"{tmp_path}/home [1]/it"] * 6
+    assert places("file:///some/it") == ["/some/it"] * 6
+    assert places("~nobody-here/it") == ["~nobody-here/it"] * 6
+    assert places("~here") == ["~here"] * 6
+    assert "s3://bucket/~" in places("s3://bucket/~")

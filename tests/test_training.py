@@ -394,13 +394,16 @@ def test_doctor_gives_a_verdict(tmp_path: Path, model: Path, shards: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["whole", "bare"])
-def test_doctor_reads_of_each_source_as_a_size_alone_tells_little(
+def test_doctor_and_submit_read_of_each_source_as_a_size_alone_tells_little(
     tmp_path: Path, model: Path, name: str
 ) -> None:
     content = small.shard(tmp_path / "a.tar", small.clip("one")).read_bytes()
     with refusals.serve(content) as server:
         values = config_values("run", tmp_path, model, f"{server.url}/{name}/a.tar")
-        done = run_program("launch", "doctor", write_config(tmp_path, values), env={"COLUMNS": "1000"})
+        path = write_config(tmp_path, values)
+        done = run_program("launch", "doctor", path, env={"COLUMNS": "1000"})
+        submitted = run_program("launch", "submit", path, "--dry-run")
     said = {"whole": "this server gives no ranges", "bare": "the server redirects to nowhere"}
     assert done.returncode == 1 and "verdict: mend source sounds first" in done.stdout
     assert said[name] in done.stdout
+    assert submitted.returncode == 3 and said[name] in submitted.stderr
