@@ -23,7 +23,7 @@ from configs.schema import Source
 from data import storage
 from data.captions import find_captions
 from data.decode import BadSample, probe
-from data.kinds import BEGINNING, what_it_is
+from data.kinds import BEGINNING, TAR_ARCHIVE, what_it_is
 from data.location import Location
 from data.members import Group, Part, problem_of, sort_out
 from data.sources import Shard
@@ -159,7 +159,7 @@ def index_shard(shard: Shard, index_dir: str | Path, *, full: bool) -> Sidecar:
         damage = str(error)
     if damage and not members:
         known = what_it_is(read(0, min(now.size, BEGINNING)))
-        why = f"it is {known}" if known else damage
+        why = f"it is {known}" if known not in ("", TAR_ARCHIVE) else damage
         folder, _, name = shard.location.url.rpartition("/")
         if not name.endswith(".tar"):
             why += f" (a pattern as {folder}/*.tar names shards alone)"

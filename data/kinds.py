@@ -61,6 +61,7 @@ XML = re.compile(rb"\s*<(\?xml|error)\b", re.IGNORECASE)
 JSON = re.compile(rb"\s*(\{\s*[\"}]|\[\s*[\[{\"\]\d-])")
 OFFICE = re.compile(rb"\[Content_Types\]\.xml|_rels/|docProps/|xl/|opendocument")
 """In the first names within a zip archive that is one of a document."""
+TAR_ARCHIVE = "a tar archive"
 TAR = slice(257, 262)
 """Where a tar archive says `ustar`."""
 MARK = b"\xef\xbb\xbf"
@@ -78,7 +79,7 @@ def what_it_is(content: bytes) -> str:
     if not beginning.strip(b"\0"):
         return "nothing but zero bytes: was its download broken off?"
     if beginning[TAR] == b"ustar":
-        return "a tar archive"
+        return TAR_ARCHIVE
     if beginning.startswith(b"PK\x03\x04") and OFFICE.search(beginning):
         return "a document of Excel or Word; a table is saved from there as CSV UTF-8"
     if beginning[4:8] == b"ftyp":

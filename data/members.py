@@ -106,8 +106,8 @@ def problem_of(group: Group, source: Source) -> str:
         there = ", .".join(part.ending for part in [*group.text, *group.others])
         return f"no audio member (there are .{there}){group.hint}"
     if not group.text:
-        there = ", .".join(part.ending for part in [*group.audio, *group.others])
-        return f"no .{' or .'.join(text_endings(source))} member (there are .{there}){group.hint}"
+        there = f" (but .{', .'.join(part.ending for part in group.others)})" if group.others else ""
+        return f"no .{' or .'.join(text_endings(source))} member{there}{group.hint}"
     if len({part.ending for part in group.audio}) > 1:
         there = ", .".join(part.ending for part in group.audio)
         raise DataError(

@@ -13,6 +13,8 @@ from enum import Enum
 from typing import NamedTuple
 
 BLOCK = 512
+MAGIC = slice(257, 265)
+NAME_BYTES = 100
 ABOUT_THE_NEXT = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -81,7 +83,7 @@ def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise Damage(f"the header at byte {at} is damaged ({error})") from None
-        name = longer.get("path", member.name)
+        name = longer.get("path") or _name(header, member)
         if _is_sparse(member, longer):
             raise Damage(f"{name!r} at byte {at} is a sparse file; pack it without --sparse")
         start = at + BLOCK
@@ -101,6 +103,14 @@ def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[Member]:
                 name = name.rstrip("/")
             yield Member(name.removeprefix("./"), start, length, kind, link)
             longer = {}
+
+
+def _name(header: bytes, member: tarfile.TarInfo) -> str:
+    """The name in a header. GNU's own have times where others have its beginning, as of `tar -g`, which
+    tarfile does not know."""
+    if header[MAGIC] != tarfile.GNU_MAGIC:
+        return member.name
+    return header[:NAME_BYTES].split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def _has_content(member: tarfile.TarInfo) -> bool:

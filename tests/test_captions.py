@@ -178,9 +178,10 @@ def test_of_two_captions_of_one_name_none_is_taken_for_the_caption() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is empty"),
+        (b"", "is empty (0 bytes): was its download broken off?"),
         (b"caption: A bell.", "is text (caption: A bell.), not JSON"),
-        (b'{"a"', "is broken"),
+        (b'{"a"', "the JSON is broken"),
+        (b"../.git/annex/objects/aB/cD/MD5E-s3--1.json", "is a pointer of git-annex"),
     ],
 )
 def test_what_is_no_json_says_what_it_is(content: bytes, said: str) -> None:

@@ -107,7 +107,8 @@ LINKS = {
     "from a folder": "mkdir sub; mv a.wav sub/x.wav; ln -s sub/x.wav c.wav; cp b.json c.json; cp b.wav a.wav",
     "through a folder that is one": "mkdir sub; mv a.wav sub/x.wav; ln -s sub now; ln -s now/x.wav c.wav;"
     " cp b.json c.json; cp b.wav a.wav",
-    "from the root": "mkdir sub; mv a.wav sub/x.wav; ln -s /sub/x.wav c.wav; cp b.json c.json; cp b.wav a.wav",
+    "from the root": "mkdir sub; mv a.wav sub/x.wav; ln -s /sub/x.wav c.wav; cp b.json c.json;"
+    " cp b.wav a.wav",
     "up and down": "mkdir sub; cd sub; ln -s ../a.wav c.wav; cp ../b.json c.json",
 }
 

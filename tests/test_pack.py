@@ -89,6 +89,9 @@ def test_a_file_that_is_there_as_written_is_taken_before_all_others(
         ("/elsewhere/b.wav", "No such file or directory; b.wav is there"),
         ("wavs/Großer Hund.wav", "No such file or directory; wavs/grosser  hund.wav is there"),
         ("https://example.org/b.wav", "No such file or directory; clips are read from the disk: download it"),
+        ("grosser%20%20hund.wav", "No such file or directory; wavs/grosser  hund.wav is there"),
+        ("wavs/grosser&#32; hund.wav", "No such file or directory; wavs/grosser  hund.wav is there"),
+        ("'b.wav'", "; b.wav is there"),
         ("c.wav", "cannot be read: No such file or directory\n"),
     ],
 )
@@ -115,6 +118,7 @@ def test_rows_of_one_clip_are_its_captions(packed: Packed, tmp_path: Path) -> No
         (" a.wav", "A loud bell.", "Bob", "CC0"),
         ("a.wav", "A bell.", "Ann", "CC0"),
         (f"{tmp_path}/a.wav", "Ding.", "Ann", "CC0"),
+        (f"../{tmp_path.name}/a.wav", "Dong.", "Ann", "CC0"),
         ("b.wav", "A dog.", "Ann", "CC0"),
         ("d\\e.wav", "A cat.", "Ann", "CC0"),
         ("d/e.wav", "", "Bob", "CC0"),
@@ -133,9 +137,9 @@ def test_rows_of_one_clip_are_its_captions(packed: Packed, tmp_path: Path) -> No
     said = packed(clips, tmp_path / "out", "--caption-key", "Flash 2.5 Annotation")
     assert jsons(tmp_path / "out/shard-000000.tar") == {
         "a": {
-            "by": ["Ann", "Bob", "Ann"],
+            "by": ["Ann", "Bob", "Ann", "Ann"],
             "licence": "CC0",
-            "Flash 2.5 Annotation": ["A bell.", "A loud bell.", "Ding."],
+            "Flash 2.5 Annotation": ["A bell.", "A loud bell.", "Ding.", "Dong."],
         },
         "b": {"by": "Ann", "licence": "CC0", "Flash 2.5 Annotation": "A dog."},
         "d_e": {"by": ["Ann", "Bob"], "licence": "CC0", "Flash 2.5 Annotation": "A cat."},

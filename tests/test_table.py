@@ -228,7 +228,7 @@ def test_an_index_of_pandas_is_a_column_without_a_name(tmp_path: Path) -> None:
         ("file,caption\na.wav,A dog\n".encode("utf-16-le"), "UTF-16 without a byte order mark?"),
         ("file,caption\na.wav,A dog\nb.wav,Köln\n".encode("latin-1"), "line 3: is not UTF-8 (byte 0xf6)"),
         (b"PAR1" + bytes(100), "it is a Parquet file"),
-        (b"PK\3\4\x14\0\6\0" + bytes(22) + b"[Content_Types].xml", "it is a document of Excel or Word; a table"),
+        (b"PK\3\4\x14\0\6\0" + bytes(22) + b"[Content_Types].xml", "it is a document of Excel or Word"),
         (b"<!doctype html><title>Sign in</title>\n", "it is a web page (Sign in)"),
     ],
 )  # fmt: skip

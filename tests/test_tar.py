@@ -253,3 +253,10 @@ def test_sparse_members_are_refused(tmp_path: Path, options: str) -> None:
     members, damage = walked(archive)
     assert [member.name for member in members] == ["a.wav"]
     assert "sparse" in damage and "b.wav" in damage and "--sparse" in damage
+
+
+def test_times_in_the_headers_of_a_backup_are_no_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(b"sound")
+    subprocess.run(["tar", "-g", "snapshot", "-cf", "x.tar", "a.wav"], cwd=tmp_path, check=True)
+    members, damage = walked((tmp_path / "x.tar").read_bytes())
+    assert ([member.name for member in members], damage) == (["a.wav"], "")

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
+from html import unescape
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -41,9 +42,10 @@ def identity(root: Path, written: str) -> str:
     """A name that all spellings of a file share; other files may share it, too."""
     name = unicodedata.normalize("NFC", _plain(written))
     if name.startswith("/"):
-        for folder in _roots(root):
-            name = name.removeprefix(folder)
+        name = _below(root, name)
     name = os.path.normpath(name)
+    if name.startswith(".."):  # and perhaps back into the root
+        name = _below(root, os.path.normpath(root.absolute() / name))
     return written if name == written else name  # of millions each is kept
 
 
@@ -52,14 +54,20 @@ def hint(root: Path, written: str) -> str:
     scheme, separator, _ = written.partition("://")
     if separator and scheme.strip().lower() != "file":
         return "; clips are read from the disk: download it, and write its path"
-    spelling = _plain(written)
-    name = PurePosixPath(spelling).name
-    places = [(spelling, _looks_same), (spelling, _is_same_clip), (name, _is_same_clip)]
-    places += [(f"{folder}/{name}", _is_same_clip) for folder in _subfolders(root)]
-    for place, alike in places:
-        if found := list(_search(root, place, alike)):
-            return f"; {', '.join(found)} {'are' if len(found) > 1 else 'is'} there"
+    plain = _plain(written)
+    for spelling in dict.fromkeys([plain, _unescaped(plain)]):
+        name = PurePosixPath(spelling).name
+        places = [(spelling, _looks_same), (spelling, _is_same_clip), (name, _is_same_clip)]
+        places += [(f"{folder}/{name}", _is_same_clip) for folder in _subfolders(root)]
+        for place, alike in places:
+            if found := list(_search(root, place, alike)):
+                return f"; {', '.join(found)} {'are' if len(found) > 1 else 'is'} there"
     return ""
+
+
+def _unescaped(spelling: str) -> str:
+    """A name as it was before a program wrote it into a URL, a page, or quotation marks."""
+    return unescape(unquote(spelling)).strip("\"'")
 
 
 def _plain(written: str) -> str:
@@ -107,6 +115,13 @@ def _search(root: Path, spelling: str, alike: Callable[[str, str], bool]) -> Ite
             if name == part or alike(name, part)
         ]
     return map(str, found)
+
+
+def _below(root: Path, path: str) -> str:
+    """An absolute path as it is written below the root, if it is there."""
+    for folder in _roots(root):
+        path = path.removeprefix(folder)
+    return path
 
 
 @lru_cache(1)
