@@ -147,9 +147,9 @@ def test_rows_of_one_clip_are_its_captions(packed: Packed, tmp_path: Path) -> No
         "link": {"by": "Ann", "licence": "CC0", "Flash 2.5 Annotation": "A cock."},
     }
     assert "line 10: d/e.wav: the caption is empty" in said
-    assert "line 13: gone.wav: cannot be read" in said and "line 14: gone.wav: cannot be read" in said
+    assert "line 14: gone.wav: cannot be read" in said and "line 15: gone.wav: cannot be read" in said
     assert "5 samples in 1 shard, 3 rows rejected" in said
-    assert "1 clip has several captions (up to 3): training takes the first of them, unless" in said
+    assert "1 clip has several captions (up to 4): training takes the first of them, unless" in said
     assert "`captions: all` or `captions: random`" in said
 
 
