@@ -78,6 +78,7 @@ class Clips:
             "text_offset": ends - audio - 1024,
             "text_size": np.full(len(seconds), 300),
             "crc32": np.zeros(len(seconds), np.int64),
+            "caption": np.full(len(seconds), -1),
         }
         self.shards = [
             Shard(NOT_NEEDED, Location(f"shard-{number}.tar")) for number in range(int(is_first.sum()))
