@@ -8,8 +8,8 @@ from data.crc import checksum
 
 SYNC = re.compile(rb"\xff[\xf8\xf9]")
 """What a frame begins with: blocks of one size, or of several."""
-TAIL = 128 << 10
-"""Bytes in which the last frame begins."""
+TAILS = 16 << 10, 128 << 10
+"""Bytes at the end in which the last frame begins, as a rule and at most."""
 BLOCKS = {1: 192, **{code: 144 << code for code in range(2, 6)}, **{code: 1 << code for code in range(8, 16)}}
 """Samples in a frame by the code in its header; 6 and 7 stand for a number of one and of two bytes."""
 TOTAL = slice(18, 26)
@@ -20,13 +20,15 @@ def mended(content: bytes) -> bytes:
     """The file with as many samples in its header as there are, where it states fewer, or none."""
     numbers = int.from_bytes(content[TOTAL], "big")
     stated = numbers & (1 << 36) - 1
-    tail = max(0, len(content) - TAIL)
-    for found in reversed(list(SYNC.finditer(content, tail))):
-        if (end := _end(content, found.start())) is None:
-            continue
-        if end <= stated or checksum(content[found.start() :], 0x8005, 16):
-            return content
-        return content[: TOTAL.start] + (numbers - stated + end).to_bytes(8, "big") + content[TOTAL.stop :]
+    for tail in TAILS:
+        for found in reversed(list(SYNC.finditer(content, max(0, len(content) - tail)))):
+            if (end := _end(content, found.start())) is None:
+                continue
+            if end <= stated or checksum(content[found.start() :], 0x8005, 16):
+                return content
+            return (
+                content[: TOTAL.start] + (numbers - stated + end).to_bytes(8, "big") + content[TOTAL.stop :]
+            )
     return content
 
 
