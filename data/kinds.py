@@ -88,7 +88,7 @@ def what_it_is(content: bytes) -> str:
         return next((words for first, words in BINARIES.items() if beginning.startswith(first)), "")
     if words := what_it_stands_for(beginning):
         return words
-    return f"{'JSON' if JSON.match(beginning) else 'text'} ({_shown(beginning)})"
+    return f"{'JSON' if JSON.match(beginning) else 'text'} ({_line(beginning)})"
 
 
 def what_it_stands_for(text: bytes) -> str:
@@ -101,13 +101,13 @@ def what_it_stands_for(text: bytes) -> str:
     if PAGE.match(text):
         return f"a web page{_title(text)}: did its download need a sign-in?"
     if XML.match(text):
-        return f"XML, as a server answers that refuses ({_shown(text)})"
+        return f"XML, as a server answers that refuses ({_line(text)})"
     return ""
 
 
 def _title(page: bytes) -> str:
     found = re.search(rb"<title[^>]*>(.*?)</title>", page, re.IGNORECASE | re.DOTALL)
-    return f" ({_shown(found[1])})" if found else ""
+    return f" ({_line(found[1])})" if found else ""
 
 
 def _is_text(content: bytes) -> bool:
@@ -121,7 +121,12 @@ def _is_text(content: bytes) -> bool:
     return all(character.isprintable() or character in "\t\r\n\f" for character in text)
 
 
-def _shown(content: bytes) -> str:
+def _line(content: bytes) -> str:
     """The beginning of a text, in one line."""
-    text = " ".join(content.decode("utf-8", "replace").split())
+    return shown(content.decode("utf-8", "replace"))
+
+
+def shown(text: str) -> str:
+    """A text as messages show it: its beginning, in one line."""
+    text = " ".join(text.split())
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."

@@ -6,6 +6,7 @@ import re
 import unicodedata
 
 from data.decode import BadSample
+from data.kinds import shown
 
 EMPTY = "the caption is empty"
 UNSEEN = (
@@ -21,8 +22,6 @@ NO_VALUE = {"nan", "NaN", "None", "null", "NULL", "NA", "N/A", "n/a", "<NA>"} | 
 """What programs write where there is nothing."""
 LITERAL = re.compile(r"\[\s*(['\"]).*\1\s*\]|\{\s*(['\"]).*\}", re.DOTALL)
 """A list or an object as Python or JSON write it."""
-SHOWN = 40
-"""Characters of a caption that are shown."""
 
 
 def bare(text: str) -> str:
@@ -35,13 +34,12 @@ def sound_caption(text: str) -> str:
     caption = bare(text)
     if not caption:
         raise BadSample(EMPTY)
-    shown = f"{caption[:SHOWN]} ..." if len(caption) > SHOWN else caption
     if any("\ud800" <= character <= "\udfff" for character in caption):
         raise BadSample("the caption holds half a character (a lone surrogate)")
     if caption in NO_VALUE:
-        raise BadSample(f"the caption is {shown!r}, which programs write where there is none")
+        raise BadSample(f"the caption is {shown(caption)!r}, which programs write where there is none")
     if not any(map(_says_something, caption)):
-        raise BadSample(f"the caption is {shown!r}, without a letter or a digit")
+        raise BadSample(f"the caption is {shown(caption)!r}, without a letter or a digit")
     if LITERAL.fullmatch(caption):
         raise BadSample(
             "the caption is a list or an object that was written as text: take its texts out of it; several"

@@ -120,18 +120,16 @@ def _write(path: Path, table: Table, output: Output, caption_key: str, shard_byt
     reasons = [clips.what_is_missing(row) for row in table.rows]
     reject(clips.rejection(row, reason) for row, reason in zip(table.rows, reasons, strict=True) if reason)
     sound = [row for row, reason in zip(table.rows, reasons, strict=True) if not reason]
-    several, most = 0, 1
     pattern = str(output.folder).replace("%", "%%") + "/shard-%06d.tar"
     with ShardWriter(
         pattern, maxcount=10**9, maxsize=shard_bytes, verbose=0, mtime=0, user="", group=""
     ) as writer:
         for file, rows in clips.by_file(sound):
             try:
-                sample, captions = clips.sample(file, rows)
+                sample = clips.sample(file, rows)
             except _Rejected as reason:
                 reject(clips.rejection(row, str(reason)) for row in rows)
                 continue
-            several, most = several + (captions > 1), max(most, captions)
             shard = writer.fname
             writer.write(sample)
             if writer.fname != shard:  # that one is full
@@ -144,7 +142,7 @@ def _write(path: Path, table: Table, output: Output, caption_key: str, shard_byt
     if rejected:
         with (output.folder / REJECTED).open("w", newline="", encoding="utf-8") as written:
             csv.writer(written).writerows([Rejection._fields, *sorted(rejected)])
-    return _Packed(len(clips.files), len(rejected), for_ffmpeg, shards, several, most)
+    return _Packed(len(clips.files), len(rejected), for_ffmpeg, shards, clips.several, clips.most)
 
 
 class _Clips:
@@ -159,6 +157,8 @@ class _Clips:
         self._file, self._caption = columns.index(FILE), columns.index(CAPTION)
         self.files: dict[str, str] = {}
         """Of all samples so far, by key."""
+        self.several, self.most = 0, 1
+        """Samples so far that have several captions, and up to how many."""
 
     def rejection(self, row: Row, reason: str) -> Rejection:
         """A row that is not packed."""
@@ -193,9 +193,8 @@ class _Clips:
                 clips.setdefault(path, (spelling, []))[1].append(row)
             yield from clips.values()
 
-    def sample(self, file: str, rows: Sequence[Row]) -> tuple[dict[str, Any], int]:
-        """A clip as a WebDataset sample, which is one of the files from then on; and its number of
-        captions. Raises _Rejected."""
+    def sample(self, file: str, rows: Sequence[Row]) -> dict[str, Any]:
+        """A clip as a WebDataset sample, which counts from then on. Raises _Rejected."""
         stem, _, ending = file.rpartition(".")
         if ending.lower() not in AUDIO_ENDINGS:
             known = ", ".join(sorted(AUDIO_ENDINGS))
@@ -212,8 +211,9 @@ class _Clips:
         self.files[key] = file
         fields = self._fields(rows)
         captions = fields[self._caption_key]
-        sample = {"__key__": key, ending.lower(): audio, "json": fields}
-        return sample, len(captions) if isinstance(captions, list) else 1
+        if isinstance(captions, list):
+            self.several, self.most = self.several + 1, max(self.most, len(captions))
+        return {"__key__": key, ending.lower(): audio, "json": fields}
 
     def _read(self, file: str, ending: str) -> bytes:
         """The audio. Raises _Rejected."""

@@ -13,13 +13,12 @@ from typing import NamedTuple, TextIO
 
 from configs.errors import DataError
 from data.decode import AUDIO_ENDINGS
+from data.kinds import shown
 
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What Python reads for a byte that is none of UTF-8."""
 STAYS_OPEN = re.compile(r'[^"]*(?:""[^"]*)*')
 """A whole line that does not close the field in which it begins."""
-SHOWN = 60
-"""Characters of a line that are shown."""
 UNCLOSED = "a quotation mark opens a field and is not closed"
 WITHIN = 'there are quotation marks within a field in quotation marks; write each of them twice ("")'
 UNOPENED = "a quotation mark ends a field that begins with none"
@@ -111,7 +110,7 @@ class Records:
             if self._is_row(line):
                 raise DataError(
                     f"{self.path}, line {first}: {UNCLOSED} before line {self._line}, which is a row of its"
-                    f" own ({_shown(line)}). It is unclear where the field ends, so nothing is packed. Close"
+                    f" own ({shown(line)}). It is unclear where the field ends, so nothing is packed. Close"
                     ' it; in a field in quotation marks, write those of the text twice ("")'
                 )
             lines.append(line)
@@ -136,8 +135,3 @@ def is_audio(name: str) -> bool:
     """Whether a name has the ending of an audio file."""
     stem, _, ending = name.rstrip(' "').rpartition(".")
     return bool(stem) and ending.lower() in AUDIO_ENDINGS
-
-
-def _shown(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
