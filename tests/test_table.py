@@ -238,3 +238,10 @@ def test_a_table_of_another_kind_is_refused_with_what_to_do(
     with pytest.raises(DataError) as refused:
         read(tmp_path, content)
     assert said in str(refused.value)
+
+
+def test_single_quotation_marks_around_all_captions_are_not_taken_for_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"all 2 captions stand in single quotation marks, .*\('A dog'\)"):
+        read(tmp_path, "file,caption\na.wav,'A dog'\nb.wav,'A cat'\n")
+    rows = [["a.wav", "'Hello', says a man"], ["b.wav", "'Cause I can'"]]
+    assert rows_of(read(tmp_path, written([["file", "caption"], *rows], {}))) == rows

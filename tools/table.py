@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.errors import DataError
-from data.kinds import BEGINNING, what_it_is
+from data.kinds import BEGINNING, shown, what_it_is
 from data.texts import bare
 from tools.records import Dialect, Record, Records, is_audio
 
@@ -207,14 +207,28 @@ def _judge(records: Records, needed: Sequence[str]) -> Table:
         raise DataError(f"{records.path}: no row could be packed: there is none below the header")
     if len(faults) > max(1, MANY * (len(rows) + len(rejected))):
         raise DataError(_refusal(records, columns, rejected, len(rows), faults))
-    return Table([columns.names[place] for place in columns.named], rows, sorted(rejected))
+    table = Table([columns.names[place] for place in columns.named], rows, sorted(rejected))
+    _check_marks(records.path, table)
+    return table
+
+
+def _check_marks(path: Path, table: Table) -> None:
+    """Raise DataError where single quotation marks stand around all captions: they are none of CSV's, and
+    would be learnt."""
+    place = table.columns.index(CAPTION) if CAPTION in table.columns else 0
+    captions = [row.values[place].strip() for row in table.rows]
+    if len(captions) > 1 and all(re.fullmatch(r"'.*'", caption, re.DOTALL) for caption in captions):
+        raise DataError(
+            f"{path}: all {len(captions)} captions stand in single quotation marks, which would be learnt with"
+            f" them ({shown(captions[0])}): CSV has double ones, or none; write the table again without them"
+        )
 
 
 def _refusal(
     records: Records, columns: _Columns, rejected: Sequence[Rejection], sound: int, faults: Sequence[Record]
 ) -> str:
     """Names rows that cannot be right, and what may be wrong with all of them."""
-    shown = "".join(
+    listed = "".join(
         f"\n  line {row.line}: {row.file or '(no file)'}: {row.reason}" for row in rejected[:SHOWN]
     )
     more = f"\n  and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
@@ -231,7 +245,7 @@ def _refusal(
         )
     return (
         f"{records.path}: {len(rejected)} of {sound + len(rejected)} rows cannot be right, so nothing is"
-        f" packed:{shown}{more}\n{advice}"
+        f" packed:{listed}{more}\n{advice}"
     )
 
 
