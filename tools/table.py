@@ -219,8 +219,8 @@ def _check_marks(path: Path, table: Table) -> None:
     captions = [row.values[place].strip() for row in table.rows]
     if len(captions) > 1 and all(re.fullmatch(r"'.*'", caption, re.DOTALL) for caption in captions):
         raise DataError(
-            f"{path}: all {len(captions)} captions stand in single quotation marks, which would be learnt with"
-            f" them ({shown(captions[0])}): CSV has double ones, or none; write it again without them"
+            f"{path}: all {len(captions)} captions stand in single quotation marks, which would be learnt,"
+            f" too ({shown(captions[0])}): CSV has double ones, or none; write it again without them"
         )
 
 
