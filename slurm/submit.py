@@ -85,7 +85,7 @@ def submit(script: Path, *options: str) -> str:
         except cluster.SlurmRefused as error:
             if NO_ANSWER.search(error.said):
                 raise EarwitnessError(
-                    f"{error.said}\nSlurm may have taken the job: submit again if `squeue --me` does not show it"
+                    f"{error.said}\nSlurm may have taken it: submit again if `squeue --me` does not show it"
                 ) from None
             raise ConfigError(
                 f"Slurm does not take the job:\n{_with_advice(error.said)}\nThe script is {script}"
