@@ -134,7 +134,7 @@ def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
             outside = look_outside(run, history, began.attempt)
             history.events.append(find_end(run, history, began.attempt, outside))
     rows, since = summarize(history, now), begin(history)
-    state, words = _state(history, rows, jobs)
+    state, words = _state(run, history, rows, jobs)
     is_going_on = state in ("running", "starting", "waiting")
     ends = [now] if is_going_on else [row.end for row in rows if row.end]
     spent = {} if since is None else goodput(rows, since, max(ends, default=since))
@@ -180,7 +180,9 @@ def _at_work(run: RunDir, attempt: AttemptBegan, jobs: list[QueuedJob] | None) -
     return now is not None and now.alive and now.attempt == attempt.attempt
 
 
-def _state(history: History, rows: list[AttemptSummary], jobs: list[QueuedJob] | None) -> tuple[str, str]:
+def _state(
+    run: RunDir, history: History, rows: list[AttemptSummary], jobs: list[QueuedJob] | None
+) -> tuple[str, str]:
     """The state of a run in one word, and what there is to say of it."""
     last = rows[-1] if rows else None
     if last and last.end is None:
@@ -209,6 +211,11 @@ def _state(history: History, rows: list[AttemptSummary], jobs: list[QueuedJob] |
     submitted = history.last(Submitted)
     if submitted and submitted.index_log:
         words += f"; was it the indexing? Its log: {submitted.index_log}"
+    elif submitted and not (run.slurm / f"{submitted.job}.log").exists():
+        words += (
+            f"; job {submitted.job} has not even written its log: do all compute nodes see {run.slurm}, under"
+            f" this path? `scontrol show job {submitted.job}` may say more"
+        )
     return "ended", words
 
 

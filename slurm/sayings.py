@@ -41,6 +41,10 @@ SAYINGS: tuple[tuple[tuple[str, ...], str], ...] = (
         " format=name,maxwall`; the chain goes on over as many jobs as it takes",
     ),
     (
+        ("PartitionConfig",),
+        "the job does not fit the partition's limits of time, nodes or users: `scontrol show partition`",
+    ),
+    (
         ("QOS*Submit*", "Assoc*Submit*"),
         "too few jobs may be in the queue at a time: end others; a chain has two jobs, with slurm.resubmit:"
         " requeue one, and one more until shards are indexed (`python -m tools.index CONFIG` first)",
