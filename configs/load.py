@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from configs.errors import ConfigError
-from configs.schema import SECRET_URL, RunConfig, Section
+from configs.schema import SECRET_URL, RunConfig, Section, Zero2
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -29,11 +29,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_kept(path: Path) -> RunConfig:
-    """The config that a run has kept, by this version or one before clips were packed: then every clip was
-    padded, and micro-batches had a number of samples. Raises ConfigError."""
+    """The config that a run has kept, by this version or an older one. Raises ConfigError.
+
+    Before clips were packed every clip was padded, and micro-batches had a number of samples."""
     values = read_yaml(path)
     values.get("batch", {}).pop("micro_size", None)
     values.setdefault("data", {}).setdefault("window", "full")
+    engine = values.get("engine", {})
+    try:
+        Zero2.model_validate(engine.get("zero2", {}))
+    except ValidationError:  # was handed to DeepSpeed unread; what was trained with it is the same
+        del engine["zero2"]
     return validate(values, str(path))
 
 
@@ -101,6 +107,15 @@ for _side in (_Loader, _Dumper):
     )
 
 
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text with escapes where it has breaks and controls: as they are not all would be read back."""
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _quoted)
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     """Apply `a.b=value` in place. An item of a list is named by its number or by its `name`:
     `data.sources.speech.weight=2`."""
@@ -138,13 +153,11 @@ def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         *parents, key = error["loc"]
-        known = _fields_at(parents)
-        near = difflib.get_close_matches(str(key), known, 1, 0.5)
-        return f"unknown key {where!r}; " + (
-            f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-        )
+        return _explain_key(where, str(key), _section_at(parents))
     if error["type"] == "missing":
         return f"{where}: missing"
+    if error["type"] == "model_type":
+        return f"{where}: settings by name are wanted here, as {{KEY: VALUE}} (got {error['input']!r})"
     given = (
         ""
         if isinstance(error["input"], dict | list) or SECRET_URL.search(str(error["input"]))
@@ -153,13 +166,26 @@ def _explain(error: Any) -> str:
     return f"{where or 'config'}: {error['msg'].removeprefix('Value error, ')}{given}"
 
 
-def _fields_at(path: Sequence[Any]) -> list[str]:
-    """Names of the fields of the section at a path of the schema."""
+def _explain_key(where: str, key: str, section: type[Section]) -> str:
+    """Why a section does not take a key."""
+    if key in section.refused:
+        return f"{where}: not taken: {section.refused[key]}"
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(key, [*known, *section.refused], 1, 0.5)
+    if not near:
+        return f"unknown key {where!r}; there are {', '.join(known)}"
+    reason = section.refused.get(near[0])
+    asked = f"unknown key {where!r}; did you mean {near[0]!r}?"
+    return f"{asked} It is not taken: {reason}" if reason else asked
+
+
+def _section_at(path: Sequence[Any]) -> type[Section]:
+    """The section at a path of the schema."""
     section: type[Section] = RunConfig
     for part in path:
         if isinstance(part, str) and part in section.model_fields:
             section = section_in(section.model_fields[part].annotation) or section
-    return list(section.model_fields)
+    return section
 
 
 def section_in(annotation: Any) -> type[Section] | None:

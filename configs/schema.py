@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -18,9 +18,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+
+from configs.deepspeed import DECIDED, DECIDED_IN_ZERO
 
 T = TypeVar("T")
 
@@ -110,6 +113,8 @@ class Section(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+    refused: ClassVar[dict[str, str]] = {}
+    """Keys that are well known, but not taken, and why."""
 
 
 class Run(Section):
@@ -348,6 +353,57 @@ class Optim(Section):
         return self
 
 
+class ZeroOptimization(Section):
+    """What may be changed of DeepSpeed's config: how gradients and weights are sent. The sums stay the same;
+    all else is Earwitness's to decide, and refused by name."""
+
+    overlap_comm: Annotated[bool, FREE] = False
+    """Reduce gradients while the backward pass goes on; of no use where a step has one reduction, as here
+    since torch 2.10."""
+    reduce_bucket_size: Annotated[int, FREE] = Field(200_000_000, ge=1_000_000, le=4_000_000_000)
+    """Elements (not bytes) that are reduced at a time; fewer save memory, more save messages on slow
+    networks."""
+    allgather_bucket_size: Annotated[int, FREE] = Field(
+        200_000_000, ge=1_000_000, le=4_000_000_000, multiple_of=2
+    )
+    """Elements of updated weights that are gathered at a time, for the same reasons."""
+    contiguous_gradients: Annotated[bool, FREE] = True
+    """Copy gradients into one buffer of `reduce_bucket_size` elements, so that memory is not fragmented;
+    `false` saves the buffer."""
+    reduce_scatter: Annotated[bool, FREE] = True
+    """Send each process its own share of the sum only; `false` sends all of it to all, for networks that are
+    tuned for all-reduce."""
+    use_multi_rank_bucket_allreduce: Annotated[bool, FREE] = True
+    """One message for the shares of all processes, which suits many of them; `false`: one for each share."""
+
+    refused = DECIDED_IN_ZERO
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _says_what_is_meant(cls, value: Any, field: ValidationInfo) -> Any:
+        if value == "auto":
+            raise ValueError("`auto` is for other trainers to fill in; leave the key out for the default")
+        name = field.field_name or ""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name.endswith("_size") and not is_number:
+            raise ValueError("write a number of elements without quotation marks, as 200000000 or 2e8")
+        if not name.endswith("_size") and not isinstance(value, bool):
+            raise ValueError("write true or false, without quotation marks")
+        return value
+
+
+class Zero2(Section):
+    """DeepSpeed's config, under its own names."""
+
+    zero_optimization: Annotated[ZeroOptimization, FREE] = ZeroOptimization()
+
+    refused = (
+        DECIDED_IN_ZERO
+        | dict.fromkeys(ZeroOptimization.model_fields, "it stands in zero_optimization")
+        | DECIDED
+    )
+
+
 class EngineSettings(Section):
     """How training is spread over the ranks."""
 
@@ -356,8 +412,7 @@ class EngineSettings(Section):
     may go on with the other one."""
     dtype: Annotated[Literal["bf16", "fp32"], ON_PURPOSE] = "bf16"
     """Of the weights that compute. Master weights, gradients and optimizer state are fp32 in any case."""
-    zero2: Annotated[dict[str, Any], FREE] = {}
-    """Entries that override those of DeepSpeed's config, e.g. `{zero_optimization: {overlap_comm: true}}`."""
+    zero2: Annotated[Zero2, FREE] = Zero2()
 
 
 class Checkpoint(Section):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ from rich.table import Table
 
 from configs.cores import remark_on_cores
 from configs.errors import EarwitnessError
+from configs.run.folder import RunDir
 from configs.schema import RunConfig, node_range
 from data.balance import remark_on_balance
 from data.location import Location
 from slurm import cluster
-from slurm.submit import cores_per_task
+from slurm.sayings import IMPOSSIBLE
+from slurm.submit import cores_per_task, look_ahead, script_text
 
+Verdict = Literal["ok", "note", "bad"]
 COLORS = {"ok": "green", "note": "yellow", "bad": "red"}
 PACKAGES = (
     "torch",
@@ -44,7 +48,7 @@ class Finding:
     """What was looked at, and what came of it."""
 
     what: str
-    verdict: Literal["ok", "note", "bad"]
+    verdict: Verdict
     details: str
 
 
@@ -153,6 +157,21 @@ def _programs() -> Iterator[Finding]:
         yield Finding("Slurm", "note", f"it does not answer: {str(error).splitlines()[-1]}")
 
 
+def _job(config: RunConfig) -> Iterator[Finding]:
+    """Whether Slurm would take the job."""
+    if not cluster.can_submit():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "job.sh"
+        run = RunDir(config.run.dir)
+        script.write_text(script_text(config, run, run.code), encoding="utf-8")
+        refusal = look_ahead(script)
+    if refusal is not None:
+        is_taken = not refusal or IMPOSSIBLE in refusal
+        verdict: Verdict = "bad" if not is_taken else "note" if refusal else "ok"
+        yield Finding("job", verdict, refusal or "Slurm would take it")
+
+
 def _cores(config: RunConfig) -> Iterator[Finding]:
     """Whether the GPUs of a job, and those of this machine, get their data decoded fast enough."""
     if config.slurm.gpus_per_node and cluster.can_submit():
@@ -211,6 +230,7 @@ def _config(path: Path) -> Iterator[Finding]:
     try:
         config = load(path)
         yield Finding("config", "ok", str(path))
+        yield from _job(config)
         yield from _cores(config)
         yield from _balance(config)
         shards = list_shards(config)

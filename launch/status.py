@@ -42,6 +42,8 @@ from launch.samples import SamplesReport
 from slurm import cluster
 from slurm.chain import chain_jobs, look_outside
 from slurm.cluster import QueuedJob
+from slurm.said import refused_successor
+from slurm.sayings import advice
 
 WIDE = 180
 """Columns, where no terminal says how many it has."""
@@ -50,8 +52,6 @@ ANSWER_SECONDS = 10.0
 NODES_SHOWN = 3
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 """In seconds."""
-NEVER = ("PartitionNodeLimit", "PartitionTimeLimit", "PartitionConfig", "BadConstraints")
-"""Reasons of jobs that no node, free or busy, can take."""
 
 
 @dataclass
@@ -134,7 +134,7 @@ def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
             outside = look_outside(run, history, began.attempt)
             history.events.append(find_end(run, history, began.attempt, outside))
     rows, since = summarize(history, now), begin(history)
-    state, words = _state(history, rows, jobs)
+    state, words = _state(run, history, rows, jobs)
     is_going_on = state in ("running", "starting", "waiting")
     ends = [now] if is_going_on else [row.end for row in rows if row.end]
     spent = {} if since is None else goodput(rows, since, max(ends, default=since))
@@ -147,6 +147,9 @@ def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
     if started and speed and state == "running":
         eta = (started.total_steps - step) * started.global_size / speed
     quarantined = run.quarantine.read()
+    notices = _notices(history, quarantined)
+    if is_going_on and rows and (refusal := refused_successor(run, rows[-1].job)):
+        notices.append(_no_successor(rows[-1].job, refusal))
     losses = [event.metrics.get("validation/loss") for event in history.of(Evaluated)]
     return Report(
         run=str(run.path),
@@ -164,7 +167,7 @@ def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
             for name, seconds in spent.items()
         },
         samples=SamplesReport.of(history, quarantined),
-        notices=_notices(history, quarantined),
+        notices=notices,
         attempts=rows,
     )
 
@@ -177,7 +180,9 @@ def _at_work(run: RunDir, attempt: AttemptBegan, jobs: list[QueuedJob] | None) -
     return now is not None and now.alive and now.attempt == attempt.attempt
 
 
-def _state(history: History, rows: list[AttemptSummary], jobs: list[QueuedJob] | None) -> tuple[str, str]:
+def _state(
+    run: RunDir, history: History, rows: list[AttemptSummary], jobs: list[QueuedJob] | None
+) -> tuple[str, str]:
     """The state of a run in one word, and what there is to say of it."""
     last = rows[-1] if rows else None
     if last and last.end is None:
@@ -206,15 +211,17 @@ def _state(history: History, rows: list[AttemptSummary], jobs: list[QueuedJob] |
     submitted = history.last(Submitted)
     if submitted and submitted.index_log:
         words += f"; was it the indexing? Its log: {submitted.index_log}"
+    elif submitted and not (run.slurm / f"{submitted.job}.log").exists():
+        words += (
+            f"; job {submitted.job} has not even written its log: do all compute nodes see {run.slurm}, under"
+            f" this path? `scontrol show job {submitted.job}` may say more"
+        )
     return "ended", words
 
 
 def _reason(job: QueuedJob) -> str:
-    if job.reason in NEVER:
-        return (
-            f"{job.reason}: it will not start on this cluster as it is; `launch stop`, and ask for less in"
-            " the slurm section"
-        )
+    if what := advice(job.reason):
+        return f"{job.reason}: {what}"
     return "Slurm has not looked at it yet" if job.reason == "None" else job.reason
 
 
@@ -241,6 +248,11 @@ def _spike(event: Spike) -> str:
 
 def _skip(event: Skipped) -> str:
     return f"step {event.step}: its gradient was not finite, and is left out"
+
+
+def _no_successor(job: str, refusal: str) -> str:
+    what = advice(refusal) or "where compute nodes may not submit: slurm.resubmit: requeue"
+    return f"job {job} could not queue the next attempt, and requeues itself instead: {refusal}: {what}"
 
 
 def _message(event: Damaged | MirrorFailed) -> str:

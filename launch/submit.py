@@ -14,7 +14,7 @@ from math import ceil
 from pathlib import Path
 
 from configs.cores import remark_on_cores
-from configs.errors import ConfigError
+from configs.errors import ConfigError, EarwitnessError
 from configs.run.causes import Cause
 from configs.run.events import CheckpointSaved, Ended, Submitted
 from configs.run.folder import PACKAGES, RunDir
@@ -26,6 +26,7 @@ from data.dataset import list_shards, load_sidecars
 from data.sources import Shard
 from slurm import cluster
 from slurm.chain import chain_jobs
+from slurm.sayings import IMPOSSIBLE, advice
 from slurm.submit import FROZEN, cores_per_task, index_script, look_ahead, submit, write_script
 
 ROOT = Path(__file__).parents[1]
@@ -66,26 +67,15 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
             f"{missing} of {len(shards)} shards are not indexed: a job without GPUs does that first",
             file=sys.stderr,
         )
-    impossible = look_ahead(script) if cluster.can_submit() else None
-    if impossible:
-        print(
-            f"NOTE: no nodes here, free or busy, could take this job ({impossible}): it waits until there are"
-            " some",
-            file=sys.stderr,
-        )
+    refusal = look_ahead(script) if cluster.can_submit() else None
+    if refusal and (dry_run or IMPOSSIBLE in refusal):  # sbatch itself says all else
+        print(f"NOTE: as it is, this job would not start here:\n{refusal}", file=sys.stderr)
     if dry_run:
         print(script.read_text(encoding="utf-8"))
         print(f"not submitted: `sbatch {script}` would", file=sys.stderr)
         return
-    options: list[str] = []
-    index_log = ""
-    if missing:
-        index = _submit_index(config, run)
-        options = [f"--dependency=afterok:{index}", "--kill-on-invalid-dep=yes"]
-        index_log = str(run.slurm / f"index-{index}.log")
-        print(f"job {index} indexes the shards; its log: {index_log}")
     attempt = run.ledger.read().next_attempt
-    job = submit(script, *options)
+    job, index_log = _submit_jobs(config, run, script, index_first=missing > 0)
     run.ledger.record(
         Submitted(
             attempt=attempt,
@@ -101,6 +91,35 @@ submitted job {job}: {config.run.name}, nodes: {settings.nodes}, processes on ea
   python -m launch stop {run.path}      save, and end the chain
   tail -F {run.slurm / f"{job}.log"}    what the job says; the ranks' own logs are in {run.logs}
   tensorboard --logdir {run.path.parent}""")
+    for line in _remarks_on_queue(config, script, job):
+        print(line, file=sys.stderr)
+
+
+def _submit_jobs(config: RunConfig, run: RunDir, script: Path, *, index_first: bool) -> tuple[str, str]:
+    """Submit the first job of a chain; returns it, and the log of the job that makes the index before it."""
+    if not index_first:
+        return submit(script), ""
+    index = _submit_index(config, run)
+    log = str(run.slurm / f"index-{index}.log")
+    try:
+        job = submit(script, f"--dependency=afterok:{index}", "--kill-on-invalid-dep=yes")
+    except EarwitnessError:
+        cluster.cancel(index)
+        raise
+    print(f"job {index} indexes the shards; its log: {log}")
+    return job, log
+
+
+def _remarks_on_queue(config: RunConfig, script: Path, job: str) -> Iterator[str]:
+    """Whether the job can start, and whether the chain may queue another one beside it."""
+    with contextlib.suppress(EarwitnessError):  # `status` says it, too
+        for waiting in cluster.queued([job], seconds=cluster.LOOK_SECONDS):
+            if what := advice(waiting.reason):
+                yield f"NOTE: job {job} waits: {waiting.reason}: {what}"
+    if config.slurm.resubmit == "chain":
+        refusal = look_ahead(script, f"--dependency=afterany:{job}")
+        if refusal and IMPOSSIBLE not in refusal:
+            yield f"NOTE: Slurm would not take the next attempt beside this one:\n{refusal}"
 
 
 def snapshot(run: RunDir) -> Path:

@@ -6,17 +6,25 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from configs.errors import EarwitnessError
 
 ANSWER_SECONDS = 300.0
 """Seconds that Slurm may take to answer."""
-SINFO_SECONDS = 10.0
+LOOK_SECONDS = 10.0
 """The same where an answer is only of use, and not needed."""
 GPUS = re.compile(r"\bgpu:(?:[^:,(]+:)?(\d+)")
 """In generic resources, as gpu:8 or gpu:a100:4(S:0-1),nvme:1."""
+
+
+class SlurmRefused(EarwitnessError):
+    """A command of Slurm's has failed; `said` is its whole complaint."""
+
+    def __init__(self, command: Sequence[str], said: str) -> None:
+        super().__init__(f"{' '.join(command)}: {said}")
+        self.said = said
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,11 @@ def queued(jobs: Iterable[str], *, seconds: float = ANSWER_SECONDS) -> list[Queu
 
 def node_types(partition: str | None) -> list[NodeType]:
     """The kinds of nodes of a partition (None: of the cluster's default one). Raises EarwitnessError."""
-    lines = run("sinfo", "--noheader", "--exact", "--format=%P|%c|%G", seconds=SINFO_SECONDS).splitlines()
+    lines = run("sinfo", "--noheader", "--exact", "--format=%P|%c|%G", seconds=LOOK_SECONDS).splitlines()
     types = []
     for line in lines:  # the default partition's name has a star
+        if line.count("|") < 2:  # CLUSTER: NAME, where SLURM_CLUSTERS is set
+            continue
         name, cores, resources = map(str.strip, line.split("|", 2))
         is_asked_for = name.endswith("*") if partition is None else name.rstrip("*") in partition.split(",")
         if is_asked_for:
@@ -86,10 +96,17 @@ def set_nodes(job: str, nodes: int, tasks: int) -> None:
 
 def run(*command: str, environment: Mapping[str, str] | None = None, seconds: float = ANSWER_SECONDS) -> str:
     """What a command of Slurm's prints within so many seconds. Raises EarwitnessError with its complaint."""
+    return answer(*command, environment=environment, seconds=seconds)[0]
+
+
+def answer(
+    *command: str, environment: Mapping[str, str] | None = None, seconds: float = ANSWER_SECONDS
+) -> tuple[str, str]:
+    """What a command of Slurm's prints, and what it says on stderr. Raises as `run` does."""
     try:
-        return subprocess.run(
+        done = subprocess.run(
             command, env=environment, check=True, capture_output=True, encoding="utf-8", timeout=seconds
-        ).stdout
+        )
     except FileNotFoundError:
         raise EarwitnessError(
             f"{command[0]}: not found; this needs Slurm's commands, as on a login node"
@@ -99,9 +116,9 @@ def run(*command: str, environment: Mapping[str, str] | None = None, seconds: fl
             f"{' '.join(command)}: no answer within {seconds:.0f} s; is the cluster up{_where()}?"
         ) from None
     except subprocess.CalledProcessError as error:
-        raise EarwitnessError(
-            f"{' '.join(command)}: {error.stderr.strip() or f'exit code {error.returncode}'}"
-        ) from None
+        said = error.stderr.strip() or error.stdout.strip() or f"exit code {error.returncode}"
+        raise SlurmRefused(command, said) from None
+    return done.stdout, done.stderr
 
 
 def _where() -> str:

@@ -33,7 +33,8 @@ def join_job() -> None:
     os.environ |= {name: os.environ[slurms_name] for name, slurms_name in names.items()}
     tasks_per_node = os.environ["SLURM_STEP_TASKS_PER_NODE"]  # as 8, or 8(x4)
     os.environ["LOCAL_WORLD_SIZE"] = tasks_per_node.partition("(")[0]
-    os.environ |= {"MASTER_ADDR": os.environ["SLURM_LAUNCH_NODE_IPADDR"], "MASTER_PORT": str(port)}
+    address = os.environ["SLURM_LAUNCH_NODE_IPADDR"].strip("[]")  # IPv6, as some versions write it
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
 def node_name() -> str:

@@ -18,21 +18,37 @@ note() {
 
 state() { sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' "$jobs/$1" 2>/dev/null; }
 
+# Jobs that wait for this one to end. One is enough: all others are cancelled. A submission whose answer was lost may have been taken.
+successor() {
+  local waiting
+  mapfile -t waiting < <(squeue --noheader --states=PENDING --format='%i %E' 2>/dev/null | sed -n "s/^ *\([0-9]*\) .*afternotok:$me\b.*/\1/p")
+  if ((${#waiting[@]} > 1)); then scancel "${waiting[@]:1}"; fi
+  echo "${waiting[0]:-}"
+}
+
 # The next attempt is queued before anything can go wrong in this one. It starts if this one ends in any way but success.
 queue_next() {
-  local pause
+  local pause said=$jobs/$me.refused
   next=$(cat "$jobs/$me.next" 2>/dev/null)  # this job has been requeued
   if [ -n "$next" ] && squeue --noheader --job="$next" --states=PENDING 2>/dev/null | grep -q .; then return; fi
-  for pause in 1 5 20 0; do
-    # Without this job's variables, which would become options of the next one.
+  for pause in 0 1 5 20 60; do
+    sleep "$pause"
+    # Without this job's variables, which would become options of the next one. Of what is printed the last line counts: sites wrap sbatch.
     next=$(
       for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
-      sbatch --parsable --dependency="afternotok:$me" --kill-on-invalid-dep=yes "$script" "$chain" "$me"
-    ) && next=${next%%;*} && echo "$next" >"$jobs/$me.next" && return
-    sleep "$pause"
+      sbatch --parsable --dependency="afternotok:$me" --kill-on-invalid-dep=yes "$script" "$chain" "$me" 2>"$said" | tail -n 1
+    )
+    cat "$said"
+    next=${next%%;*} next=${next##* }
+    if [ "$pause" != 0 ] || [[ ! $next =~ ^[0-9]+$ ]]; then next=$(successor); fi
+    if [ -n "$next" ]; then
+      echo "$next" >"$jobs/$me.next"
+      rm -f "$said"
+      return
+    fi
+    grep -qiE 'unable to contact|timed out|temporarily|connection refused|try again|standby|zero bytes' "$said" || break
   done
-  next=
-  say "cannot queue the next attempt from $(hostname): does this cluster allow sbatch on compute nodes? Otherwise set slurm.resubmit=requeue"
+  say "cannot queue the next attempt from $node, as said above: this job requeues itself instead. If it is always so here: slurm.resubmit=requeue"
   return 1
 }
 
@@ -142,7 +158,13 @@ case $(state "$me") in
 esac
 if [ "$code" != 0 ] && [ "$resubmit" = requeue ] && [ "$(state "$me")" != CANCELLED ]; then
   say "requeues itself"
-  scontrol requeue "$me"
-  sleep 60
+  for pause in 0 5 20 60 120; do
+    sleep "$pause"
+    if scontrol requeue "$me"; then
+      sleep 60  # until Slurm ends this one
+      exit "$code"
+    fi
+  done
+  say "cannot requeue itself, as said above: \`launch submit\` goes on"
 fi
 exit "$code"

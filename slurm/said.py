@@ -45,6 +45,14 @@ def job_state(run: RunDir, job: str) -> str:
     return state[1]
 
 
+def refused_successor(run: RunDir, job: str) -> str:
+    """What Slurm said when a job could not queue the next one, in one line; empty if it could."""
+    note = run.slurm / "jobs" / f"{job}.refused"
+    if not job or not note.is_file():
+        return ""
+    return " ".join(note.read_text(encoding="utf-8", errors="replace").split())
+
+
 def first_failure(run: RunDir, job: str, attempt: int) -> Failure | None:
     """The node or task of an attempt that failed first, by what srun said; None if it said nothing."""
     output = _srun_output(run, job, attempt)

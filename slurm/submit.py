@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -11,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from submitit import SlurmExecutor
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.helpers import CommandFunction
 
 from configs.errors import ConfigError, EarwitnessError
 from configs.run.folder import RunDir
 from configs.schema import RunConfig, Slurm, node_range
 from slurm import cluster
+from slurm.sayings import NO_ANSWER, advice
 
 BODY = Path(__file__).with_name("job.sh")
 FROZEN = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
 """Never handed on to a job: by the time it starts they may have changed."""
+
+JOB_ID = re.compile(r"(?:^|Submitted batch job )(\d+)(?:;.*| on cluster .*)?\s*$", re.MULTILINE)
+"""In what sbatch prints; sites that wrap it print more."""
 
 
 def write_script(config: RunConfig, run: RunDir, code: Path) -> Path:
@@ -74,15 +77,28 @@ def _with_header(config: RunConfig, run: RunDir, log: str, commands: list[str]) 
 
 
 def submit(script: Path, *options: str) -> str:
-    """Hand a script to sbatch; returns the job's id. Raises ConfigError with what Slurm said."""
-    sbatch = CommandFunction(["sbatch", *options, str(script)], verbose=False)
+    """Hand a script to sbatch; returns the job's id. What the site says meanwhile is printed. Raises
+    ConfigError with all that Slurm said, EarwitnessError if it did not answer."""
     with _clean_environment():
         try:
-            return SlurmExecutor._get_job_id_from_submission_command(sbatch())
-        except (FailedJobError, FailedSubmissionError, OSError) as error:
-            complaints = [line for line in str(error).splitlines() if "sbatch: error" in line]
-            lines = ["Slurm does not take the job:", *(complaints or [str(error)])]
-            raise ConfigError("\n".join([*lines, f"The script is {script}"])) from None
+            printed, said = cluster.answer("sbatch", "--parsable", *options, str(script))
+        except cluster.SlurmRefused as error:
+            if NO_ANSWER.search(error.said):
+                raise EarwitnessError(
+                    f"{error.said}\nSlurm may have taken it: submit again if `squeue --me` does not show it"
+                ) from None
+            raise ConfigError(
+                f"Slurm does not take the job:\n{_with_advice(error.said)}\nThe script is {script}"
+            ) from None
+    print(said, end="", file=sys.stderr, flush=True)
+    jobs = JOB_ID.findall(printed)
+    if not jobs:
+        raise EarwitnessError(f"{script}: handed to sbatch, which names no job: {printed.strip()!r}")
+    return str(jobs[-1])
+
+
+def _with_advice(said: str) -> str:
+    return "\n".join(filter(None, [said, advice(said)]))
 
 
 def _parameters(config: RunConfig, run: RunDir, log: str) -> dict[str, Any]:
@@ -174,17 +190,17 @@ def _escaped(value: object) -> object:
     return value.replace("\\", "\\\\") if isinstance(value, str) else value
 
 
-def look_ahead(script: Path) -> str | None:
-    """What Slurm says of a script that none of its nodes, free or busy, could take; None if some could, or
-    for complaints that `submit` will hear, too."""
+def look_ahead(script: Path, *options: str) -> str | None:
+    """What Slurm would say against a script now, with advice; empty if nothing, None if it does not
+    answer."""
     try:
         with _clean_environment():
-            cluster.run("sbatch", "--test-only", str(script))
-    except EarwitnessError as error:
-        for line in str(error).splitlines():
-            if "node configuration is not available" in line:
-                return line.rpartition(": ")[2]
-    return None
+            cluster.run("sbatch", "--test-only", *options, str(script), seconds=cluster.LOOK_SECONDS)
+    except cluster.SlurmRefused as error:
+        return None if NO_ANSWER.search(error.said) else _with_advice(error.said)
+    except EarwitnessError:
+        return None
+    return ""
 
 
 @contextlib.contextmanager

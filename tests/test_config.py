@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -134,7 +135,9 @@ def test_a_cycle_of_extends_is_refused(write: Write) -> None:
 OVERRIDES: dict[str, Callable[[RunConfig], bool]] = {
     "optim.lr=2e-5": lambda config: config.optim.lr == 2e-5,
     "batch.global_size=7": lambda config: config.batch.global_size == 7,
-    "engine.zero2.bf16.enabled=false": lambda config: config.engine.zero2 == {"bf16": {"enabled": False}},
+    "engine.zero2.zero_optimization.reduce_bucket_size=5e8": (
+        lambda config: config.engine.zero2.zero_optimization.reduce_bucket_size == 500_000_000
+    ),
     "data.sources.music.weight=2": lambda config: [source.weight for source in config.data.sources] == [1, 2],
     "data.sources.0.weight=2": lambda config: [source.weight for source in config.data.sources] == [2, 0.5],
     "data.sources.music.shards=[a.tar, b.tar]": (
@@ -256,14 +259,13 @@ def test_dump_is_read_back_to_the_same_config(tmp_path_factory, name, style, lr,
     folder = tmp_path_factory.getbasetemp()
     (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
     config = load(folder / "config.yaml")
-    source = config.data.sources[0].model_copy(update={"style": style})
+    source = config.data.sources[0].model_copy(update={"style": style, "storage_options": options})
     config = config.model_copy(
         update={
             "run": config.run.model_copy(update={"name": name}),
             "model": config.model.model_copy(update={"freeze": freeze}),
             "data": config.data.model_copy(update={"sources": [source]}),
             "optim": config.optim.model_copy(update={"lr": lr}),
-            "engine": config.engine.model_copy(update={"zero2": options}),
         }
     )
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
@@ -366,6 +368,75 @@ def test_what_a_run_kept_before_clips_were_packed_is_read_as_it_was(tmp_path: Pa
     assert run.read_config().data.window == run.proposal.read().data.window == "full"
     run.config.write_text(dump(validate(values, "test")), encoding="utf-8")
     assert run.read_config().data.window == "own"
+
+
+def test_what_a_run_kept_of_deepspeed_settings_that_are_not_taken_any_more_is_left_out(
+    tmp_path: Path,
+) -> None:
+    """So that a run of an older version is shown and exported."""
+    values = config_values("run", tmp_path, tmp_path, "*.tar")
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    kept = yaml.safe_load(dump(validate(values, "test")))
+    kept["engine"]["zero2"] = {"gradient_clipping": 1.0}
+    run.config.write_text(yaml.safe_dump(kept), encoding="utf-8")
+    assert run.read_config() == validate(values, "test")
+    kept["engine"]["zero2"] = {"zero_optimization": {"overlap_comm": True}}
+    run.config.write_text(yaml.safe_dump(kept), encoding="utf-8")
+    assert run.read_config().engine.zero2.zero_optimization.overlap_comm
+
+
+PASTED = """
+fp16: {enabled: auto}
+bf16: {enabled: true}
+optimizer: {type: AdamW, params: {lr: auto}}
+gradient_clipping: auto
+train_micro_batch_size_per_gpu: auto
+gradient_acumulation_steps: 4
+wall_clock_breakdown: false
+overlap_comm: true
+zero_optimisation: {}
+zero_optimization:
+  stage: 2
+  offload_optimizer: {device: cpu}
+  overlap_com: true
+  overlap_comm: auto
+  reduce_bucket_size: "5e8"
+  allgather_bucket_size: 200000001
+  contiguous_gradients: "true"
+"""
+"""A config of DeepSpeed's, with a mistake here and there."""
+SAID = {
+    "fp16": "engine.dtype",
+    "bf16": "engine.dtype",
+    "optimizer": "section optim",
+    "gradient_clipping": "optim.clip_grad_norm",
+    "train_micro_batch_size_per_gpu": "batch.micro_seconds",
+    "gradient_acumulation_steps": "did you mean 'gradient_accumulation_steps'? It is not taken: Earwitness",
+    "wall_clock_breakdown": "monitor",
+    "overlap_comm": "it stands in zero_optimization",
+    "zero_optimisation": "did you mean 'zero_optimization'?",
+    "zero_optimization.stage": "it is 2",
+    "zero_optimization.offload_optimizer": "state stays on the GPUs",
+    "zero_optimization.overlap_com": "did you mean 'overlap_comm'?",
+    "zero_optimization.overlap_comm": "leave the key out",
+    "zero_optimization.reduce_bucket_size": "as 200000000 or 2e8 (got '5e8')",
+    "zero_optimization.allgather_bucket_size": "multiple of 2",
+    "zero_optimization.contiguous_gradients": "write true or false",
+}
+"""What is said of each of its keys."""
+
+
+def test_a_pasted_deepspeed_config_is_refused_key_by_key_with_what_decides_instead(write: Write) -> None:
+    path = write(CONFIG)
+    with pytest.raises(ConfigError) as error:
+        load(path, [f"engine.zero2={json.dumps(yaml.safe_load(PASTED))}"])
+    lines = str(error.value).splitlines()
+    told = {
+        key: [line for line in lines if re.search(rf"engine\.zero2\.{key}\b'?[:;]", line)] for key in SAID
+    }
+    assert len(lines) == len(SAID)
+    assert all(len(told[key]) == 1 and words in told[key][0] for key, words in SAID.items()), told
 
 
 def test_places_on_this_machine_are_taken_as_they_are_meant(

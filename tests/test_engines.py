@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from configs.load import validate
 from configs.ports import free_ports
-from configs.schema import RunConfig
+from configs.schema import RunConfig, ZeroOptimization
 from data.batch import Batch, Sample, collate
 from data.captions import Tokens
 from tests.making import config_values
@@ -50,14 +50,21 @@ class Case:
     """An engine and micro-batches for it."""
 
     def __init__(
-        self, backend: str, dtype: str, folder: Path, weights: Path, world: World, micro_batches: int
+        self,
+        backend: str,
+        dtype: str,
+        folder: Path,
+        weights: Path,
+        world: World,
+        micro_batches: int,
+        zero: dict[str, object] | None = None,
     ) -> None:
         values = config_values(
             "run",
             folder,
             weights,
             "x.tar",
-            engine={"backend": backend, "dtype": dtype},
+            engine={"backend": backend, "dtype": dtype, "zero2": {"zero_optimization": zero or {}}},
             optim={"clip_grad_norm": 1e9, "weight_decay": 0.1},
         )
         self.config: RunConfig = validate(values, "test")
@@ -122,6 +129,27 @@ def test_zero2_adds_up_gradients_of_bf16_weights_in_fp32(
         for fragment in case.engine.fragments()
     ]
     assert norm(errors) / length < 1e-3
+
+
+CHANGED = ZeroOptimization(
+    overlap_comm=True,
+    reduce_bucket_size=1_000_000,
+    allgather_bucket_size=1_000_000,
+    contiguous_gradients=False,
+    reduce_scatter=False,
+    use_multi_rank_bucket_allreduce=False,
+).model_dump()
+
+
+def test_what_may_be_set_of_deepspeed_changes_no_bit(tmp_path: Path, model: Path, world: World) -> None:
+    assert CHANGED.keys() == ZeroOptimization.model_fields.keys()
+    states = []
+    for zero in ({}, CHANGED):
+        case = Case("zero2", "fp32", tmp_path, model, world, 2, zero)
+        case.backward()
+        case.engine.step(1e-3)
+        states.append(case.state())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def norm(tensors: list[torch.Tensor]) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -60,7 +60,7 @@ def _tables(section: type[Section], at: str) -> Iterator[str]:
             inner[name] = inner_section
         if inner_section is None or field.description:
             rows[name] = field
-    if at:
+    if at and rows:
         yield f"## {at}\n\n{section.__doc__}\n"
         yield "| key | value | default | | may change |\n|---|---|---|---|---|"
         changes = marks(section)
@@ -80,13 +80,15 @@ def _kind(field: FieldInfo) -> str:
     for limit in field.metadata:
         match limit:
             case Ge(ge=number):
-                parts.append(f"≥ {number:g}")
+                parts.append(f"≥ {number}")
             case Gt(gt=number):
-                parts.append(f"> {number:g}")
+                parts.append(f"> {number}")
             case Le(le=number):
-                parts.append(f"≤ {number:g}")
+                parts.append(f"≤ {number}")
             case Lt(lt=number):
-                parts.append(f"< {number:g}")
+                parts.append(f"< {number}")
+            case MultipleOf(multiple_of=number):
+                parts.append(f"a multiple of {number}")
             case MinLen():
                 parts.append("not empty")
     return _cell(", ".join(parts))

@@ -80,8 +80,9 @@ def _setup(config: RunConfig, world: World) -> str:
         config.engine.backend,
         config.engine.dtype,
     ]
-    if config.engine.backend == "zero2" and config.engine.zero2:
-        parts.append(str(config.engine.zero2))
+    changed = config.engine.zero2.model_dump(exclude_defaults=True)
+    if config.engine.backend == "zero2" and changed:
+        parts.append(str(changed))
     if config.model.compile:
         parts.append("compiled")
     if config.model.gradient_checkpointing:

@@ -25,7 +25,13 @@ ENDLESS = 100_000
 
 def preempt(chain: Chain) -> None:
     chain.cluster.run(
-        "sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+        "sbatch",
+        "--partition=high",
+        "--nodes=4",
+        "--exclusive",
+        "--mem=1",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
     )
 
 

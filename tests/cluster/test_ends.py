@@ -243,25 +243,55 @@ def test_without_resubmission_one_attempt_is_all(
     assert chain.run.ledger.read().of(ChainEnded)[-1].why.startswith("crash")
 
 
+WANTS_MEMORY = """
+function slurm_job_submit(job, partitions, user)
+  if job.pn_min_memory and job.pn_min_memory ~= slurm.NO_VAL64 then return slurm.SUCCESS end
+  slurm.log_user("Say how much memory you need, see\\n  https://site/memory")
+  return slurm.ERROR
+end
+function slurm_job_modify() return slurm.SUCCESS end
+return slurm.SUCCESS
+"""
+
+
 @pytest.fixture
 def accounted(tmp_path: Path) -> Iterator[Cluster]:
-    """A cluster with accounting, that warns with USR2, leaves a grace, and starts what was requeued soon."""
+    """A cluster with accounting, that warns with USR2, leaves a grace, starts what was requeued soon, wants
+    jobs to say how much memory they need, and has a QOS that takes one job of each user."""
     need_packages(accounting=True)
     folder = tmp_path / "slurm"
     extra = [
         f"AuthInfo=socket={folder}/munge.sock,cred_expire=8",
         "SlurmctldParameters=preempt_send_user_signal",
+        "AccountingStorageEnforce=limits,qos",
     ]
     with slurm.serve(folder, accounting=True, grace_seconds=15, extra=extra) as running:
+        running.run("sacctmgr", "--immediate", "add", "qos", "one", "MaxSubmitJobsPerUser=1")
+        running.run("sacctmgr", "--immediate", "modify", "user", "root", "set", "qos+=one")
+        (folder / "job_submit.lua").write_text(WANTS_MEMORY, encoding="utf-8")
+        with (folder / "slurm.conf").open("a", encoding="utf-8") as settings:
+            settings.write("JobSubmitPlugins=lua\n")
+        running.run("scontrol", "reconfigure")
         yield running
 
 
-def test_a_job_that_requeues_itself_and_accounting_and_a_grace(
+def test_a_site_that_wants_memory_takes_one_job_at_a_time_and_leaves_a_grace(
     accounted: Cluster, tmp_path: Path, model: Path, shards: str, launch
 ) -> None:
-    chain = make_chain(accounted, tmp_path / "run", model, shards, ENDLESS, slurm={"resubmit": "requeue"})
+    """A job whose successor is not taken requeues itself."""
+    chain = make_chain(accounted, tmp_path / "run", model, shards, ENDLESS, slurm={"qos": "one"})
+    refused = chain.launch("submit", chain.config)
+    assert refused.returncode == 2 and "see\nsbatch: error:   https://site/memory\n" in refused.stderr
+    doctor = chain.launch("doctor", chain.config)
+    assert doctor.returncode == 1 and "https://site/memory" in doctor.stdout
+    chain.config.write_text(
+        chain.config.read_text(encoding="utf-8").replace("  qos: one", "  qos: one\n  memory_gb: 1"),
+        encoding="utf-8",
+    )
     chain.submit()
     attempt = chain.training()
+    status = " ".join(chain.launch("status", chain.run.path).stdout.split())
+    assert "QOSMaxSubmitJobPerUserLimit" in status and "slurm.resubmit: requeue" in status, status
     for happen in (kill_rank, preempt):
         happen(chain)
         attempt = chain.training(attempt)

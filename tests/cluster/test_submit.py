@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -136,4 +137,20 @@ def test_a_job_that_no_node_can_take_is_told_of(chain: Chain, tmp_path: Path) ->
     done = chain.launch(
         "submit", chain.config, f"run.dir={tmp_path}/run", "slurm.cpus_per_task=64", "--dry-run"
     )
-    assert done.returncode == 0 and "no nodes here, free or busy, could take this job" in done.stderr
+    assert done.returncode == 0 and "node configuration is not available" in done.stderr
+    assert "fewer slurm.gpus_per_node, cpus_per_task" in done.stderr
+
+
+def test_a_job_that_will_not_start_as_it_is_is_told_of_at_once(chain: Chain, tmp_path: Path) -> None:
+    chain.cluster.run("scontrol", "update", "PartitionName=high", "MaxTime=10")
+    try:
+        run = tmp_path / "run"
+        done = chain.launch("submit", chain.config, f"run.dir={run}", "slurm.partition=high")
+        status = chain.launch("status", run)
+        chain.launch("stop", run)
+    finally:
+        chain.cluster.run("scontrol", "update", "PartitionName=high", "MaxTime=UNLIMITED")
+    assert done.returncode == 0, done.stderr
+    # Slurm says so at once, and within a second which limit it is.
+    assert re.search("waits: Partition(Config|TimeLimit): .*limit|allowed", done.stderr), done.stderr
+    assert re.search("waiting: job .*: Partition(Config|TimeLimit): ", status.stdout), status.stdout

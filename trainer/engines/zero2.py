@@ -28,7 +28,6 @@ import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
 
 from configs.errors import ConfigError
-from configs.load import merge
 from configs.schema import RunConfig
 from trainer.distributed import World
 from trainer.engines import KINDS, Fragment, Read, Update, global_norm
@@ -54,7 +53,7 @@ FP32_GRADIENTS = hasattr(torch.Tensor, "grad_dtype")
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's config. With its own defaults for the data types gradients are off by 1.4-2.3 %, with these
     by 0.01 %."""
-    ours = {
+    return {
         # DeepSpeed only counts with these: the loop says what a micro-batch is, and where a step ends.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -64,20 +63,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": config.engine.dtype == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": 2,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            # Overlaps with a backward pass; here the one reduction of a step follows the last of them.
-            "overlap_comm": False,
-            "reduce_bucket_size": 200_000_000,
-            "allgather_bucket_size": 200_000_000,
-        },
+        "zero_optimization": {"stage": 2, **config.engine.zero2.zero_optimization.model_dump()},
         "zero_allow_untested_optimizer": True,
         # Otherwise it waits for the GPU before every micro-batch.
         "timers": {"throughput": {"enabled": False}},
     }
-    return merge(ours, config.engine.zero2)
 
 
 @contextmanager
