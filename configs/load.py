@@ -30,8 +30,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_kept(path: Path) -> RunConfig:
     """The config that a run has kept, by this version or one before clips were packed: then every clip was
-    padded, and micro-batches had a number of samples. Raises ConfigError."""
+    padded, micro-batches had a number of samples, and sbatch was handed any options. Raises ConfigError."""
     values = read_yaml(path)
+    values.get("slurm", {}).pop("sbatch", None)  # what is submitted is not read from here
     values.get("batch", {}).pop("micro_size", None)
     values.setdefault("data", {}).setdefault("window", "full")
     return validate(values, str(path))

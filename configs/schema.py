@@ -18,9 +18,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+
+from configs import sbatch
 
 T = TypeVar("T")
 
@@ -450,7 +453,8 @@ class Slurm(Section):
     setup: Annotated[list[str], FREE] = []
     """Lines of shell before the start: modules, conda, `source` of a file with credentials."""
     sbatch: Annotated[list[str], FREE] = []
-    """Further options of sbatch, e.g. `[--exclusive, --comment=captions]`."""
+    """Further options of sbatch, e.g. `[--exclusive, --comment=captions]`. Those that the chain decides
+    itself are refused, and the refusal names the setting."""
     srun_args: Annotated[list[str], FREE] = []
     """Further options of srun, e.g. `[--container-image=...]`."""
     notify: Annotated[str | None, FREE] = None
@@ -462,6 +466,12 @@ class Slurm(Section):
         low, high = node_range(value)
         if not 1 <= low <= high:
             raise ValueError("write a number of nodes, or a range as 2-8")
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _are_not_decided_here(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        sbatch.check(value, info.data)
         return value
 
     @property

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,13 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import CommandFunction
 
+from configs import sbatch
 from configs.errors import ConfigError, EarwitnessError
 from configs.run.folder import RunDir
 from configs.schema import RunConfig, Slurm, node_range
-from slurm import cluster
+from slurm import cluster, shell
 
 BODY = Path(__file__).with_name("job.sh")
-FROZEN = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
-"""Never handed on to a job: by the time it starts they may have changed."""
 
 
 def write_script(config: RunConfig, run: RunDir, code: Path) -> Path:
@@ -60,7 +57,7 @@ def index_script(config: RunConfig, run: RunDir, code: Path) -> str:
     lines = [
         *config.slurm.setup,
         f"export PYTHONPATH={shlex.quote(str(code.absolute()))} PYTHONSAFEPATH=1",
-        f"srun {shlex.join(config.slurm.srun_args)} {shlex.join(command)}",
+        f"srun --export=ALL --ntasks=1 {shlex.join(config.slurm.srun_args)} {shlex.join(command)}",
     ]
     return _with_header(config, run, "index-%j.log", lines)
 
@@ -69,20 +66,21 @@ def _with_header(config: RunConfig, run: RunDir, log: str, commands: list[str]) 
     """A script as submitit writes it. log: the name of the job's output, with %j for its number."""
     executor = SlurmExecutor(run.slurm)
     executor.parameters = _parameters(config, run, log)
-    unset = f"unset {' '.join(FROZEN)}  # read anew by each attempt"
-    return executor._make_submission_file_text("\n".join([unset, *commands]), "")
+    names = [name.replace("_", "-") for name in executor.parameters["additional_parameters"]]
+    names += [name for line in config.slurm.sbatch for _, name, _ in sbatch.read(line) if name in sbatch.LONG]
+    return executor._make_submission_file_text("\n".join([shell.unset_in_job(names), *commands]), "")
 
 
 def submit(script: Path, *options: str) -> str:
     """Hand a script to sbatch; returns the job's id. Raises ConfigError with what Slurm said."""
-    sbatch = CommandFunction(["sbatch", *options, str(script)], verbose=False)
-    with _clean_environment():
-        try:
-            return SlurmExecutor._get_job_id_from_submission_command(sbatch())
-        except (FailedJobError, FailedSubmissionError, OSError) as error:
-            complaints = [line for line in str(error).splitlines() if "sbatch: error" in line]
-            lines = ["Slurm does not take the job:", *(complaints or [str(error)])]
-            raise ConfigError("\n".join([*lines, f"The script is {script}"])) from None
+    command = ["sbatch", *options, str(script)]
+    try:
+        answer = CommandFunction(command, verbose=False, env=shell.for_commands(os.environ))()
+        return SlurmExecutor._get_job_id_from_submission_command(answer)
+    except (FailedJobError, FailedSubmissionError, OSError) as error:
+        complaints = [line for line in str(error).splitlines() if "sbatch: error" in line]
+        lines = ["Slurm does not take the job:", *(complaints or [str(error)])]
+        raise ConfigError("\n".join([*lines, f"The script is {script}"])) from None
 
 
 def _parameters(config: RunConfig, run: RunDir, log: str) -> dict[str, Any]:
@@ -178,27 +176,12 @@ def look_ahead(script: Path) -> str | None:
     """What Slurm says of a script that none of its nodes, free or busy, could take; None if some could, or
     for complaints that `submit` will hear, too."""
     try:
-        with _clean_environment():
-            cluster.run("sbatch", "--test-only", str(script))
+        cluster.run("sbatch", "--test-only", str(script))
     except EarwitnessError as error:
         for line in str(error).splitlines():
             if "node configuration is not available" in line:
                 return line.rpartition(": ")[2]
     return None
-
-
-@contextlib.contextmanager
-def _clean_environment() -> Iterator[None]:
-    """Without what would become options of the job, as the variables of another job, and without secrets."""
-    dropped = {
-        name: os.environ.pop(name)
-        for name in list(os.environ)
-        if name in FROZEN or (name.startswith("SLURM_") and name != "SLURM_CONF")
-    }
-    try:
-        yield
-    finally:
-        os.environ.update(dropped)
 
 
 def _umask() -> int:

@@ -16,7 +16,7 @@ from configs.load import validate
 from configs.ports import free_ports
 from launch import doctor
 from tests.making import config_values
-from trainer import distributed
+from trainer import devices, distributed
 from trainer.engines import zero2
 
 CPU = torch.device("cpu")
@@ -47,14 +47,14 @@ def test_a_rank_takes_its_gpu(
     monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, asked: int | None, device: torch.device
 ) -> None:
     have_gpus(monkeypatch, visible)
-    assert distributed.choose_device(local_rank, "n1", asked) == device
+    assert devices.choose_device(local_rank, "n1", asked) == device
 
 
 @pytest.mark.parametrize("visible", [0, 3])
 def test_a_node_with_too_few_gpus_for_a_job_is_unfit(monkeypatch: pytest.MonkeyPatch, visible: int) -> None:
     have_gpus(monkeypatch, visible)
     with pytest.raises(UnfitNode, match=f"^n7: only {visible} of 8 GPUs answer$") as caught:
-        distributed.choose_device(3, "n7", 8)
+        devices.choose_device(3, "n7", 8)
     assert caught.value.node == "n7"
 
 
@@ -63,7 +63,7 @@ def test_more_processes_than_gpus_on_this_machine_are_told_what_to_do(
 ) -> None:
     have_gpus(monkeypatch, 1)
     with pytest.raises(ConfigError, match="has 1 GPUs, and each process needs one; leave --procs out"):
-        distributed.choose_device(1, "here", None)
+        devices.choose_device(1, "here", None)
 
 
 def outcomes(gpus: list[str], nodes: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Exception | None]:
