@@ -6,12 +6,17 @@ node=$SLURMD_NODENAME path=$PATH
 
 say() { echo "$(date +%T) $*"; }
 
-# sbatch takes options from variables, too. This one may as well be left of another job, in which it was called.
+# sbatch takes options from variables, too: SBATCH_ARRAY_INX, SBATCH_OUTPUT. (SLURM_ARRAY_JOB_ID may also be left of a job that called it.)
 if [ -n "$SLURM_ARRAY_JOB_ID" ] && scontrol --oneliner show job "$me" | grep -q ' ArrayTaskId='; then
   say "this job is one of an array, and a chain is one job at a time: SBATCH_ARRAY_INX is set in the shell, or --array was given. Type: env -u SBATCH_ARRAY_INX sbatch $script"
   exit 2
 fi
 mkdir -p "$jobs"
+log=$run/slurm/$me.log
+if [ ! /dev/fd/1 -ef "$log" ]; then
+  say "goes on in $log, where \`launch status\` reads"
+  exec >>"$log" 2>&1
+fi
 
 # What Slurm knows of a job goes into a file: it forgets it minutes after the job's end.
 note() {

@@ -57,7 +57,7 @@ def heed(settings: Slurm, variables: Mapping[str, str]) -> tuple[Slurm, list[str
 
 def for_commands(variables: Mapping[str, str]) -> dict[str, str]:
     """What Slurm's commands see: nothing that makes them do something else than is asked for."""
-    return without(variables, [*SECRETS, *OF_LAUNCHERS, *OF_SLURM], keep=OF_CLUSTER)
+    return without(variables, [*SECRETS, *OF_LAUNCHERS, *OF_SLURM, *OF_GPUS], keep=OF_CLUSTER)
 
 
 def for_rank(variables: Mapping[str, str]) -> dict[str, str]:

@@ -63,7 +63,7 @@ def find_end(run: RunDir, history: History, attempt: int, outside: Outside) -> E
     The first rule that holds decides: all ranks have finished; the config or the data are wrong; the watchdog
     has spoken; a rank knows that it was superseded, or that its node is unfit; all ranks have saved; what
     Slurm did to the job; another error of a rank; what was seen from outside. Ranks that have only lost
-    another one come last; one that did so before the others have saved was not among those.
+    another one come last.
     """
     stop = history.last(TrainingEnded, attempt)
     errors = rank_errors(history, attempt)
@@ -88,8 +88,7 @@ def find_end(run: RunDir, history: History, attempt: int, outside: Outside) -> E
         return end(Cause.SUPERSEDED, error.words)
     if error and error.cause is Cause.UNFIT_NODE:
         return end(Cause.UNFIT_NODE, error.words, error.node)
-    all_saved = stop and not any(error.time < stop.time for error in errors)
-    if stop and all_saved and not error:
+    if stop and not error:
         if outside.stop_asked:
             return end(Cause.STOPPED)
         by_signal = Cause.TIME_LIMIT if stop.signal == "SIGUSR2" else Cause.SAVED
