@@ -200,16 +200,19 @@ def _watchdog(
 
 
 def _node_of_each_rank(run: RunDir, attempt: int) -> list[str]:
-    """The node of each rank, by number: every node has as many, one after the other. Raises ConfigError if
-    this one was told of other ranks than the attempt has: it would train alone, and save when srun ends it."""
+    """The node of each rank, by number: every node has as many, one after the other.
+
+    Raises ConfigError if this one was told of other ranks than the attempt has: it would train alone, and
+    save when srun ends it, as if somebody had asked.
+    """
     ranks = int(os.environ["WORLD_SIZE"])
     began = run.ledger.read().last(AttemptBegan, attempt)
     nodes = began.nodes if began else [node_name()]
     if began and began.ranks != ranks:
         raise ConfigError(
-            f"this rank was told that there are {ranks}, but attempt {attempt} has {began.ranks}: something in"
-            " slurm.srun_args, slurm.setup or slurm.python changes how many tasks srun starts, or what it tells"
-            " them (SLURM_STEP_NUM_TASKS)"
+            f"this rank was told that there are {ranks}, but attempt {attempt} has {began.ranks}: look in"
+            " slurm.srun_args, slurm.setup and slurm.python for what changes how many tasks srun starts, or"
+            " what it tells them (SLURM_STEP_NUM_TASKS)"
         )
     return [nodes[rank * len(nodes) // ranks] for rank in range(ranks)]
 
