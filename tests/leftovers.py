@@ -22,7 +22,6 @@ OF_LAUNCHERS = {
 OF_A_JOB = {
     "SLURM_CPUS_PER_TASK": "3",
     "SLURM_CPU_BIND": "verbose",
-    "SLURM_EXPORT_ENV": "NONE",
     "SLURM_MPI_TYPE": "pmi2",
     "SLURM_NTASKS": "1",
     "SLURM_NTASKS_PER_NODE": "1",
@@ -34,10 +33,11 @@ OF_A_JOB = {
 }
 OPTIONS = {
     "SBATCH_ARRAY_INX": "0-1",
-    "SBATCH_EXPORT": "NONE",
     "SBATCH_OUTPUT": "/dev/null",
     "SBATCH_TIMELIMIT": "1",
     "SQUEUE_STATES": "SUSPENDED",
     "SCANCEL_STATE": "SUSPENDED",
 }
-LEFTOVERS = OF_LAUNCHERS | OF_A_JOB | OPTIONS
+NO_EXPORT = {"SBATCH_EXPORT": "NONE", "SLURM_EXPORT_ENV": "NONE"}
+"""With these a job would not see the others."""
+LEFTOVERS = OF_LAUNCHERS | OF_A_JOB | OPTIONS | NO_EXPORT

@@ -14,7 +14,7 @@ from configs.run.folder import RunDir
 from configs.schema import RunConfig
 from slurm import cluster, submit
 from slurm.shell import heed
-from tests.leftovers import LEFTOVERS, OPTIONS
+from tests.leftovers import LEFTOVERS, NO_EXPORT, OPTIONS
 from tests.making import config_values
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
@@ -100,7 +100,9 @@ def test_what_the_setup_lines_export_reaches_the_ranks(
     script = make(config, RunDir(config.run.dir), tmp_path)
     subprocess.run(["bash", "-c", script], stdout=subprocess.DEVNULL, check=False, timeout=60)
     assert environment(seen / "rank").items() >= {("NCCL_DEBUG", "INFO"), ("CUDA_VISIBLE_DEVICES", "1")}
-    assert all(line.startswith("--export=ALL ") for line in (seen / "said").read_text().splitlines())
+    assert all(
+        line.startswith("--export=ALL ") for line in (seen / "said").read_text(encoding="utf-8").splitlines()
+    )
 
 
 def test_a_job_keeps_what_its_own_options_say_to_srun(
@@ -131,7 +133,7 @@ def test_a_job_of_an_array_says_that_a_chain_is_one_job(
 
 def test_the_account_of_a_site_is_taken_and_other_options_are_told(config: RunConfig) -> None:
     """As SBATCH_ACCOUNT in ~/.bashrc; a chain has it in its script, so that every job has it."""
-    shell = OPTIONS | {"SBATCH_ACCOUNT": "p1", "SBATCH_QOS": "long"}
+    shell = OPTIONS | NO_EXPORT | {"SBATCH_ACCOUNT": "p1", "SBATCH_QOS": "long"}
     settings, (account, rest) = heed(config.slurm.model_copy(update={"qos": "short"}), shell)
     assert (settings.account, settings.qos) == ("p1", "short")
     assert account.startswith("slurm.account=p1, by SBATCH_ACCOUNT of this shell")

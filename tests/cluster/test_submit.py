@@ -16,7 +16,7 @@ from configs.run.folder import RunDir
 from slurm.submit import submit, write_script
 from tests.cluster.chains import Chain, make_chain
 from tests.forks import Launcher
-from tests.leftovers import LEFTOVERS, OF_A_JOB, OF_LAUNCHERS
+from tests.leftovers import OF_A_JOB, OF_LAUNCHERS, OPTIONS
 from tests.making import audit, config_values, run_program
 from tools.sandbox.slurm import Cluster
 
@@ -136,7 +136,9 @@ def test_missing_indexes_are_made_by_a_job_without_gpus_first(
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
     chain = Chain(cluster, config, RunDir(tmp_path / "run"))
-    done = run_program("launch", "submit", config, env=cluster.environment | LEFTOVERS)
+    done = run_program(
+        "launch", "submit", config, env=cluster.environment | OF_LAUNCHERS | OF_A_JOB | OPTIONS
+    )
     assert (
         done.returncode == 0
         and "indexes the shards" in done.stdout
