@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from configs import sbatch
 from configs.deepspeed import DECIDED, DECIDED_IN_ZERO
 
 T = TypeVar("T")
@@ -505,7 +506,8 @@ class Slurm(Section):
     setup: Annotated[list[str], FREE] = []
     """Lines of shell before the start: modules, conda, `source` of a file with credentials."""
     sbatch: Annotated[list[str], FREE] = []
-    """Further options of sbatch, e.g. `[--exclusive, --comment=captions]`."""
+    """Further options of sbatch, e.g. `[--exclusive, --comment=captions]`. Those that the chain decides
+    itself are refused, and the refusal names the setting."""
     srun_args: Annotated[list[str], FREE] = []
     """Further options of srun, e.g. `[--container-image=...]`."""
     notify: Annotated[str | None, FREE] = None
@@ -517,6 +519,12 @@ class Slurm(Section):
         low, high = node_range(value)
         if not 1 <= low <= high:
             raise ValueError("write a number of nodes, or a range as 2-8")
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _are_not_decided_here(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        sbatch.check(value, info.data)
         return value
 
     @property

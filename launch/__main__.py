@@ -4,12 +4,14 @@ so that it answers at once."""
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from configs.errors import ConfigError, run_command
+from launch.launchers import refuse_launchers
 
 if TYPE_CHECKING:
     from configs.run.folder import RunDir
@@ -39,10 +41,11 @@ def train(
     from configs.load import load
     from configs.run.folder import RunDir
     from data.dataset import index_missing, list_shards
+    from launch.gpus import visible_gpus
     from launch.local import run_ranks
 
     settings = load(config, overrides or [])
-    procs = procs or _gpus() or 1
+    procs = procs or visible_gpus() or 1
     if procs > settings.batch.global_size:
         raise ConfigError(
             f"--procs {procs}: more processes than samples in a step (batch.global_size is"
@@ -165,13 +168,12 @@ def _rundir(path: Path) -> RunDir:
     return run
 
 
-def _gpus() -> int:
-    """GPUs that this process may use, without the seconds that importing torch takes."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+def main() -> None:
+    """Before options are read, as some launchers add one."""
+    if "train" in sys.argv[1:]:
+        refuse_launchers(os.environ)
+    app()
 
 
 if __name__ == "__main__":
-    run_command(app)
+    run_command(main)

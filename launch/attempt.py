@@ -21,6 +21,7 @@ from configs.run.events import AttemptBegan, ChainEnded, CouldNotBegin, Ended
 from configs.run.folder import RunDir
 from configs.run.lease import Lease, claim, holder
 from configs.schema import Slurm
+from launch import snapshot
 from slurm.chain import Verdict, decide, record_end, settle, stop_requested
 
 
@@ -40,6 +41,10 @@ class Judge:
         the attempt, too; -1 if there is none."""
         settle(self.run, self.chain)
         self._record_failed_starts()
+        try:
+            snapshot.check(self.run.code)
+        except ConfigError as error:
+            return Verdict(False, str(error)), -1
         verdict = self._judge()
         if not verdict.go:
             return verdict, -1

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 from configs.errors import ExitCode
 from configs.ports import free_ports
@@ -22,7 +21,9 @@ from configs.run.folder import RunDir
 from configs.run.lease import claim
 from configs.run.memory import will_halve
 from configs.schema import RunConfig
+from launch.snapshot import ROOT
 from slurm.chain import record_end, settle
+from slurm.shell import for_rank
 
 GRACE = 20.0
 """Seconds that the other ranks get to leave by themselves after one has failed."""
@@ -87,15 +88,11 @@ def _attempt(
 
 
 def _start(run: RunDir, attempt: int, rank: int, procs: int, port: int) -> subprocess.Popen[bytes]:
+    own_code_first = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = (
-        os.environ
+        for_rank(os.environ)
         | rank_environment(rank, procs, port)
-        | {
-            "EARWITNESS_DIE_WITH": str(os.getpid()),
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
-            ),
-        }
+        | {"EARWITNESS_DIE_WITH": str(os.getpid()), "PYTHONPATH": own_code_first, "PYTHONSAFEPATH": "1"}
     )
     command = [sys.executable, "-m", "launch.worker", str(run.path), str(attempt)]
     # In a session of its own, so that Ctrl-C reaches the launcher alone, which asks all ranks to save.

@@ -17,19 +17,20 @@ from configs.cores import remark_on_cores
 from configs.errors import ConfigError, EarwitnessError
 from configs.run.causes import Cause
 from configs.run.events import CheckpointSaved, Ended, Submitted
-from configs.run.folder import PACKAGES, RunDir
+from configs.run.folder import RunDir
 from configs.run.lease import Lease, holder
 from configs.schema import RunConfig, node_range
 from data import storage
 from data.balance import remark_on_balance
 from data.dataset import list_shards, load_sidecars
 from data.sources import Shard
+from launch import snapshot
 from slurm import cluster
 from slurm.chain import chain_jobs
 from slurm.sayings import IMPOSSIBLE, advice
-from slurm.submit import FROZEN, cores_per_task, index_script, look_ahead, submit, write_script
+from slurm.shell import SECRETS, heed
+from slurm.submit import cores_per_task, index_script, look_ahead, submit, write_script
 
-ROOT = Path(__file__).parents[1]
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: master weight and two moments."""
 PROBE_BYTES = 64 << 20
@@ -40,7 +41,8 @@ LOCAL_SYSTEMS = {"tmpfs", "ramfs", "overlay", "ext4", "ext3", "xfs", "btrfs"}
 def submit_run(config: RunConfig, *, dry_run: bool) -> None:
     """Submit a run, or print the script that would be. Raises ConfigError or DataError for what has to be
     mended first."""
-    settings = config.slurm
+    settings, said = heed(config.slurm, os.environ)
+    config = config.model_copy(update={"slurm": settings})
     _check_size(config)
     if not dry_run and not cluster.can_submit():
         raise ConfigError(
@@ -59,8 +61,8 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
     fetch_model(config, run)
     run.proposal.propose(config)
     (run.slurm / "stop").unlink(missing_ok=True)
-    script = write_script(config, run, snapshot(run))
-    for line in _remarks(config, run):
+    script = write_script(config, run, snapshot.take(run))
+    for line in [*said, *_remarks(config, run)]:
         print(line, file=sys.stderr)
     if missing:
         print(
@@ -120,21 +122,6 @@ def _remarks_on_queue(config: RunConfig, script: Path, job: str) -> Iterator[str
         refusal = look_ahead(script, f"--dependency=afterany:{job}")
         if refusal and IMPOSSIBLE not in refusal:
             yield f"NOTE: Slurm would not take the next attempt beside this one:\n{refusal}"
-
-
-def snapshot(run: RunDir) -> Path:
-    """Copy the code into the run's folder, so that its jobs go on with it whatever happens to the
-    checkout."""
-    new, old = run.path / "code.new", run.path / "code.old"
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, new / package, ignore=shutil.ignore_patterns("__pycache__"))
-    if run.code.exists():
-        run.code.rename(old)
-    new.rename(run.code)
-    shutil.rmtree(old, ignore_errors=True)
-    return run.code
 
 
 def fetch_model(config: RunConfig, run: RunDir) -> None:
@@ -210,7 +197,7 @@ def _check_credentials(config: RunConfig) -> None:
     on_s3 += [url for url in [config.checkpoint.mirror or ""] if url.startswith("s3://")]
     if on_s3 and "AWS_SECRET_ACCESS_KEY" in os.environ and not config.slurm.setup:
         raise ConfigError(
-            f"{on_s3[0]}: the keys for it are in this shell's environment ({FROZEN[0]}, ...), which is not"
+            f"{on_s3[0]}: the keys for it are in this shell's environment ({SECRETS[0]}, ...), which is not"
             " handed on to jobs: they outlive keys. Put them into ~/.aws/credentials (and a profile into"
             " AWS_PROFILE or storage_options), or into a file that `slurm.setup` reads: [. ~/.config/s3.env]"
         )

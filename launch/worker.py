@@ -15,6 +15,7 @@ import gc
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ from configs.run.events import (
 from configs.run.folder import RunDir
 from configs.run.lease import Lease
 from configs.run.stopwatch import Stopwatch
+from launch import snapshot
 from launch.failures import diagnose
 from slurm.job import in_job, join_job, node_name
 from slurm.watchdog import Hang, Watchdog
@@ -71,6 +73,7 @@ def main(run_path: str, attempt: int) -> int:
 
 def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     stopwatch = Stopwatch()
+    snapshot.check(run.code if in_job() else snapshot.ROOT)
     config = run.proposal.read()
     slots = 2 * decoding_threads(config.data)  # of training's loader, and of an evaluation's
     journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
@@ -82,7 +85,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     import torch
 
     stopwatch.lap("torch")
-    from trainer import distributed
+    from trainer import devices, distributed
     from trainer.loop import Outcome, train
     from trainer.preflight import look_over
     from trainer.start import Start, StopRequested
@@ -93,8 +96,11 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     torch.set_num_threads(cores_of_rank())
     gpus_per_node = config.slurm.gpus_per_node if in_job() else None
     grace_seconds = config.slurm.signal_seconds if in_job() else None
-    device = distributed.choose_device(int(os.environ["LOCAL_RANK"]), node_name(), gpus_per_node)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = devices.choose_device(local_rank, node_name(), gpus_per_node)
+    devices.take(device, node_name() if in_job() else None)
     world = distributed.start(nodes, device)
+    names = world.gather(devices.name_of(device))
     stopwatch.lap("meeting")
     if in_job():
         look_over(config, run, lease.attempt, node_name(), world)
@@ -107,7 +113,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
         lease.check()
         run.proposal.accept()
         session.checkpoints.begin_mirror()
-        _tell_start(session)
+        _tell_start(session, names or [])
     outcome = train(session, stop, watch)
     code = _leave(run, lease, world, stop, outcome, session.state.step)
     watch.close()
@@ -127,7 +133,8 @@ def _set_up_memory() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def _tell_start(session: Session) -> None:
+def _tell_start(session: Session, devices: list[str]) -> None:
+    """devices: what each rank computes on."""
     step, world = session.state.step, session.world
     session.run.ledger.record(
         TrainingBegan(
@@ -140,10 +147,9 @@ def _tell_start(session: Session) -> None:
         )
     )
     begins = f"resumes at step {step}" if step else "starts"
+    on = ", ".join(f"{count} x {name}" for name, count in Counter(devices).items())
     print(
-        f"{session.run.path}: {begins} of {session.total_steps}, {world.size} x {world.device.type}, attempt"
-        f" {session.attempt}",
-        flush=True,
+        f"{session.run.path}: {begins} of {session.total_steps}, {on}, attempt {session.attempt}", flush=True
     )
 
 
@@ -194,10 +200,20 @@ def _watchdog(
 
 
 def _node_of_each_rank(run: RunDir, attempt: int) -> list[str]:
-    """The node of each rank, by number: every node has as many, one after the other."""
+    """The node of each rank, by number: every node has as many, one after the other.
+
+    Raises ConfigError if this one was told of other ranks than the attempt has: it would train alone, and
+    save when srun ends it, as if somebody had asked.
+    """
     ranks = int(os.environ["WORLD_SIZE"])
     began = run.ledger.read().last(AttemptBegan, attempt)
     nodes = began.nodes if began else [node_name()]
+    if began and began.ranks != ranks:
+        raise ConfigError(
+            f"this rank was told that there are {ranks}, but attempt {attempt} has {began.ranks}: look in"
+            " slurm.srun_args, slurm.setup and slurm.python for what changes how many tasks srun starts, or"
+            " what it tells them (SLURM_STEP_NUM_TASKS)"
+        )
     return [nodes[rank * len(nodes) // ranks] for rank in range(ranks)]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from configs.errors import EarwitnessError
+from slurm import shell
 
 ANSWER_SECONDS = 300.0
 """Seconds that Slurm may take to answer."""
@@ -80,7 +81,8 @@ def node_types(partition: str | None) -> list[NodeType]:
 def cancel(*jobs: str) -> None:
     """End jobs, waiting or running. Unknown ones are left alone."""
     if jobs:
-        subprocess.run(["scancel", *jobs], check=False, capture_output=True)
+        command = ["scancel", *jobs]
+        subprocess.run(command, env=shell.for_commands(os.environ), check=False, capture_output=True)
 
 
 def send_signal(job: str, signal: str) -> None:
@@ -103,9 +105,10 @@ def answer(
     *command: str, environment: Mapping[str, str] | None = None, seconds: float = ANSWER_SECONDS
 ) -> tuple[str, str]:
     """What a command of Slurm's prints, and what it says on stderr. Raises as `run` does."""
+    clean = shell.for_commands(os.environ if environment is None else environment)
     try:
         done = subprocess.run(
-            command, env=environment, check=True, capture_output=True, encoding="utf-8", timeout=seconds
+            command, env=clean, check=True, capture_output=True, encoding="utf-8", timeout=seconds
         )
     except FileNotFoundError:
         raise EarwitnessError(

@@ -11,18 +11,18 @@ FIRST_PORT, LAST_PORT = 15_000, 32_000
 
 
 def in_job() -> bool:
-    """Whether srun has started this process."""
+    """Whether this rank is a task of srun's: a launcher hands its own ranks nothing of a job around it."""
     return "SLURM_PROCID" in os.environ
 
 
 def join_job() -> None:
     """Tell torch.distributed, through the environment, which rank this is, how many share its node and where
-    all ranks meet; nothing outside of srun's tasks.
+    all ranks meet, whatever was there before; nothing outside of srun's tasks.
 
     Node names may not resolve: the address is that of the node that the job runs its commands on, which is
     also that of rank 0.
     """
-    if "RANK" in os.environ or not in_job():
+    if not in_job():
         return
     names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
     seed = "/".join(

@@ -3,9 +3,20 @@
 me=$SLURM_JOB_ID chain=${1:-$SLURM_JOB_ID} before=${2:-} next='' asked=''
 jobs=$run/slurm/jobs script=$run/slurm/job.sh failed=$run/slurm/jobs/failed
 node=$SLURMD_NODENAME path=$PATH
-mkdir -p "$jobs"
 
 say() { echo "$(date +%T) $*"; }
+
+# sbatch takes options from variables, too: SBATCH_ARRAY_INX, SBATCH_OUTPUT. (SLURM_ARRAY_JOB_ID may also be left of a job that called it.)
+if [ -n "$SLURM_ARRAY_JOB_ID" ] && scontrol --oneliner show job "$me" | grep -q ' ArrayTaskId='; then
+  say "this job is one of an array, and a chain is one job at a time: SBATCH_ARRAY_INX is set in the shell, or --array was given. Type: env -u SBATCH_ARRAY_INX sbatch $script"
+  exit 2
+fi
+mkdir -p "$jobs"
+log=$run/slurm/$me.log
+if [ ! /dev/fd/1 -ef "$log" ]; then
+  say "goes on in $log, where \`launch status\` reads"
+  exec >>"$log" 2>&1
+fi
 
 # What Slurm knows of a job goes into a file: it forgets it minutes after the job's end.
 note() {
@@ -131,7 +142,7 @@ trap could_not_begin EXIT
 
 @SETUP@
 export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-step=(srun --kill-on-bad-exit=1 --wait=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${srun_args[@]}")
+step=(srun --export=ALL --kill-on-bad-exit=1 --wait=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${srun_args[@]}")
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 judge begin "${before:--}" "${nodes[@]}"

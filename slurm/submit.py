@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from submitit import SlurmExecutor
 
+from configs import sbatch
 from configs.errors import ConfigError, EarwitnessError
 from configs.run.folder import RunDir
 from configs.schema import RunConfig, Slurm, node_range
-from slurm import cluster
+from slurm import cluster, shell
 from slurm.sayings import NO_ANSWER, advice
 
 BODY = Path(__file__).with_name("job.sh")
-FROZEN = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
-"""Never handed on to a job: by the time it starts they may have changed."""
 
 JOB_ID = re.compile(r"(?:^|Submitted batch job )(\d+)(?:;.*| on cluster .*)?\s*$", re.MULTILINE)
 """In what sbatch prints; sites that wrap it print more."""
@@ -63,7 +60,7 @@ def index_script(config: RunConfig, run: RunDir, code: Path) -> str:
     lines = [
         *config.slurm.setup,
         f"export PYTHONPATH={shlex.quote(str(code.absolute()))} PYTHONSAFEPATH=1",
-        f"srun {shlex.join(config.slurm.srun_args)} {shlex.join(command)}",
+        f"srun --export=ALL --ntasks=1 {shlex.join(config.slurm.srun_args)} {shlex.join(command)}",
     ]
     return _with_header(config, run, "index-%j.log", lines)
 
@@ -72,24 +69,24 @@ def _with_header(config: RunConfig, run: RunDir, log: str, commands: list[str]) 
     """A script as submitit writes it. log: the name of the job's output, with %j for its number."""
     executor = SlurmExecutor(run.slurm)
     executor.parameters = _parameters(config, run, log)
-    unset = f"unset {' '.join(FROZEN)}  # read anew by each attempt"
-    return executor._make_submission_file_text("\n".join([unset, *commands]), "")
+    names = [name.replace("_", "-") for name in executor.parameters["additional_parameters"]]
+    names += [name for line in config.slurm.sbatch for _, name, _ in sbatch.read(line) if name in sbatch.LONG]
+    return executor._make_submission_file_text("\n".join([shell.unset_in_job(names), *commands]), "")
 
 
 def submit(script: Path, *options: str) -> str:
     """Hand a script to sbatch; returns the job's id. What the site says meanwhile is printed. Raises
     ConfigError with all that Slurm said, EarwitnessError if it did not answer."""
-    with _clean_environment():
-        try:
-            printed, said = cluster.answer("sbatch", "--parsable", *options, str(script))
-        except cluster.SlurmRefused as error:
-            if NO_ANSWER.search(error.said):
-                raise EarwitnessError(
-                    f"{error.said}\nSlurm may have taken it: submit again if `squeue --me` does not show it"
-                ) from None
-            raise ConfigError(
-                f"Slurm does not take the job:\n{_with_advice(error.said)}\nThe script is {script}"
+    try:
+        printed, said = cluster.answer("sbatch", "--parsable", *options, str(script))
+    except cluster.SlurmRefused as error:
+        if NO_ANSWER.search(error.said):
+            raise EarwitnessError(
+                f"{error.said}\nSlurm may have taken it: submit again if `squeue --me` does not show it"
             ) from None
+        raise ConfigError(
+            f"Slurm does not take the job:\n{_with_advice(error.said)}\nThe script is {script}"
+        ) from None
     print(said, end="", file=sys.stderr, flush=True)
     jobs = JOB_ID.findall(printed)
     if not jobs:
@@ -194,27 +191,12 @@ def look_ahead(script: Path, *options: str) -> str | None:
     """What Slurm would say against a script now, with advice; empty if nothing, None if it does not
     answer."""
     try:
-        with _clean_environment():
-            cluster.run("sbatch", "--test-only", *options, str(script), seconds=cluster.LOOK_SECONDS)
+        cluster.run("sbatch", "--test-only", *options, str(script), seconds=cluster.LOOK_SECONDS)
     except cluster.SlurmRefused as error:
         return None if NO_ANSWER.search(error.said) else _with_advice(error.said)
     except EarwitnessError:
         return None
     return ""
-
-
-@contextlib.contextmanager
-def _clean_environment() -> Iterator[None]:
-    """Without what would become options of the job, as the variables of another job, and without secrets."""
-    dropped = {
-        name: os.environ.pop(name)
-        for name in list(os.environ)
-        if name in FROZEN or (name.startswith("SLURM_") and name != "SLURM_CONF")
-    }
-    try:
-        yield
-    finally:
-        os.environ.update(dropped)
 
 
 def _umask() -> int:

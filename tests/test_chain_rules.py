@@ -155,12 +155,12 @@ def begin_job(
             ["bash", "-c", script_text(config, RunDir(config.run.dir), tmp_path)],
             env={**os.environ, "SLURM_JOB_ID": job, "SLURMD_NODENAME": node, "SLURM_JOB_NODELIST": node},
             cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
+            stdout=subprocess.DEVNULL,
             check=False,
         )
-        assert done.returncode == 1 and f"could not begin on {node}" in done.stdout
-        lines = [*told.read_text(encoding="utf-8").splitlines(), *done.stdout.splitlines()]
+        said = (tmp_path / f"run/slurm/{job}.log").read_text(encoding="utf-8")
+        assert done.returncode == 1 and f"could not begin on {node}" in said
+        lines = [*told.read_text(encoding="utf-8").splitlines(), *said.splitlines()]
         return [line for line in lines if "ExcNodeList" in line or "scancel" in line or "in a row" in line]
 
     return begin

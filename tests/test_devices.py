@@ -15,8 +15,9 @@ from configs.errors import ConfigError, EarwitnessError, UnfitNode
 from configs.load import validate
 from configs.ports import free_ports
 from launch import doctor
+from launch.gpus import count_visible
 from tests.making import config_values
-from trainer import distributed
+from trainer import devices, distributed
 from trainer.engines import zero2
 
 CPU = torch.device("cpu")
@@ -47,14 +48,14 @@ def test_a_rank_takes_its_gpu(
     monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, asked: int | None, device: torch.device
 ) -> None:
     have_gpus(monkeypatch, visible)
-    assert distributed.choose_device(local_rank, "n1", asked) == device
+    assert devices.choose_device(local_rank, "n1", asked) == device
 
 
 @pytest.mark.parametrize("visible", [0, 3])
 def test_a_node_with_too_few_gpus_for_a_job_is_unfit(monkeypatch: pytest.MonkeyPatch, visible: int) -> None:
     have_gpus(monkeypatch, visible)
     with pytest.raises(UnfitNode, match=f"^n7: only {visible} of 8 GPUs answer$") as caught:
-        distributed.choose_device(3, "n7", 8)
+        devices.choose_device(3, "n7", 8)
     assert caught.value.node == "n7"
 
 
@@ -62,8 +63,96 @@ def test_more_processes_than_gpus_on_this_machine_are_told_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     have_gpus(monkeypatch, 1)
-    with pytest.raises(ConfigError, match="has 1 GPUs, and each process needs one; leave --procs out"):
-        distributed.choose_device(1, "here", None)
+    with pytest.raises(ConfigError, match="has 1 GPUs, and each process needs one: --procs 1, or"):
+        devices.choose_device(1, "here", None)
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (
+            RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nmore"),
+            "exclusive mode",
+        ),
+        (RuntimeError("CUDA error: out of memory"), "filled up"),
+        ((3 << 30, 80 << 30), "only 3.2 of 85.9 GB are free, other processes have the rest"),
+        ((40 << 30, 80 << 30), ""),
+    ],
+)
+def test_a_gpu_that_others_have_is_told_apart(memory: RuntimeError | tuple[int, int], said: str) -> None:
+    def ask() -> tuple[int, int]:
+        if isinstance(memory, RuntimeError):
+            raise memory
+        return memory
+
+    trouble = devices.trouble_with(ask)
+    assert said in trouble and bool(trouble) == bool(said)
+
+
+def test_an_error_of_another_kind_is_no_gpu_that_others_have() -> None:
+    def ask() -> tuple[int, int]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        devices.trouble_with(ask)
+
+
+@pytest.mark.parametrize(
+    ("node", "listed", "error", "said"),
+    [
+        (None, None, ConfigError, r"^GPU 1 \(H100\): only .* leave it out: CUDA_VISIBLE_DEVICES=0,2$"),
+        (None, "4,GPU-8a,6", ConfigError, "leave it out: CUDA_VISIBLE_DEVICES=4,6$"),
+        ("n7", None, UnfitNode, r"^n7: GPU 1 \(H100\): only 1.1 of 85.9 GB are free"),
+    ],
+)
+def test_a_gpu_that_others_have_is_named_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, node: str | None, listed: str | None, error: type[Exception], said: str
+) -> None:
+    """On a node of a job the chain goes on elsewhere."""
+    have_gpus(monkeypatch, 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    with pytest.raises(error, match=said):
+        devices.take(torch.device("cuda", 1), node)
+
+
+def test_of_one_gpu_none_is_left() -> None:
+    assert devices.leave_out("GPU-8a", 0) == (
+        "train on another machine, or with CUDA_VISIBLE_DEVICES= on the CPU"
+    )
+
+
+UUIDS = ["GPU-1a2b", "GPU-1c3d", "GPU-5e6f"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "count"),
+    [
+        ("0,2", 2),
+        (" 1 , 0", 2),
+        ("", 0),
+        ("-1", 0),
+        ("0,-1,1", 1),  # CUDA reads up to the first one that is none
+        ("0,7,1", 1),
+        ("NoDevFiles", 0),  # as Slurm had it for a job without GPUs
+        ("1,1", 0),
+        ("GPU-5e6f,GPU-1a", 2),
+        ("GPU-1", 0),  # of which one?
+        ("GPU-5e6f,GPU-9999", 1),
+        ("GPU-5e6f,GPU-5e6f", 0),
+        ("MIG-b1,MIG-b2", 1),  # a process can use one part of a GPU
+    ],
+)
+def test_as_many_processes_as_gpus_that_cuda_sees(listed: str, count: int) -> None:
+    assert count_visible(listed, UUIDS) == count
+
+
+def test_gpus_are_counted_where_the_driver_does_not_list_them() -> None:
+    assert count_visible("0,3", []) == 2 and count_visible("GPU-1a,GPU-2b,GPU-1a", []) == 0
 
 
 def outcomes(gpus: list[str], nodes: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Exception | None]:
@@ -123,6 +212,7 @@ def test_ranks_join_with_the_device_they_were_given(
     met: list[str] = []
     joined: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties())
     monkeypatch.setattr(distributed, "meet", lambda rank, nodes, gpu: met.append(gpu))
@@ -133,6 +223,7 @@ def test_ranks_join_with_the_device_they_were_given(
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    devices.take(first_gpu(), "n1")
     world = distributed.start(["n1", "n1"], first_gpu())
     assert (world.rank, world.size, world.device) == (1, 2, first_gpu())
     assert taken == [first_gpu()] and met == [uuid]

@@ -110,16 +110,13 @@ class Site:
     def job(self) -> str:
         """What a job, number 45, says until it comes to the user's lines."""
         variables = {"SLURM_JOB_ID": "45", "SLURMD_NODENAME": "n1", "SLURM_JOB_PARTITION": "low"}
-        done = subprocess.run(
-            ["bash", self.script],
-            env=os.environ | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            timeout=30,
-            check=False,
-        )
-        return done.stdout
+        log = self.run.slurm / "45.log"
+        with log.open("w", encoding="utf-8") as output:
+            command = ["bash", self.script]
+            subprocess.run(
+                command, env=os.environ | variables, stdout=output, stderr=output, timeout=30, check=False
+            )
+        return log.read_text(encoding="utf-8")
 
 
 @pytest.fixture

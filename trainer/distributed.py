@@ -15,7 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from configs.errors import CannotMeet, ConfigError, EarwitnessError, UnfitNode
+from configs.errors import CannotMeet, EarwitnessError, UnfitNode
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -100,52 +100,15 @@ class World:
         self.sum([0.0])  # dist.barrier would wait for the GPUs, too
 
 
-def choose_device(local_rank: int, node: str, gpus_per_node: int | None) -> torch.device:
-    """The device that a rank takes.
-
-    gpus_per_node: how many GPUs a job has asked for on each node, 0 for the CPU; None outside of a job.
-    Raises UnfitNode if too few of them answer here, ConfigError if this machine has too few.
-    """
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus_per_node is None:
-        return _device_outside_of_jobs(local_rank, visible)
-    if gpus_per_node == 0:
-        return torch.device("cpu")
-    if visible == 1:
-        return torch.device("cuda", 0)  # sites may bind a GPU to each task, which then sees no other one
-    if local_rank >= visible:
-        raise UnfitNode(node, f"{node}: only {visible} of {gpus_per_node} GPUs answer")
-    return torch.device("cuda", local_rank)
-
-
-def _device_outside_of_jobs(local_rank: int, visible: int) -> torch.device:
-    if visible == 0:
-        return torch.device("cpu")
-    if local_rank >= visible:
-        raise ConfigError(
-            f"this machine has {visible} GPUs, and each process needs one; leave --procs out, or set"
-            " CUDA_VISIBLE_DEVICES= to train on the CPU"
-        )
-    return torch.device("cuda", local_rank)
-
-
 def start(nodes: Sequence[str], device: torch.device) -> World:
     """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe. nodes: that of each rank;
-    device: what this rank computes on.
+    device: what this rank has taken (trainer/devices.py).
 
-    Raises ConfigError for a GPU without BF16, EarwitnessError if the ranks cannot meet, UnfitNode if those of
-    one node do not come, or have one GPU between them.
+    Raises EarwitnessError if the ranks cannot meet, UnfitNode if those of one node do not come, or have one
+    GPU between them.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            name = torch.cuda.get_device_name(device)
-            raise ConfigError(
-                f"{name}: this GPU has no BF16 arithmetic, which training uses; take one of the Ampere"
-                " generation or newer (A100, H100)"
-            )
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ |= _gloo_network(os.environ["MASTER_ADDR"])
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from configs.load import load
 from configs.run.folder import RunDir
 from slurm.submit import submit, write_script
 from tests.cluster.chains import Chain, make_chain
-from tests.making import config_values, run_program
+from tests.forks import Launcher
+from tests.leftovers import OF_A_JOB, OF_LAUNCHERS, OPTIONS
+from tests.making import audit, config_values, run_program
 from tools.sandbox.slurm import Cluster
 
 ODD = st.text(
@@ -75,15 +78,28 @@ def test_whatever_things_are_called_slurm_is_told_exactly_that(
 
 
 @pytest.mark.slow
-def test_the_printed_script_works_when_handed_to_sbatch_by_hand(chain: Chain, tmp_path: Path) -> None:
+def test_the_printed_script_works_when_handed_to_sbatch_by_hand(
+    chain: Chain, tmp_path: Path, launch: Launcher
+) -> None:
+    """Within another job, too, an array's, from a shell full of what other jobs and launchers have left. It
+    writes where `status` reads."""
     folder = tmp_path / 'it\'s a "run" at 100%'
     done = chain.launch("submit", chain.config, f"run.dir={folder}", "--dry-run")
     assert done.returncode == 0 and done.stdout.startswith("#!/bin/bash"), done.stderr
     assert "2 samples each" in done.stderr and "not submitted" in done.stderr
     (tmp_path / "mine.sh").write_text(done.stdout, encoding="utf-8")
     assert not chain.jobs()
-    chain.cluster.run("sbatch", str(tmp_path / "mine.sh"))
-    assert Chain(chain.cluster, chain.config, RunDir(folder)).finished() == "finished"
+    shell = OF_LAUNCHERS | OF_A_JOB | {"SBATCH_OUTPUT": str(tmp_path / "elsewhere.log")}
+    variables = shlex.join(f"{name}={value}" for name, value in shell.items())
+    by_hand = f"exec env {variables} sbatch {tmp_path}/mine.sh"
+    chain.cluster.run("sbatch", "--array=3", "--output=/dev/null", f"--wrap=srun sh -c '{by_hand}'")
+    done_by_hand = Chain(chain.cluster, chain.config, RunDir(folder))
+    assert done_by_hand.finished() == "finished"
+    job = done_by_hand.job()
+    assert "the chain ends: finished" in (folder / f"slurm/{job}.log").read_text(encoding="utf-8")
+    expected = tmp_path / "expected"
+    assert launch(chain.config, f"run.dir={expected}", procs=2).returncode == 0
+    assert done_by_hand.audit() == audit(expected)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +131,15 @@ def test_refused_before_it_costs_an_allocation(
 def test_missing_indexes_are_made_by_a_job_without_gpus_first(
     cluster: Cluster, tmp_path: Path, model: Path, shards: str
 ) -> None:
+    """From a shell, too, full of what other jobs and launchers have left."""
     values = config_values("run", tmp_path, model, shards, optim={"max_steps": 4}, evaluate={"captions": 0})
     values["slurm"] = {"gpus_per_node": 0, "nodes": "1-3"}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
     chain = Chain(cluster, config, RunDir(tmp_path / "run"))
-    done = chain.launch("submit", config)
+    done = run_program(
+        "launch", "submit", config, env=cluster.environment | OF_LAUNCHERS | OF_A_JOB | OPTIONS
+    )
     assert (
         done.returncode == 0
         and "indexes the shards" in done.stdout

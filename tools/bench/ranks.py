@@ -25,7 +25,7 @@ from configs.schema import RunConfig
 from data.batch import Sample, collate
 from data.captions import Tokens
 from data.decode import SAMPLE_RATE
-from trainer import checkpoint, distributed, model
+from trainer import checkpoint, devices, distributed, model
 from trainer.checkpoint import Manifest, Reader, sync
 from trainer.distributed import World
 from trainer.engines.zero2 import Zero2Engine
@@ -226,7 +226,8 @@ def save(trainer: Trainer, rounds: int, methods: Sequence[str]) -> dict[str, Any
 
 def main(work: Path, action: str, *arguments: str) -> None:
     """Do the part of one rank."""
-    device = distributed.choose_device(int(os.environ["LOCAL_RANK"]), "here", None)
+    device = devices.choose_device(int(os.environ["LOCAL_RANK"]), "here", None)
+    devices.take(device, None)
     world = distributed.start(["here"] * int(os.environ["WORLD_SIZE"]), device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
     trainer = Trainer(work, world)
