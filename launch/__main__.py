@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from configs.errors import ConfigError, run_command
+from configs.streams import open_streams
 
 if TYPE_CHECKING:
     from configs.run.folder import RunDir
@@ -36,6 +37,7 @@ def train(
     procs: Procs = None,
 ) -> None:
     """Train on this machine. The same command again resumes. Ctrl-C saves and leaves (exit code 85)."""
+    open_streams(unheeded=True)
     from configs.load import load
     from configs.run.folder import RunDir
     from data.dataset import index_missing, list_shards

@@ -16,18 +16,21 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from configs.streams import open_streams, speak_utf8
 from slurm.signals import StopFlag
 
 STOP = StopFlag()
 if __name__ == "__main__":
+    speak_utf8()
+    open_streams(unheeded=True)
     gc.disable()  # imports leave no garbage, but look for it would take a sixth of their time
     STOP.install()  # before the imports, which may take long on a network file system
 
 from configs.cores import cores_of_rank, decoding_threads
-from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode, let_output_say_anything
+from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode
 from configs.run.crash_journal import CrashJournal
 from configs.run.events import (
     AttemptBegan,
@@ -42,6 +45,7 @@ from configs.run.folder import RunDir
 from configs.run.lease import Lease
 from configs.run.stopwatch import Stopwatch
 from launch.failures import diagnose
+from launch.last_words import speak
 from slurm.job import in_job, join_job, node_name
 from slurm.watchdog import Hang, Watchdog
 
@@ -220,24 +224,25 @@ def _crash_report(run: RunDir, attempt: int, rank: int) -> Iterator[None]:
 def _report(run: RunDir, attempt: int, rank: int, error: Exception) -> int:
     """Say why this rank fails, to the log and to the ledger; returns its exit code. One that only leaves
     because another one has failed does not tell the ledger."""
-    try:
-        config = run.proposal.read()
-    except ConfigError:
-        config = None
-    diagnosis = diagnose(error, config, run.ledger.read().last(MicroSeconds, attempt))
+    config, taken = None, None
+    with suppress(ConfigError, OSError):  # they may be what fails
+        config, taken = run.proposal.read(), run.ledger.read().last(MicroSeconds, attempt)
+    diagnosis = diagnose(error, config, taken)
     print(diagnosis.message, file=sys.stderr, flush=True)
     if not isinstance(error, PeerFailed):
-        node = error.node if isinstance(error, UnfitNode) else node_name()
-        run.ledger.record(
-            RankFailed(
-                attempt=attempt,
-                rank=rank,
-                node=node,
-                cause=diagnosis.cause,
-                exit_code=diagnosis.exit_code,
-                message=diagnosis.message,
-            )
+        failed = RankFailed(
+            attempt=attempt,
+            rank=rank,
+            node=error.node if isinstance(error, UnfitNode) else node_name(),
+            cause=diagnosis.cause,
+            exit_code=diagnosis.exit_code,
+            message=diagnosis.message,
         )
+        try:
+            run.ledger.record(failed)
+        except OSError:
+            with suppress(OSError):
+                speak(run, failed)
     return diagnosis.exit_code
 
 
@@ -249,7 +254,6 @@ def _die_with(launcher: int) -> None:
 
 
 if __name__ == "__main__":
-    let_output_say_anything()
     join_job()
     if "EARWITNESS_DIE_WITH" in os.environ:
         _die_with(int(os.environ["EARWITNESS_DIE_WITH"]))
