@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ADVICE = {
-    errno.ENOSPC: "make room there (`df -h {place}; df -i {place}` tells of bytes and files)",
+    errno.ENOSPC: "make room there (`df -h {place}`, and `df -i` for the number of files)",
     errno.EDQUOT: "the quota there is used up: delete what is not needed, or ask for more (`quota -s`)",
     errno.EROFS: (
         "that file system may only be read: mount it for writing, or name another place (`findmnt -T {place}`"
@@ -39,7 +39,7 @@ ADVICE = {
     errno.EHOSTDOWN: "the network file system does not answer (`stat {place}`)",
     errno.ENOTCONN: "what was mounted there is gone: mount it anew (`findmnt -T {place}`)",
 }
-"""What to do, by the number of an error. place: what is there of the path."""
+"""What to do, by the number of an error. place: the folder, or what is there of it."""
 OF_RUST = re.compile(r"\(os error (\d+)\)")
 """In what libraries in Rust say (safetensors, tokenizers)."""
 
@@ -55,6 +55,8 @@ UNMISTAKABLE = {
     errno.EFBIG,
 }
 """These are errors of a disk even where no file is named; others may be those of a connection."""
+TEMPORARY = re.compile(r"/(tmp|earwitness-)\w{8}\b")
+"""In paths that Python has made below $TMPDIR."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_PERMISSION = (errno.EACCES, errno.EPERM)
 
@@ -70,18 +72,21 @@ def words_of_disk(error: BaseException) -> str:
     if told.errno in UNMISTAKABLE:
         return f"{os.strerror(told.errno)}{_advice(told.errno, None)}"
     if str(told.strerror).startswith("No usable temporary directory"):
-        return f"{told.strerror}: set TMPDIR to a folder that you may write, and start again"
+        return f"{told.strerror}: set TMPDIR to a folder that you may write"
     return ""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError of this block name a file: that of a write names none, that of a rename the old name."""
+    """Let an error of the system in this block be an OSError that names a file: that of a write names none,
+    that of a rename the old name."""
     try:
         yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
+    except Exception as error:
+        told = _as_os_error(error)
+        if told is None or told.errno is None:
+            raise
+        raise OSError(told.errno, os.strerror(told.errno), str(path)) from error
 
 
 def _as_os_error(error: BaseException) -> OSError | None:
@@ -98,11 +103,11 @@ def _advice(number: int, path: Path | None) -> str:
         return f": {_who_may(_what_is_there(path))}"
     if number not in ADVICE:
         return ""
-    place = shlex.quote(str(_what_is_there(path))) if path else ""
+    place = shlex.quote(str(_what_is_there(path if path.is_dir() else path.parent))) if path else ""
     advice = ADVICE[number].format(place=place, path=shlex.quote(str(path)))
-    if number in FULL and path and path.is_relative_to(os.environ.get("TMPDIR") or "/tmp"):
+    if number in FULL and path and TEMPORARY.search(str(path)):
         advice += ", or set TMPDIR to a folder on another disk"
-    return f": {advice}; then start again"
+    return f": {advice}"
 
 
 def _what_is_there(path: Path) -> Path:

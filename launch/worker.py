@@ -15,8 +15,10 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.streams import open_streams, speak_utf8
@@ -30,6 +32,7 @@ if __name__ == "__main__":
     STOP.install()  # before the imports, which may take long on a network file system
 
 from configs.cores import cores_of_rank, decoding_threads
+from configs.disk import words_of_disk
 from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode
 from configs.run.crash_journal import CrashJournal
 from configs.run.events import (
@@ -81,6 +84,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     nodes = _node_of_each_rank(run, lease.attempt)
     watch = _watchdog(run, lease, rank, nodes, journal, config.slurm.hang_seconds)
     _set_up_memory()
+    _set_up_cache()
     # Imported here, so that a signal during these seconds is already heeded.
     stopwatch.lap("interpreter")
     import torch
@@ -129,6 +133,19 @@ def _set_up_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def _set_up_cache() -> None:
+    """Let torch do without a cache folder that cannot be written, at the sight of which it would end."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    folder = Path(os.environ.get(name, tempfile.gettempdir()))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        print(f"{name}: goes on without it: {words_of_disk(error)}", file=sys.stderr, flush=True)
+        os.environ.pop(name, None)
 
 
 def _tell_start(session: Session) -> None:

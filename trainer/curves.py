@@ -16,6 +16,9 @@ from configs.disk import naming, words_of_disk
 
 NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.(.*)")
 """Of a file: the second in which it was made, and by whom."""
+PROBE = 1 << 16
+"""Bytes that must fit into the folder at first: TensorBoard's own thread, which an error ends, begins the
+file."""
 KEPT = 64 << 20
 """Bytes that are kept for a disk that may take them later."""
 
@@ -91,8 +94,8 @@ def open_curves(folder: Path, purge_step: int, trouble: _Trouble | None = None) 
     be read at all. Such a one gets the second after the newest.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with naming(folder), tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
-        probe.write(bytes(1 << 16))
+    with naming(folder), tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(PROBE))
     newest = max((_second(path) for path in folder.glob("events.out.tfevents.*")), default=0)
     writer = SummaryWriter(str(folder), purge_step=purge_step)
     writer.flush()
