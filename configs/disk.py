@@ -66,8 +66,9 @@ def words_of_disk(error: BaseException) -> str:
     told = _as_os_error(error)
     if told is None or told.errno is None:
         return ""
-    if isinstance(told.filename, str | bytes):
-        path = Path(os.fsdecode(told.filename))
+    name = told.filename2 or told.filename  # of a rename, the new one
+    if isinstance(name, str | bytes):
+        path = Path(os.fsdecode(name))
         return f"{path}: {os.strerror(told.errno)}{_advice(told.errno, path)}"
     if told.errno in UNMISTAKABLE:
         return f"{os.strerror(told.errno)}{_advice(told.errno, None)}"
@@ -78,13 +79,12 @@ def words_of_disk(error: BaseException) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system in this block be an OSError that names a file: that of a write names none,
-    that of a rename the old name."""
+    """Let an error of the system in this block that names no file, as that of a write, name this one."""
     try:
         yield
     except Exception as error:
         told = _as_os_error(error)
-        if told is None or told.errno is None:
+        if told is None or told.errno is None or told.filename:
             raise
         raise OSError(told.errno, os.strerror(told.errno), str(path)) from error
 

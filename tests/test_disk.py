@@ -18,11 +18,13 @@ from configs.disk import naming, words_of_disk
 from configs.errors import EarwitnessError, run_command
 from configs.load import validate
 from configs.run.events import LeftOut, RankFailed
+from configs.run.files import write_atomic
 from configs.run.folder import RunDir
 from configs.run.lease import claim, holder
 from launch import worker
 from launch.last_words import LastWords
 from tests.making import config_values
+from tools.output import new_folder
 from trainer.curves import Curves
 
 
@@ -176,3 +178,19 @@ def test_a_run_whose_folder_was_there_and_cannot_be_written_is_no_mistake_of_the
     with pytest.raises(EarwitnessError, match=r"checkpoints: File exists: .*set run.dir") as refused:
         RunDir.create(config)
     assert refused.value.exit_code == 1
+
+
+def test_an_output_that_a_disk_does_not_take_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as refused, new_folder(str(tmp_path / "out")) as output, room_for(10):
+        (output.folder / "model.safetensors").write_bytes(bytes(100))
+    assert words_of_disk(refused.value).startswith(f"{tmp_path}/out: File too large: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_whose_name_a_folder_has_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(OSError) as refused:
+        write_atomic(tmp_path / "config.yaml", "a: 1")
+    assert words_of_disk(refused.value).startswith(
+        f"{tmp_path}/config.yaml: Is a directory: a folder has the name of a file: move it away (`mv"
+    )

@@ -211,7 +211,8 @@ class Monitor:
             scalars["memory/device_gb"] = torch.cuda.max_memory_allocated(self._world.device) / 1e9
             scalars["memory/device_reserved_gb"] = torch.cuda.max_memory_reserved(self._world.device) / 1e9
         self._curves.scalars(scalars, self._step)
-        self._show_unusable(self._curves)
+        with contextlib.suppress(OSError):  # the quarantine cannot be read for now
+            self._show_unusable(self._curves)
         self._curves.flush()
         self._show_status(scalars)
 
