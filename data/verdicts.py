@@ -116,7 +116,7 @@ def judge(error: Exception, location: Location) -> Verdict:
     if isinstance(error, RecursionError):  # botocore asks for the region, is redirected, asks for the region
         return _judge_region(Answer())
     if isinstance(error, PermissionError) and location.is_local:
-        return Verdict(words_of_disk(error))
+        return Verdict(f"access denied ({words_of_disk(error)})")
     if isinstance(error, PermissionError):
         return Verdict(f"access denied ({error})", general, credentials=True)
     if isinstance(error, FileNotFoundError):
