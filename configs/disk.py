@@ -42,8 +42,6 @@ ADVICE = {
 """What to do, by the number of an error. place: the folder, or what is there of it."""
 OF_RUST = re.compile(r"\(os error (\d+)\)")
 """In what libraries in Rust say (safetensors, tokenizers)."""
-
-
 UNMISTAKABLE = {
     errno.ENOSPC,
     errno.EDQUOT,

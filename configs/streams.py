@@ -89,6 +89,7 @@ class _Unheeded(io.FileIO):
 
 
 def _rewrap(stream: io.TextIOWrapper, kind: type[io.FileIO]) -> io.TextIOWrapper:
+    stream.flush()
     descriptor = stream.fileno()
     if kind is _Unheeded and stream.isatty():
         # Opened anew, so that it need not be waited for: the shell's own stays as it is.

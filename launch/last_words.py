@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from configs.run.events import Event, RankFailed, parse
 from configs.run.folder import RunDir
@@ -18,24 +19,27 @@ VARIABLE = "EARWITNESS_LAST_WORDS"
 class LastWords:
     """Memory that the ranks of this machine share with their launcher."""
 
-    descriptor: int
+    memory: BinaryIO
 
     @classmethod
     def listen(cls) -> LastWords:
         """Of a launcher."""
-        return cls(os.memfd_create("last words"))
+        return cls(os.fdopen(os.memfd_create("last words"), "rb"))
+
+    @property
+    def descriptor(self) -> int:
+        """What a rank writes into, which must be passed to it."""
+        return self.memory.fileno()
 
     @property
     def environment(self) -> dict[str, str]:
-        """For a rank, which must get the descriptor, too."""
+        """Tells a rank the descriptor."""
         return {VARIABLE: str(self.descriptor)}
 
     def read(self) -> list[Event]:
         """All that was said."""
-        size = os.fstat(self.descriptor).st_size
-        said = os.pread(self.descriptor, size, 0).decode()
-        os.close(self.descriptor)
-        return [parse(json.loads(line)) for line in said.splitlines()]
+        self.memory.seek(0)
+        return [parse(json.loads(line)) for line in self.memory]
 
 
 def speak(run: RunDir, failed: RankFailed) -> None:
