@@ -17,12 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from configs.disk import naming, words_of_disk
 from configs.errors import EarwitnessError, run_command
 from configs.load import validate
-from configs.run.events import LeftOut, RankFailed
+from configs.run.events import AttemptBegan, LeftOut, RankFailed
 from configs.run.files import write_atomic
 from configs.run.folder import RunDir
 from configs.run.lease import claim, holder
 from launch import worker
 from launch.last_words import LastWords
+from launch.status import status
 from tests.making import config_values
 from tools.output import new_folder
 from trainer.curves import Curves
@@ -194,3 +195,26 @@ def test_a_file_whose_name_a_folder_has_is_named(tmp_path: Path) -> None:
     assert words_of_disk(refused.value).startswith(
         f"{tmp_path}/config.yaml: Is a directory: a folder has the name of a file: move it away (`mv"
     )
+
+
+def test_a_ledger_that_may_not_be_seen_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does it hide the runs beside it."""
+    for name in ("mine", "theirs"):
+        run = RunDir(tmp_path / "runs" / name)
+        run.ledger.record(AttemptBegan(attempt=0, ranks=1, nodes=["n1"]))
+
+    def closed(folder: Path) -> Iterator[Path]:
+        if folder.parent.name == "theirs":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return listed(folder)
+
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", closed)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PermissionError):
+        run.ledger.read()
+    status(None, as_json=False)
+    printed = capsys.readouterr()
+    assert "mine" in printed.out and "runs/theirs/events: Permission denied: " in printed.err

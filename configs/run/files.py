@@ -72,9 +72,9 @@ class JsonLines:
             os.close(descriptor)
 
     def read(self) -> Lines:
-        """All lines, file by file. The same name of a file never comes from two processes."""
+        """All lines, file by file. Raises OSError. The same name of a file never comes from two processes."""
         lines = Lines()
-        for path in sorted(self.folder.glob("*.jsonl")):
+        for path in self._files():
             text = path.read_text(encoding="utf-8", errors="replace")
             for number, line in enumerate(text.split("\n"), 1):
                 if line:
@@ -83,7 +83,14 @@ class JsonLines:
 
     def size(self) -> int:
         """Bytes of all files, to see cheaply whether there is more."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.jsonl"))
+        return sum(path.stat().st_size for path in self._files())
+
+    def _files(self) -> list[Path]:
+        """Raises OSError if they may not be seen, which `glob` would hide."""
+        try:
+            return sorted(path for path in self.folder.iterdir() if path.suffix == ".jsonl")
+        except FileNotFoundError:
+            return []
 
 
 def _read_line(line: str, place: str, into: Lines) -> None:
