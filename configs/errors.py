@@ -3,13 +3,14 @@ bugs."""
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
+from configs.disk import words_of_disk
 from configs.run.causes import Cause
+from configs.streams import open_streams, speak_utf8
 
 
 class ExitCode(IntEnum):
@@ -82,30 +83,23 @@ class CheckpointError(EarwitnessError):
     """A checkpoint could not be written or read."""
 
 
-def let_output_say_anything() -> None:
-    """Make this process's output take any text, whatever the locale: a file or a pipe gets UTF-8, a terminal
-    gets what it cannot show as an escape (\\u6f22)."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            encoding = stream.encoding if stream.isatty() else "utf-8"
-            stream.reconfigure(encoding=encoding, errors="backslashreplace")
-
-
 def run_command(command: Callable[[], object]) -> NoReturn:
-    """Run a command-line program: an EarwitnessError becomes its paragraph on stderr and its exit code."""
-    let_output_say_anything()
+    """Run a command-line program: an EarwitnessError, and what a disk refuses, becomes a paragraph on stderr
+    and an exit code."""
+    speak_utf8()
+    open_streams()
     try:
-        command()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()
     except EarwitnessError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except UnicodeEncodeError as error:
-        if sys.getfilesystemencoding() == "utf-8":
+    except Exception as error:
+        words = words_of_disk(error)
+        if not words:
             raise
-        name, character = error.object, error.object[error.start]
-        advice = "start again with PYTHONUTF8=1 in the environment"
-        print(
-            f"error: {name}: file names in this locale cannot have {character!r}; {advice}", file=sys.stderr
-        )
-        sys.exit(ExitCode.USAGE)
+        print(f"error: {words}", file=sys.stderr)
+        sys.exit(1)
     sys.exit(ExitCode.FINISHED)

@@ -102,7 +102,11 @@ class Cache:
     def _cut_down(self) -> None:
         """Remove what was not used for longest until the rest fits, and what killed processes have left."""
         blocks = []
-        for file in self.folder.glob("*/*"):
+        try:
+            files = list(self.folder.glob("*/*"))
+        except OSError:  # the disk is gone; that is told when something is to be kept
+            return
+        for file in files:
             with suppress(OSError):  # another rank is at it, too
                 kept = file.stat()
                 if file.suffix != ".tmp":

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from fsspec import AbstractFileSystem
 
+from configs.disk import words_of_disk
 from configs.errors import DataError, ShardError
 from data.location import Location, open_filesystem, renew
 
@@ -89,12 +90,12 @@ class Trouble:
                 self._renewed = True
                 return 0.0
         if verdict.reason:
-            raise DataError(f"{failure}: {verdict.reason}. {verdict.advice}") from error
+            raise DataError(f"{failure}: {verdict.reason}. {verdict.advice}".rstrip()) from error
         said = str(error).rstrip(".") or type(error).__name__
         if verdict.credentials:
             said += " (have the keys expired?)"
         if self.location.is_local:
-            raise ShardError(f"{failure}: {said}") from error
+            raise ShardError(f"{failure}: {words_of_disk(error) or said}") from error
         seconds = time.monotonic() - self.since
         if seconds > LIMITS.give_up:
             tried = f"{seconds:.0f} s without progress, {self.failures} failures, the last: {said}"

@@ -32,6 +32,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from configs.disk import words_of_disk
 from data.answers import Answer, answer_of
 from data.location import Location
 from data.retry import advice
@@ -114,6 +115,8 @@ def judge(error: Exception, location: Location) -> Verdict:
         return _judge_tls(tls, location)
     if isinstance(error, RecursionError):  # botocore asks for the region, is redirected, asks for the region
         return _judge_region(Answer())
+    if isinstance(error, PermissionError) and location.is_local:
+        return Verdict(f"access denied ({words_of_disk(error)})")
     if isinstance(error, PermissionError):
         return Verdict(f"access denied ({error})", general, credentials=True)
     if isinstance(error, FileNotFoundError):

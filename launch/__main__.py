@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from configs.errors import ConfigError, run_command
+from configs.streams import open_streams
 from launch.launchers import refuse_launchers
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, as optim.lr=1e-5", metavar="[KEY=VALUE]...")
 ]
 Procs = Annotated[Optional[int], typer.Option(min=1, help="Processes; default 1 per GPU or 1")]  # noqa: UP045
-Run = Annotated[Path, typer.Argument(help="Folder of a run, as runs/NAME", metavar="RUN")]
+Run = Annotated[Path, typer.Argument(help="Folder of a run, as runs/NAME", metavar="RUN", readable=False)]
 
 
 @app.command()
@@ -38,6 +39,7 @@ def train(
     procs: Procs = None,
 ) -> None:
     """Train on this machine. The same command again resumes. Ctrl-C saves and leaves (exit code 85)."""
+    open_streams(unheeded=True)
     from configs.load import load
     from configs.run.folder import RunDir
     from data.dataset import index_missing, list_shards
@@ -77,7 +79,8 @@ def submit(
 @app.command()
 def status(
     run: Annotated[
-        Path | None, typer.Argument(help="Folder of a run; default all below runs/.", metavar="[RUN]")
+        Path | None,
+        typer.Argument(help="Folder of a run; default all below runs/.", metavar="[RUN]", readable=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     events: Annotated[
@@ -159,9 +162,11 @@ def doctor(
 
 
 def _rundir(path: Path) -> RunDir:
-    """The folder of a run that exists."""
+    """The folder of a run that exists. Raises OSError, which says whose it is, where it is closed."""
     from configs.run.folder import RunDir
 
+    if path.is_dir():
+        next(path.iterdir(), None)
     run = RunDir(path)
     if not run.exists:
         raise ConfigError(f"{path}: not the folder of a run (as runs/NAME)")

@@ -21,6 +21,7 @@ from configs.run.events import AttemptBegan, ChainEnded, CouldNotBegin, Ended
 from configs.run.folder import RunDir
 from configs.run.lease import Lease, claim, holder
 from configs.schema import Slurm
+from configs.streams import open_streams
 from launch import snapshot
 from slurm.chain import Verdict, decide, record_end, settle, stop_requested
 
@@ -126,6 +127,7 @@ class Judge:
 
 def main() -> None:
     """begin RUN CHAIN JOB PARTITION-NODES JOB-BEFORE NODES..., or end RUN CHAIN JOB PARTITION-NODES CODE."""
+    open_streams(unheeded=True)  # a job's log may be full
     for signum in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)  # meant for the ranks; job.sh heeds them
     what, path, chain, job, partition_nodes, *rest = sys.argv[1:]

@@ -7,6 +7,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 
+from configs.disk import words_of_disk
 from configs.errors import EarwitnessError
 from configs.run.causes import Cause
 from configs.run.events import MicroSeconds
@@ -41,6 +42,8 @@ def diagnose(error: Exception, config: RunConfig | None, taken: MicroSeconds | N
         return Diagnosis(Cause.OUT_OF_GPU_MEMORY, 1, _out_of_gpu_memory(error, config, taken))
     if _is_out_of_memory(error):
         return Diagnosis(Cause.OUT_OF_MEMORY, 1, _out_of_memory(error, config, taken))
+    if words := words_of_disk(error):
+        return Diagnosis(Cause.ERROR, 1, f"{words}. When that is mended, the same command goes on")
     cause = Cause.LOST_PEER if _is_lost_peer(error) else Cause.ERROR
     return Diagnosis(cause, 1, "".join(traceback.format_exception(error)))
 

@@ -11,19 +11,23 @@ import sys
 import threading
 import time
 
+from configs.disk import words_of_disk
 from configs.errors import ExitCode
 from configs.ports import free_ports
 from configs.run.causes import Cause
 from configs.run.crash_journal import DEATHS, deaths
 from configs.run.ends import Failure, rank_errors
-from configs.run.events import AttemptBegan, Hung
+from configs.run.events import AttemptBegan, Event, Hung
 from configs.run.folder import RunDir
 from configs.run.lease import claim
+from configs.run.ledger import History
 from configs.run.memory import will_halve
 from configs.schema import RunConfig
+from launch.last_words import LastWords
 from launch.snapshot import ROOT
 from slurm.chain import record_end, settle
 from slurm.shell import for_rank
+from slurm.signals import stop_signals
 
 GRACE = 20.0
 """Seconds that the other ranks get to leave by themselves after one has failed."""
@@ -59,7 +63,10 @@ def _run_attempt(
         settle(run)
         run.proposal.propose(config)
         code, failure = _attempt(run, lease.attempt, procs, asked_to_stop)
-        record_end(run, lease.attempt, code, failure)
+        try:
+            record_end(run, lease.attempt, code, failure)
+        except OSError as error:  # the next start finds it out
+            print(f"the ledger is not told of this end: {words_of_disk(error) or error}", file=sys.stderr)
         return lease.attempt, code
     finally:
         if not lease.superseded():
@@ -72,9 +79,9 @@ def _attempt(
 ) -> tuple[int, Failure | None]:
     run.ledger.record(AttemptBegan(attempt=attempt, ranks=procs, nodes=[socket.gethostname()]))
     run.attempt_logs(attempt).mkdir(parents=True, exist_ok=True)
-    port = free_ports(1)[0]
-    ranks = [_start(run, attempt, rank, procs, port) for rank in range(procs)]
-    _pass_signals_to(ranks, asked_to_stop)
+    port, last_words = free_ports(1)[0], LastWords.listen()
+    ranks = [_start(run, attempt, rank, procs, port, last_words) for rank in range(procs)]
+    left_at_once = _pass_signals_to(ranks, asked_to_stop)
     try:
         codes = _wait(ranks)
     finally:
@@ -84,21 +91,31 @@ def _attempt(
             process.wait()
     if all(code in GOOD for code in codes):
         return max(process.returncode for process in ranks), None
-    return _explain(run, attempt, codes)
+    if left_at_once.is_set():
+        return _left_at_once(run)
+    return _explain(run, attempt, codes, last_words.read())
 
 
-def _start(run: RunDir, attempt: int, rank: int, procs: int, port: int) -> subprocess.Popen[bytes]:
+def _start(
+    run: RunDir, attempt: int, rank: int, procs: int, port: int, last_words: LastWords
+) -> subprocess.Popen[bytes]:
     own_code_first = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = (
         for_rank(os.environ)
         | rank_environment(rank, procs, port)
+        | last_words.environment
         | {"EARWITNESS_DIE_WITH": str(os.getpid()), "PYTHONPATH": own_code_first, "PYTHONSAFEPATH": "1"}
     )
     command = [sys.executable, "-m", "launch.worker", str(run.path), str(attempt)]
     # In a session of its own, so that Ctrl-C reaches the launcher alone, which asks all ranks to save.
     with run.rank_file(attempt, rank, "log").open("wb") as log:
         return subprocess.Popen(
-            command, env=environment, start_new_session=True, stdout=None if rank == 0 else log, stderr=log
+            command,
+            env=environment,
+            start_new_session=True,
+            stdout=None if rank == 0 else log,
+            stderr=log,
+            pass_fds=[last_words.descriptor],
         )
 
 
@@ -114,25 +131,32 @@ def rank_environment(rank: int, procs: int, port: int) -> dict[str, str]:
     }
 
 
-def _pass_signals_to(ranks: list[subprocess.Popen[bytes]], asked_to_stop: threading.Event) -> None:
+def _pass_signals_to(ranks: list[subprocess.Popen[bytes]], asked_to_stop: threading.Event) -> threading.Event:
+    """From now on. Returns what tells whether somebody would not wait for the save."""
+    left_at_once = threading.Event()
+
     def pass_on(signum: int, frame: object) -> None:
-        is_insisting = asked_to_stop.is_set() and signum == signal.SIGINT
+        is_first = not asked_to_stop.is_set()
+        asked_to_stop.set()  # before words, in the midst of which the next signal may come
+        is_insisting = signum == signal.SIGINT and not is_first
+        if is_insisting:
+            left_at_once.set()
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL if is_insisting else signal.SIGTERM)
-        if not asked_to_stop.is_set():
+        if is_first:
             print(
                 "\nstopping: saving at the end of this step (Ctrl-C again to leave at once)",
                 file=sys.stderr,
                 flush=True,
             )
-        asked_to_stop.set()
 
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for signum in stop_signals():
         signal.signal(signum, pass_on)
     if asked_to_stop.is_set():  # between two attempts
         for process in ranks:
             process.terminate()
+    return left_at_once
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
@@ -151,14 +175,25 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
     return [process.poll() for process in ranks]
 
 
-def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> tuple[int, Failure | None]:
+def _left_at_once(run: RunDir) -> tuple[int, Failure]:
+    """Say what somebody has lost who would not wait for the save."""
+    step = run.ledger.read().saved_step
+    newest = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
+    words = f"left at once, not saved; {newest}"
+    print(f"\n{words} ({run.checkpoints}). The same command goes on from there", file=sys.stderr, flush=True)
+    return 1, Failure(Cause.CANCELLED, f"{words} (Ctrl-C twice)", by_signal=True)
+
+
+def _explain(
+    run: RunDir, attempt: int, codes: list[int | None], last_words: list[Event]
+) -> tuple[int, Failure | None]:
     """Print the error that ended the run. Returns its exit code, and a failure that the ledger does not tell
-    of.
+    of. last_words: of ranks that could not tell the ledger.
 
     A rank that was killed is the cause, the others only lost it. One that has aborted is not, unless it was
     decoding: NCCL does so to those that wait for another one.
     """
-    history = run.ledger.read()
+    history = History([*run.ledger.read().events, *last_words])
     samples = {death.rank: death for death in deaths(run, attempt)}
     failed = [rank for rank, code in enumerate(codes) if code not in (None, *GOOD)]
     killed = [rank for rank in failed if _is_killed(codes[rank])]
@@ -174,6 +209,8 @@ def _explain(run: RunDir, attempt: int, codes: list[int | None]) -> tuple[int, F
         for other in failed:
             if codes[other] == -signal.SIGABRT:
                 message += f"\nrank {other} was aborted (its log: {run.rank_file(attempt, other, 'log')})"
+        if errors[0] in last_words:
+            failure = Failure(errors[0].cause, f"rank {rank}: {errors[0].words}")
     else:
         rank = (culprits or failed)[0]
         code = codes[rank] or 0

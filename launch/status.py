@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from configs.disk import words_of_disk
 from configs.errors import ConfigError, EarwitnessError
 from configs.run.causes import FINAL, Cause
 from configs.run.ends import find_end
@@ -87,7 +88,7 @@ class Report:
 
 def status(run: RunDir | None, *, as_json: bool) -> None:
     """Print one run, or all below `runs/`. Raises ConfigError if there is none."""
-    runs = [run] if run else [RunDir(folder.parent) for folder in sorted(Path("runs").glob("*/events"))]
+    runs = [run] if run else list(_runs_below(Path("runs")))
     if not runs:
         raise ConfigError(
             "there are no runs below runs/ here; name the folder of one: python -m launch status RUN"
@@ -103,6 +104,20 @@ def status(run: RunDir | None, *, as_json: bool) -> None:
         _print_run(console, reports[0])
     else:
         _print_runs(console, reports)
+
+
+def _runs_below(root: Path) -> Iterator[RunDir]:
+    """The runs in a folder; those that are closed are told on stderr."""
+    for folder in sorted(root.glob("*")):
+        run = RunDir(folder)
+        try:
+            next(run.ledger.folder.iterdir(), None)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            print(words_of_disk(error), file=sys.stderr)
+            continue
+        yield run
 
 
 def queued_jobs(runs: Iterable[RunDir]) -> list[QueuedJob] | None:

@@ -15,20 +15,26 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.streams import open_streams, speak_utf8
 from slurm.signals import StopFlag
 
 STOP = StopFlag()
 if __name__ == "__main__":
+    speak_utf8()
+    open_streams(unheeded=True)
     gc.disable()  # imports leave no garbage, but look for it would take a sixth of their time
     STOP.install()  # before the imports, which may take long on a network file system
 
 from configs.cores import cores_of_rank, decoding_threads
-from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode, let_output_say_anything
+from configs.disk import words_of_disk
+from configs.errors import ConfigError, ExitCode, PeerFailed, UnfitNode
 from configs.run.crash_journal import CrashJournal
 from configs.run.events import (
     AttemptBegan,
@@ -44,6 +50,7 @@ from configs.run.lease import Lease
 from configs.run.stopwatch import Stopwatch
 from launch import snapshot
 from launch.failures import diagnose
+from launch.last_words import speak
 from slurm.job import in_job, join_job, node_name
 from slurm.watchdog import Hang, Watchdog
 
@@ -80,6 +87,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     nodes = _node_of_each_rank(run, lease.attempt)
     watch = _watchdog(run, lease, rank, nodes, journal, config.slurm.hang_seconds)
     _set_up_memory()
+    _set_up_cache()
     # Imported here, so that a signal during these seconds is already heeded.
     stopwatch.lap("interpreter")
     import torch
@@ -131,6 +139,19 @@ def _set_up_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def _set_up_cache() -> None:
+    """Let torch do without a cache folder that cannot be written, at the sight of which it would end."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    folder = Path(os.environ.get(name, tempfile.gettempdir()))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        print(f"{name}: goes on without it: {words_of_disk(error)}", file=sys.stderr, flush=True)
+        os.environ.pop(name, None)
 
 
 def _tell_start(session: Session, devices: list[str]) -> None:
@@ -236,24 +257,25 @@ def _crash_report(run: RunDir, attempt: int, rank: int) -> Iterator[None]:
 def _report(run: RunDir, attempt: int, rank: int, error: Exception) -> int:
     """Say why this rank fails, to the log and to the ledger; returns its exit code. One that only leaves
     because another one has failed does not tell the ledger."""
-    try:
-        config = run.proposal.read()
-    except ConfigError:
-        config = None
-    diagnosis = diagnose(error, config, run.ledger.read().last(MicroSeconds, attempt))
+    config, taken = None, None
+    with suppress(ConfigError, OSError):  # they may be what fails
+        config, taken = run.proposal.read(), run.ledger.read().last(MicroSeconds, attempt)
+    diagnosis = diagnose(error, config, taken)
     print(diagnosis.message, file=sys.stderr, flush=True)
     if not isinstance(error, PeerFailed):
-        node = error.node if isinstance(error, UnfitNode) else node_name()
-        run.ledger.record(
-            RankFailed(
-                attempt=attempt,
-                rank=rank,
-                node=node,
-                cause=diagnosis.cause,
-                exit_code=diagnosis.exit_code,
-                message=diagnosis.message,
-            )
+        failed = RankFailed(
+            attempt=attempt,
+            rank=rank,
+            node=error.node if isinstance(error, UnfitNode) else node_name(),
+            cause=diagnosis.cause,
+            exit_code=diagnosis.exit_code,
+            message=diagnosis.message,
         )
+        try:
+            run.ledger.record(failed)
+        except OSError:
+            with suppress(OSError):
+                speak(run, failed)
     return diagnosis.exit_code
 
 
@@ -265,7 +287,6 @@ def _die_with(launcher: int) -> None:
 
 
 if __name__ == "__main__":
-    let_output_say_anything()
     join_job()
     if "EARWITNESS_DIE_WITH" in os.environ:
         _die_with(int(os.environ["EARWITNESS_DIE_WITH"]))

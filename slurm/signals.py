@@ -6,8 +6,17 @@ import signal
 from types import FrameType
 
 
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask to save and to leave: a terminal that goes away does, too, unless `nohup` was
+    told that it will."""
+    signals = [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
+
+
 class StopFlag:
-    """Set by TERM, USR2 or INT: save and leave."""
+    """Set by TERM, USR2, INT or HUP: save and leave."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -24,7 +33,7 @@ class StopFlag:
 
     def install(self) -> StopFlag:
         """Take over the signals of this process."""
-        for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        for signum in stop_signals():
             signal.signal(signum, self._on_signal)
         return self
 

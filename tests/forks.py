@@ -31,6 +31,7 @@ from configs.run.folder import RunDir
 from data import retry
 from launch import local, worker
 from launch.__main__ import app
+from launch.last_words import LastWords
 from tests.making import ROOT
 
 FORK = multiprocessing.get_context("fork")
@@ -148,7 +149,7 @@ def command(request: dict[str, Any]) -> None:
     ]
     begun = itertools.count()
 
-    def start(run: RunDir, attempt: int, rank: int, procs: int, port: int) -> Rank:
+    def start(run: RunDir, attempt: int, rank: int, procs: int, port: int, last_words: LastWords) -> Rank:
         return of_attempts[next(begun) // procs][rank].begin(run, attempt, port)
 
     local._start = start

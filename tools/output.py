@@ -15,6 +15,7 @@ from typing import Any
 
 from fsspec.core import split_protocol
 
+from configs.disk import naming, words_of_disk
 from configs.errors import ConfigError, EarwitnessError
 from configs.schema import public
 from data.location import Location, open_filesystem
@@ -58,7 +59,8 @@ def new_folder(out: str, last: str = "") -> Iterator[Output]:
             raise ConfigError(f"{out}: names no bucket; it is written s3://BUCKET/PREFIX")
         with TemporaryDirectory(prefix="earwitness-") as temporary, _prefix(out.rstrip("/")) as put:
             folder = Path(temporary)
-            yield Output(folder, put)
+            with naming(folder):
+                yield Output(folder, put)
             for file in sorted(folder.iterdir(), key=lambda file: (file.name == last, file.name)):
                 put(file)
     else:
@@ -74,12 +76,13 @@ def _folder(out: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be made: {error.strerror}") from error
+        raise ConfigError(f"{out}: cannot be made: {words_of_disk(error)}") from error
     try:
-        yield temporary
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
+        with naming(out):
+            yield temporary
+            if out.exists():
+                out.rmdir()
+            temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

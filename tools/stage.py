@@ -31,6 +31,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from configs.disk import words_of_disk
 from configs.errors import ConfigError, DataError, ShardError, run_command
 from configs.run.files import write_atomic
 from configs.schema import RunConfig, Source
@@ -256,7 +257,7 @@ def _copies(source: Source, folder: Path, index_dir: str) -> list[_Copy]:
         try:
             subfolder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{subfolder}: cannot be made: {error.strerror}") from None
+            raise ConfigError(f"{subfolder}: cannot be made: {words_of_disk(error)}") from None
         expected = {copy.path for copy in copies}
         strangers = sorted(path.name for path in subfolder.glob("*.tar") if path not in expected)
         if strangers:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from configs.disk import naming
 from configs.errors import ConfigError
 from configs.run.folder import RunDir
 from configs.schema import Model
@@ -153,9 +154,14 @@ def load_base(run: RunDir, settings: Model) -> Captioner:
 def save_base(run: RunDir, captioner: Captioner) -> None:
     """Write `base/`: all that export and offline nodes need besides a checkpoint. Call before training
     changes anything."""
+    run.base.mkdir(parents=True, exist_ok=True)
+    with naming(run.base):
+        _write_base(run, captioner)
+
+
+def _write_base(run: RunDir, captioner: Captioner) -> None:
     from transformers import GenerationConfig, WhisperProcessor
 
-    run.base.mkdir(parents=True, exist_ok=True)
     WhisperProcessor.from_pretrained(captioner.source).save_pretrained(run.base)
     GenerationConfig.from_dict(captioner.generation).save_pretrained(run.base)
     untrained = {

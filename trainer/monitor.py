@@ -34,7 +34,8 @@ from trainer.loss import SourceTotals
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-    from torch.utils.tensorboard import SummaryWriter
+
+    from trainer.curves import Curves
 
 SPIKE_WINDOW = 100
 """Steps that a loss is compared with; the first SPIKE_WINDOW / 5 of an attempt are only collected."""
@@ -97,7 +98,7 @@ class Monitor:
         self._names = [source.name for source in config.data.sources]
         self._sample_flops, self._peak = sample_flops, peak_flops(config.monitor.peak_tflops, world.device)
         self._step, self._total_steps = first_step, total_steps
-        self._writer: SummaryWriter | None = None
+        self._curves: Curves | None = None
         self._history = History([])
         self._progress: Progress | None = None
         self._noted_at, self._noted_step = 0.0, first_step
@@ -105,12 +106,12 @@ class Monitor:
         self._quarantine_bytes = 0
         """Of the quarantine that the curves show."""
         if world.rank == 0:
-            from trainer.curves import open_curves  # TensorBoard, which the other ranks do without
+            from trainer.curves import Curves  # TensorBoard, which the other ranks do without
 
             self._history = run.ledger.read()
             # What the attempts before have drawn and this one draws anew is taken back; step 0 is evaluated
             # again, as it is never saved.
-            self._writer = open_curves(run.tensorboard, purge_step=first_step + 1 if first_step else 0)
+            self._curves = Curves(run.tensorboard, purge_step=first_step + 1 if first_step else 0)
             self._mark_restart()
             if sys.stdout.isatty():
                 self._progress = self._open_terminal()
@@ -146,12 +147,11 @@ class Monitor:
 
     def evaluation(self, metrics: dict[str, float], panel: Sequence[PanelClip]) -> None:
         """Report an evaluation; the time that it took does not count for the speed."""
-        if self._writer is not None and metrics:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, self._step)
+        if self._curves and metrics:
+            self._curves.scalars(metrics, self._step)
             for number, clip in enumerate(panel):
-                self._show_clip(f"panel/{number}", clip)
-            self._writer.flush()
+                self._show_clip(self._curves, f"panel/{number}", clip)
+            self._curves.flush()
             values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             self._say(f"step {self._step}: {values}")
         self._reset()
@@ -161,8 +161,8 @@ class Monitor:
         if self._progress:
             self._progress.stop()
         self._note()
-        if self._writer is not None:
-            self._writer.close()
+        if self._curves:
+            self._curves.close()
 
     def _open_terminal(self) -> Progress:
         from rich.console import Console
@@ -195,7 +195,7 @@ class Monitor:
         )
         unusable_samples = self._world.sum([float(unusable[name]) for name in self._names])
         storage = self._world.sum([float(STATS[name]) for name in STORAGE])
-        if self._writer is None:
+        if self._curves is None:
             return
         seconds = time.perf_counter() - self._since
         scalars = by_source.means(self._names, "loss")
@@ -210,10 +210,10 @@ class Monitor:
         if self._world.device.type == "cuda":
             scalars["memory/device_gb"] = torch.cuda.max_memory_allocated(self._world.device) / 1e9
             scalars["memory/device_reserved_gb"] = torch.cuda.max_memory_reserved(self._world.device) / 1e9
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, self._step)
-        self._show_unusable(self._writer)
-        self._writer.flush()
+        self._curves.scalars(scalars, self._step)
+        with contextlib.suppress(OSError):  # the quarantine cannot be read for now
+            self._show_unusable(self._curves)
+        self._curves.flush()
         self._show_status(scalars)
 
     def _speeds(self, totals: Totals, seconds: float) -> dict[str, float]:
@@ -246,14 +246,13 @@ class Monitor:
         wait = scalars["speed/data_wait_share"]
         print(f"step {self._step}/{self._total_steps}  {status}  data wait {wait:.0%}", flush=True)
 
-    def _show_clip(self, tag: str, clip: PanelClip) -> None:
-        assert self._writer is not None
+    def _show_clip(self, curves: Curves, tag: str, clip: PanelClip) -> None:
         waveform = torch.from_numpy(clip.sample.waveform)[None] / 32768
-        self._writer.add_audio(tag, waveform, self._step, SAMPLE_RATE)
+        curves.audio(tag, waveform, SAMPLE_RATE, self._step)
         text = f"**said** {clip.caption}\n\n**reference** {clip.sample.caption}\n\n`{clip.sample.key}`"
-        self._writer.add_text(tag, text, self._step)
+        curves.text(tag, text, self._step)
 
-    def _show_unusable(self, writer: SummaryWriter) -> None:
+    def _show_unusable(self, curves: Curves) -> None:
         """A table of the samples that could not be used, by source and reason, whenever there are more."""
         size = self._run.quarantine.size()
         if size == self._quarantine_bytes:
@@ -262,17 +261,17 @@ class Monitor:
         table = ["| source | samples | reason | e.g. |", "|---|---|---|---|"]
         for (source, reason), keys in self._run.quarantine.read().by_reason().items():
             table.append(f"| {source} | {len(keys):,} | {reason} | {keys[0]} |")
-        writer.add_text("unusable_samples", "\n".join(table), self._step)
+        curves.text("unusable_samples", "\n".join(table), self._step)
 
     def _mark_restart(self) -> None:
         """Say in the curves where an attempt begins, and why the one before ended."""
         attempts = summarize(self._history, time.time())
-        if self._writer is None or not attempts:
+        if self._curves is None or not attempts:
             return
         text = f"attempt {attempts[-1].attempt}, {attempts[-1].place}"
         if len(attempts) > 1:
             text += f", resumed at step {self._step} after: {attempts[-2].words or 'nobody knows'}"
-        self._writer.add_text("restarts", text, self._step)
+        self._curves.text("restarts", text, self._step)
 
     def _tell_first_step(self) -> None:
         """Tell the ledger where the seconds until now went."""
@@ -281,11 +280,12 @@ class Monitor:
         self._stopwatch.lap(Phase.FIRST_STEP.value, less=spent)
         if self._world.rank == 0:
             seconds = {part: round(spent, 3) for part, spent in self._stopwatch.seconds.items()}
-            self._run.ledger.record(FirstStep(attempt=self._attempt, step=self._step, seconds=seconds))
+            with contextlib.suppress(OSError):  # as in _note
+                self._run.ledger.record(FirstStep(attempt=self._attempt, step=self._step, seconds=seconds))
 
     def _note(self) -> None:
         """Tell the ledger where this attempt's time went, and the curves where that of the run did."""
-        if self._writer is None:
+        if self._curves is None:
             return
         progress = self.clock.progress(self._attempt, self._step, self._config.batch.global_size)
         self._noted_at = time.monotonic()
@@ -296,8 +296,8 @@ class Monitor:
         self._noted_step = self._step
         history = History([*self._history.events, progress])
         spent = goodput(summarize(history, progress.time), begin(history) or progress.time, progress.time)
-        for name, seconds in spent.items():
-            self._writer.add_scalar(f"goodput/{name}", seconds / sum(spent.values()), self._step)
+        shares = {f"goodput/{name}": seconds / sum(spent.values()) for name, seconds in spent.items()}
+        self._curves.scalars(shares, self._step)
 
     def _say(self, text: str) -> None:
         """A line on the terminal."""

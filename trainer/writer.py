@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from xxhash import xxh3_128
 
+from configs.disk import words_of_disk
 from configs.errors import CheckpointError, PeerFailed
 from configs.run.lease import Superseded
 from trainer.checkpoint import (
@@ -208,7 +209,8 @@ class Writer:
         if cause is None:
             raise PeerFailed("another rank could not write the checkpoint")
         raise CheckpointError(
-            f"{job.temporary}: cannot write the checkpoint of step {job.manifest.step}: {cause}. "
+            f"{job.temporary}: cannot write the checkpoint of step {job.manifest.step}: "
+            f"{words_of_disk(cause) or cause}. "
             "Earlier checkpoints are intact; make room or mend the folder, and start again."
         ) from cause
 

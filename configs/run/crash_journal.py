@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.disk import naming
 from configs.run.events import DeathInHand, TrainingBegan
 from configs.run.folder import RunDir
 
@@ -48,9 +49,10 @@ class CrashJournal:
         if path is None:
             self._memory = mmap.mmap(-1, len(empty))
         else:
-            path.write_bytes(empty)  # a hole would end in SIGBUS when the disk is full
-            with path.open("r+b") as file:
-                self._memory = mmap.mmap(file.fileno(), 0)
+            with naming(path):
+                path.write_bytes(empty)  # a hole would end in SIGBUS when the disk is full
+                with path.open("r+b") as file:
+                    self._memory = mmap.mmap(file.fileno(), 0)
         self._free = deque(range(0, len(empty), SLOT.size))
 
     @contextmanager

@@ -8,10 +8,12 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from configs.disk import naming
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -25,11 +27,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
+        with naming(path):
+            with temporary.open("wb") as file:
+                yield file
+            temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -60,16 +64,17 @@ class JsonLines:
         line = json.dumps(value, ensure_ascii=False) + "\n"
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            if _is_cut_off(descriptor):
-                line = "\n" + line
-            os.write(descriptor, line.encode())
+            with naming(path):
+                if _is_cut_off(descriptor):
+                    line = "\n" + line
+                _write_all(descriptor, line.encode())
         finally:
             os.close(descriptor)
 
     def read(self) -> Lines:
-        """All lines, file by file. The same name of a file never comes from two processes."""
+        """All lines, file by file. Raises OSError. The same name of a file never comes from two processes."""
         lines = Lines()
-        for path in sorted(self.folder.glob("*.jsonl")):
+        for path in self._files():
             text = path.read_text(encoding="utf-8", errors="replace")
             for number, line in enumerate(text.split("\n"), 1):
                 if line:
@@ -78,7 +83,14 @@ class JsonLines:
 
     def size(self) -> int:
         """Bytes of all files, to see cheaply whether there is more."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.jsonl"))
+        return sum(path.stat().st_size for path in self._files())
+
+    def _files(self) -> list[Path]:
+        """Raises OSError if they may not be seen, which `glob` would hide."""
+        try:
+            return sorted(path for path in self.folder.iterdir() if path.suffix == ".jsonl")
+        except FileNotFoundError:
+            return []
 
 
 def _read_line(line: str, place: str, into: Lines) -> None:
@@ -91,6 +103,12 @@ def _read_line(line: str, place: str, into: Lines) -> None:
         into.places.append(place)
     else:
         into.torn.append(place)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    """Write all of it: a disk that becomes full takes a part, and says so only when it is asked again."""
+    while content:
+        content = content[os.write(descriptor, content) :]
 
 
 @functools.cache

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from configs.errors import ConfigError
+from configs.disk import words_of_disk
+from configs.errors import ConfigError, EarwitnessError
 from configs.load import load_kept
 from configs.run.files import JsonLines
 from configs.run.ledger import Ledger
@@ -52,17 +53,19 @@ class RunDir:
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDir:
-        """Make the folder of a run, or take it up again. Raises ConfigError if it cannot be written."""
+        """Make the folder of a run, or take it up again. Raises ConfigError if it cannot be made,
+        EarwitnessError if it was there and cannot be written."""
         run = cls(config.run.dir)
+        kind = EarwitnessError if run.exists else ConfigError
         try:
             for folder in (run.checkpoints, run.leases, run.ledger.folder, run.quarantine.folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder):
                     pass
         except OSError as error:
-            raise ConfigError(
-                f"{run.path}: cannot write the run's folder: {error.strerror} ({error.filename}); set run.dir"
-                " to a place that you may write"
+            raise kind(
+                f"{run.path}: cannot write the run's folder: {words_of_disk(error)}; or set run.dir to a"
+                " place that you may write"
             ) from None
         return run
 

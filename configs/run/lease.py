@@ -23,6 +23,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from configs.disk import naming
 from configs.errors import ConfigError, EarwitnessError
 from configs.run.causes import Cause
 from configs.run.folder import RunDir
@@ -152,15 +153,19 @@ def holder(run: RunDir) -> Holder | None:
 
 
 def _create(file: Path, text: str) -> bool:
-    """Create a file; False if it is there."""
+    """Create a file; False if it is there. Raises OSError."""
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         return False
-    with os.fdopen(descriptor, "w", encoding="utf-8") as content:
-        content.write(text)
-        content.flush()
-        os.fsync(descriptor)
+    try:
+        with naming(file), os.fdopen(descriptor, "w", encoding="utf-8") as content:
+            content.write(text)
+            content.flush()
+            os.fsync(descriptor)
+    except OSError:
+        file.unlink()  # it would hold the run until it expires
+        raise
     return True
 
 
