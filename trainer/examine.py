@@ -1,0 +1,234 @@
+"""A model is examined before it is used: the one door through which training, submission, the next phase,
+captions and the doctor read a folder, or what the hub has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer
+
+from configs.errors import ConfigError
+from trainer import fit, vocabulary, weight_files
+from trainer.hub import is_hub_name, locate
+from trainer.other_weights import refuse_adapter, refuse_others
+from trainer.weight_files import Tensors, read_json
+from trainer.whisper import USUAL, Whisper
+
+if TYPE_CHECKING:
+    from transformers import WhisperConfig, WhisperProcessor
+
+CLASSES = ("WhisperForConditionalGeneration", "WhisperModel")
+"""Of transformers, whose tensors make up a whole Whisper."""
+SIZES = (
+    "vocab_size",
+    "num_mel_bins",
+    "d_model",
+    "max_source_positions",
+    "max_target_positions",
+    *(
+        f"{half}_{part}"
+        for half in ("encoder", "decoder")
+        for part in ("layers", "attention_heads", "ffn_dim")
+    ),
+)
+"""Keys that a config.json must have: a size that transformers fills in would be taken for the model's."""
+RANDOM_PARTS = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "encoder_layerdrop",
+    "decoder_layerdrop",
+    "apply_spec_augment",
+)
+EXTRACTOR = {"sampling_rate": 16_000, "hop_length": 160, "n_fft": 400}
+"""Of a feature extractor, and the same in every Whisper."""
+NO_WEIGHTS = "holds a config, but no weights (model.safetensors): fetch them, too"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model that was examined, and can be trained and used. weights: None if it has none; remarks: what was
+    completed, and what else is good to know."""
+
+    folder: Path
+    config: WhisperConfig
+    tokenizer: Tokenizer
+    generation: dict[str, Any]
+    weights: Tensors | None
+    remarks: list[str]
+
+    @torch.no_grad()
+    def whisper(self, dtype: torch.dtype | None = None) -> Whisper:
+        """The model with its weights, unless told otherwise in the precision of the file."""
+        assert self.weights
+        with torch.device("meta"):
+            model = Whisper(self.config).to(dtype or self.weights[fit.EMBEDDING].dtype)
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.weights[name])
+        return model
+
+
+def examine(name: str, asked: str, fetched: Path | None = None, *, needs_weights: bool = False) -> Pretrained:
+    """Look over a model, and read all of its weights once.
+
+    name: a folder, or a name on the hub; asked: the setting that names it; fetched: where the hub's model was
+    put before. Raises ConfigError for what cannot be used as it is meant.
+    """
+    try:
+        folder = locate(name, fetched)
+        config, weights = _weights(folder)
+        if weights is None and (needs_weights or is_hub_name(name)):
+            raise ConfigError(f"{folder}: {NO_WEIGHTS}")
+        tokenizer = vocabulary.read_tokenizer(folder, config)
+        generation, remarks = vocabulary.read_generation(folder, config, tokenizer)
+        if getattr(config, "forced_decoder_ids", None):
+            config.forced_decoder_ids = None  # generation would obey it where it is not told a language
+        remarks += _check_extractor(folder, config)
+    except ConfigError as error:
+        raise ConfigError(f"{asked}: {error}") from None
+    return Pretrained(folder, config, tokenizer, generation, weights, remarks)
+
+
+def examine_weights(folder: Path) -> Tensors:
+    """Look over a model of which the weights alone are wanted. Raises ConfigError."""
+    _, weights = _weights(folder)
+    if weights is None:
+        raise ConfigError(f"{folder}: {NO_WEIGHTS}")
+    return weights
+
+
+def _weights(folder: Path) -> tuple[WhisperConfig, Tensors | None]:
+    """The config of a folder and its weights, if it holds any."""
+    weights = weight_files.find(folder)
+    refuse_adapter(folder, has_weights=weights is not None)
+    if weights is None:
+        refuse_others(folder)
+    config = read_config(folder)
+    if weights:
+        weights = fit.fitted(weights, config)
+        weights.check_values()
+    return config, weights
+
+
+def tokenizer_of(name: str, asked: str) -> Tokenizer:
+    """The tokenizer of a model of which nothing else is wanted. Raises ConfigError."""
+    try:
+        folder = locate(name, weights=False)
+        return vocabulary.read_tokenizer(folder, read_config(folder))
+    except ConfigError as error:
+        raise ConfigError(f"{asked}: {error}") from None
+
+
+def read_config(folder: Path) -> WhisperConfig:
+    """The config of a Whisper that is computed here. Raises ConfigError."""
+    from transformers import WhisperConfig
+
+    file = folder / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{folder}: not a model's folder: it holds no config.json{_instead(folder)}")
+    values = read_json(file)
+    _check_kind(file, values)
+    _check_sizes(file, values)
+    try:
+        config: WhisperConfig = WhisperConfig.from_dict(values)
+    except Exception as error:  # huggingface_hub's, by its version
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
+    random = [part for part in RANDOM_PARTS if getattr(config, part, 0)]
+    if random:
+        raise ConfigError(
+            f"{file}: sets {', '.join(random)}. A step must not depend on how many ranks take it, so set them"
+            " to 0 (false), as in Whisper as published"
+        )
+    for key, usual in USUAL.items():
+        if getattr(config, key, usual) != usual:
+            raise ConfigError(
+                f"{file}: sets {key}={getattr(config, key)!r}; Whisper as published has {usual!r}, and"
+                " nothing else is computed here"
+            )
+    return config
+
+
+def processor(folder: str | Path, config: Any) -> WhisperProcessor:
+    """The processor of a model; its feature extractor is made anew where it is missing."""
+    from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
+
+    if _extractor(Path(folder)) is not None:
+        whole: WhisperProcessor = WhisperProcessor.from_pretrained(folder)
+        return whole
+    seconds = config.max_source_positions // 50
+    extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
+    return WhisperProcessor(extractor, WhisperTokenizer.from_pretrained(folder))
+
+
+def _instead(folder: Path) -> str:
+    """Where the model may be that was meant."""
+    if (folder / "base").is_dir() and (folder / "checkpoints").is_dir():
+        return (
+            ". It is a run: model.init_from takes its weights, `python -m tools.export` makes a model of it"
+        )
+    below = sorted(file.parent.name for file in folder.glob("*/config.json"))
+    return f". {weight_files.few(below)} in it has one: name that folder" if below else ""
+
+
+def _check_kind(file: Path, values: dict[str, Any]) -> None:
+    classes = values.get("architectures") or [CLASSES[0]]
+    kind = values.get("model_type", "whisper")
+    if kind != "whisper" or not set(classes) & set(CLASSES):
+        what = f"model_type {kind!r}" if kind != "whisper" else f"architectures {', '.join(classes)}"
+        raise ConfigError(
+            f"{file}: {what}: not a Whisper that writes text (WhisperForConditionalGeneration); take one, as"
+            " openai/whisper-small"
+        )
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method", "")
+        raise ConfigError(
+            f"{file}: quantized ({method}, quantization_config), which cannot be trained: take the model in"
+            " FP32, BF16 or FP16"
+        )
+
+
+def _check_sizes(file: Path, values: dict[str, Any]) -> None:
+    wrong = [key for key in SIZES if not isinstance(values.get(key), int) or values[key] < 1]
+    if wrong:
+        said = ", ".join(f"{key}={values.get(key)}" for key in wrong[: weight_files.FEW])
+        raise ConfigError(
+            f"{file}: {said}: must be whole numbers above 0; take a Whisper's config.json of transformers"
+        )
+    for half in ("encoder", "decoder"):
+        width, heads = values["d_model"], values[f"{half}_attention_heads"]
+        if width % heads:
+            raise ConfigError(f"{file}: d_model={width} is no multiple of {half}_attention_heads={heads}")
+    pad = values.get("pad_token_id")
+    if pad is not None and not 0 <= pad < values["vocab_size"]:
+        raise ConfigError(f"{file}: pad_token_id={pad} is beyond vocab_size={values['vocab_size']}")
+
+
+def _extractor(folder: Path) -> dict[str, Any] | None:
+    """The values of a folder's feature extractor, if it is there."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).exists():
+            values = read_json(folder / name)
+            values = values.get("feature_extractor") or values
+            if "feature_size" in values:
+                return values
+    return None
+
+
+def _check_extractor(folder: Path, config: Any) -> list[str]:
+    """Remarks on a model's feature extractor. Raises ConfigError if it is of another model: an export would
+    hear something else than was trained."""
+    values = _extractor(folder)
+    if values is None:
+        return [f"{folder}: has no preprocessor_config.json: made from config.json"]
+    seconds = config.max_source_positions / 50
+    expected = EXTRACTOR | {"feature_size": config.num_mel_bins, "chunk_length": seconds}
+    wrong = {key: value for key, value in expected.items() if values.get(key, value) != value}
+    if wrong:
+        said = ", ".join(f"{key}={values[key]} there, {value:g} in the model" for key, value in wrong.items())
+        raise ConfigError(f"{folder}: its preprocessor_config.json is of another model: {said}")
+    return []
