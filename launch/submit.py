@@ -124,12 +124,15 @@ def examine_model(config: RunConfig, run: RunDir) -> Sequence[str]:
     if any(run.checkpoints.iterdir()):  # the run goes on with its base
         return ()
     # Takes seconds, and a run that goes on is submitted without it.
+    from trainer.examine import asked_by
     from trainer.hub import fetch, is_hub_name
     from trainer.model import examine_base
     from trainer.weights import examine_source
 
-    if is_hub_name(config.model.name_or_path):
-        fetch(config.model.name_or_path, run.fetched(config.model.name_or_path))
+    name = config.model.name_or_path
+    if is_hub_name(name):
+        with asked_by("model.name_or_path"):
+            fetch(name, run.fetched(name))
     base = examine_base(config.model, config.run.seed, run)
     if config.model.init_from:
         examine_source(Path(config.model.init_from), base.config)

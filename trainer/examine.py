@@ -3,6 +3,8 @@ captions and the doctor read a folder, or what the hub has."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,16 +62,18 @@ class Pretrained:
     weights: Tensors | None
     remarks: list[str]
 
-    @torch.no_grad()
     def whisper(self, dtype: torch.dtype | None = None) -> Whisper:
         """The model with its weights, unless told otherwise in the precision of the file."""
         assert self.weights
+        tensors = {name: self.weights[name] for name in self.weights.by_name}
+        dtype = dtype or tensors[fit.EMBEDDING].dtype
         with torch.device("meta"):
-            model = Whisper(self.config).to(dtype or self.weights[fit.EMBEDDING].dtype)
-        model.to_empty(device="cpu")
+            model = Whisper(self.config)
+        # Those of the files themselves, as long as nothing is written into them: no copy.
+        model.load_state_dict(
+            {name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=False, assign=True
+        )
         model.tie_weights()
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.weights[name])
         return model
 
 
@@ -79,7 +83,7 @@ def examine(name: str, asked: str, fetched: Path | None = None, *, needs_weights
     name: a folder, or a name on the hub; asked: the setting that names it; fetched: where the hub's model was
     put before. Raises ConfigError for what cannot be used as it is meant.
     """
-    try:
+    with asked_by(asked):
         folder = locate(name, fetched)
         config, weights = _weights(folder)
         if weights is None and (needs_weights or is_hub_name(name)):
@@ -89,9 +93,16 @@ def examine(name: str, asked: str, fetched: Path | None = None, *, needs_weights
         if getattr(config, "forced_decoder_ids", None):
             config.forced_decoder_ids = None  # generation would obey it where it is not told a language
         remarks += _check_extractor(folder, config)
-    except ConfigError as error:
-        raise ConfigError(f"{asked}: {error}") from None
     return Pretrained(folder, config, tokenizer, generation, weights, remarks)
+
+
+@contextlib.contextmanager
+def asked_by(setting: str) -> Iterator[None]:
+    """Let errors name the setting that asked for a model."""
+    try:
+        yield
+    except (ConfigError, OSError) as error:
+        raise ConfigError(f"{setting}: {error}") from None
 
 
 def examine_weights(folder: Path) -> Tensors:
@@ -107,6 +118,7 @@ def _weights(folder: Path) -> tuple[WhisperConfig, Tensors | None]:
     weights = weight_files.find(folder)
     refuse_adapter(folder, has_weights=weights is not None)
     if weights is None:
+        _refuse_what_holds_models(folder)
         refuse_others(folder)
     config = read_config(folder)
     if weights:
@@ -117,11 +129,9 @@ def _weights(folder: Path) -> tuple[WhisperConfig, Tensors | None]:
 
 def tokenizer_of(name: str, asked: str) -> Tokenizer:
     """The tokenizer of a model of which nothing else is wanted. Raises ConfigError."""
-    try:
+    with asked_by(asked):
         folder = locate(name, weights=False)
         return vocabulary.read_tokenizer(folder, read_config(folder))
-    except ConfigError as error:
-        raise ConfigError(f"{asked}: {error}") from None
 
 
 def read_config(folder: Path) -> WhisperConfig:
@@ -130,7 +140,7 @@ def read_config(folder: Path) -> WhisperConfig:
 
     file = folder / "config.json"
     if not file.exists():
-        raise ConfigError(f"{folder}: not a model's folder: it holds no config.json{_instead(folder)}")
+        raise ConfigError(f"{folder}: not a model's folder: it holds no config.json")
     values = read_json(file)
     _check_kind(file, values)
     _check_sizes(file, values)
@@ -148,7 +158,7 @@ def read_config(folder: Path) -> WhisperConfig:
         if getattr(config, key, usual) != usual:
             raise ConfigError(
                 f"{file}: sets {key}={getattr(config, key)!r}; Whisper as published has {usual!r}, and"
-                " nothing else is computed here"
+                " nothing else is computed here. Set it so if the model was not trained otherwise"
             )
     return config
 
@@ -165,14 +175,19 @@ def processor(folder: str | Path, config: Any) -> WhisperProcessor:
     return WhisperProcessor(extractor, WhisperTokenizer.from_pretrained(folder))
 
 
-def _instead(folder: Path) -> str:
-    """Where the model may be that was meant."""
+def _refuse_what_holds_models(folder: Path) -> None:
+    """Raise ConfigError for a run, or a folder of models, in the place of a model."""
+    if (folder / "config.json").exists():
+        return
     if (folder / "base").is_dir() and (folder / "checkpoints").is_dir():
-        return (
-            ". It is a run: model.init_from takes its weights, `python -m tools.export` makes a model of it"
+        raise ConfigError(
+            f"{folder}: is a run: model.init_from takes its weights, and `python -m tools.export` makes a model"
         )
-    below = sorted(file.parent.name for file in folder.glob("*/config.json"))
-    return f". {weight_files.few(below)} in it has one: name that folder" if below else ""
+    below = [file.parent.name for file in folder.glob("*/config.json")]
+    if below:
+        raise ConfigError(
+            f"{folder}: holds no config.json, but {weight_files.few(below)} does: name that folder"
+        )
 
 
 def _check_kind(file: Path, values: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ def fetch(name: str, into: Path | None = None, *, weights: bool = True) -> Path:
     """Bring a model from the hub, or find it in the hub's cache; returns its folder. into: default the hub's
     cache. Raises ConfigError."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
     try:
         patterns = [*SMALL_FILES, *(_weight_patterns(name) if weights else ())]
@@ -63,6 +63,9 @@ def fetch(name: str, into: Path | None = None, *, weights: bool = True) -> Path:
         raise
     except EntryNotFoundError:
         reason = "it cannot be reached, and its cache on this machine does not have the model"
+        raise ConfigError(_not_given(name, reason)) from None
+    except RepositoryNotFoundError:
+        reason = "it has no such model, or wants its terms accepted and HF_TOKEN set"
         raise ConfigError(_not_given(name, reason)) from None
     except Exception as error:  # of httpx, httpx2 or requests, by the hub's version
         raise ConfigError(_not_given(name, str(error).strip().splitlines()[0])) from None

@@ -100,7 +100,7 @@ def refuse(where: str, forms: Mapping[str, str]) -> None:
     alike = few(path for path in found if forms[path] == forms[first])
     raise ConfigError(
         f"{where}: holds no weights that are read (model.safetensors, pytorch_model.bin), but {alike}:"
-        f" {forms[first]}. (Without any such file, training would start at random)"
+        f" {forms[first]}"
     )
 
 

@@ -26,6 +26,8 @@ CHECKED = ("decoder_start_token_id", "eos_token_id", "no_timestamps_token_id", "
 SPOKEN = {"language": LANGUAGE, "task": TASK}
 """Of a multilingual model: what captions are asked for with."""
 OTHER = "it is of another model: take tokenizer, config.json and weights of one and the same model"
+OTHERWISE = f"{OTHER}, or remove this file: what it must say is then taken from the others"
+"""Of a generation config."""
 
 
 def read_tokenizer(folder: Path, config: Any) -> Tokenizer:
@@ -79,11 +81,9 @@ def read_generation(folder: Path, config: Any, tokenizer: Tokenizer) -> tuple[di
     """The values of a folder's generation config, and what was completed or left out in them, as remarks. The
     tokenizer and the config say what is missing. Raises ConfigError if they contradict it."""
     file = folder / "generation_config.json"
-    given = {"forced_decoder_ids": getattr(config, "forced_decoder_ids", None)}
-    if file.exists():
-        given |= read_json(file)
-    else:  # as models of before 2023, whose config.json has them
-        given |= {key: getattr(config, key) for key in BANS}
+    given = read_json(file) if file.exists() else {key: getattr(config, key) for key in BANS}
+    if forced := getattr(config, "forced_decoder_ids", None):
+        given.setdefault("forced_decoder_ids", forced)
     certain = _certain(config, tokenizer)
     _check_generation(file, given, certain, config.vocab_size)
     missing = {key: value for key, value in certain.items() if given.get(key) is None}
@@ -98,7 +98,7 @@ def read_generation(folder: Path, config: Any, tokenizer: Tokenizer) -> tuple[di
         remarks.append(f"completed from tokenizer and config.json: {', '.join(missing)}")
     if replaced:
         changes = (f"{key}={given[key]!r} is now {value!r}" for key, value in replaced.items())
-        remarks.append(f"{', '.join(changes)}, as captions are trained")
+        remarks.append(f"{', '.join(changes)}: so captions are trained")
     return _validated(file, values), [f"{file}: {'; '.join(remarks)}"] if remarks else []
 
 
@@ -127,13 +127,13 @@ def _check_generation(file: Path, given: dict[str, Any], certain: dict[str, Any]
         there, here = given.get(key), certain[key]
         if there not in (None, here, [here]):
             raise ConfigError(
-                f"{file}: {key}={there!r}, by tokenizer and config.json it is {here!r}: {OTHER}"
+                f"{file}: {key}={there!r}, by tokenizer and config.json it is {here!r}: {OTHERWISE}"
             )
     for key in ("lang_to_id", "task_to_id"):
         there, here = given.get(key) or {}, certain.get(key, {})
         wrong = [name for name, number in there.items() if here.get(name, number) != number]
         if wrong:
-            raise ConfigError(f"{file}: {key}: {few(wrong)}: another token than the tokenizer's: {OTHER}")
+            raise ConfigError(f"{file}: {key}: {few(wrong)}: another token than the tokenizer's: {OTHERWISE}")
     for key in (*BANS, "lang_to_id", "task_to_id"):
         ids = given.get(key) or []
         beyond = [
@@ -142,7 +142,7 @@ def _check_generation(file: Path, given: dict[str, Any], certain: dict[str, Any]
             if not 0 <= number < rows
         ]
         if beyond:
-            raise ConfigError(f"{file}: {key}: {few(beyond)}: beyond vocab_size={rows}: {OTHER}")
+            raise ConfigError(f"{file}: {key}: {few(beyond)}: beyond vocab_size={rows}: {OTHERWISE}")
 
 
 def _unfit(given: dict[str, Any], certain: dict[str, Any]) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def _of_pickle(file: Path) -> Iterator[tuple[str, Stored]]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # of zip, pickle and torch, one for each way to be damaged
-        words = str(error).splitlines()[0] if str(error) else type(error).__name__
+        words = str(error).split(". ")[0] or type(error).__name__
         raise ConfigError(
             f"{file}: is damaged or cut off ({size:,} bytes), or holds more than tensors ({words}); fetch it"
             " again, or save the model with save_pretrained"
