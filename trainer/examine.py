@@ -181,7 +181,7 @@ def _refuse_what_holds_models(folder: Path) -> None:
         return
     if (folder / "base").is_dir() and (folder / "checkpoints").is_dir():
         raise ConfigError(
-            f"{folder}: is a run: model.init_from takes its weights, and `python -m tools.export` makes a model"
+            f"{folder}: is a run: model.init_from takes its weights, `python -m tools.export` a model of it"
         )
     below = [file.parent.name for file in folder.glob("*/config.json")]
     if below:
