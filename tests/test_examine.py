@@ -331,7 +331,9 @@ def test_what_does_not_fit_the_decoder_is_replaced_and_told(folder: Path) -> Non
         ("no_timestamps_token_id", 50363),
         ("decoder_start_token_id", 50258),
         ("is_multilingual", False),
-        ("temperature", "warm"),
+        ("lang_to_id", [1, 2]),
+        ("max_length", "many"),
+        ("temperature", -1.0),
     ],
 )
 def test_a_generation_config_of_another_model_is_refused_by_key(

@@ -148,6 +148,9 @@ def read_config(folder: Path) -> WhisperConfig:
         config: WhisperConfig = WhisperConfig.from_dict(values)
     except Exception as error:  # huggingface_hub's, by its version
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
+    pad, rows = config.pad_token_id, config.vocab_size
+    if pad is not None and not 0 <= pad < rows:
+        raise ConfigError(f"{file}: pad_token_id={pad} is beyond vocab_size={rows}; take the model's own")
     random = [part for part in RANDOM_PARTS if getattr(config, part, 0)]
     if random:
         raise ConfigError(
@@ -218,9 +221,6 @@ def _check_sizes(file: Path, values: dict[str, Any]) -> None:
         width, heads = values["d_model"], values[f"{half}_attention_heads"]
         if width % heads:
             raise ConfigError(f"{file}: d_model={width} is no multiple of {half}_attention_heads={heads}")
-    pad = values.get("pad_token_id")
-    if pad is not None and not 0 <= pad < values["vocab_size"]:
-        raise ConfigError(f"{file}: pad_token_id={pad} is beyond vocab_size={values['vocab_size']}")
 
 
 def _extractor(folder: Path) -> dict[str, Any] | None:

@@ -135,7 +135,7 @@ def _other_layers(missing: set[str], unexpected: set[str], config: Any) -> str:
         if len(numbers) < len(missing | unexpected) or len(numbers) != whole:
             continue
         there = set(range(asked)) ^ set(numbers)
-        return f"the file has {half} layers {_spans(there)}, config.json says {half}_layers={asked}"
+        return f"the file has {half} layers {_spans(there) or 'none'}, config.json says {half}_layers={asked}"
     return ""
 
 
@@ -167,7 +167,7 @@ def _check_shapes(weights: Tensors, expected: Mapping[str, list[int]], config: A
 
 def _check_tying(weights: Tensors) -> None:
     """Refuse an output layer that is not the embedding: it would be replaced by it in silence."""
-    if OUTPUT not in weights.by_name or torch.equal(weights[OUTPUT], weights[EMBEDDING]):
+    if OUTPUT not in weights.by_name or torch.equal(weights[OUTPUT].float(), weights[EMBEDDING].float()):
         return
     raise ConfigError(
         f"{weights.path}: {OUTPUT} differs from {EMBEDDING}. Here they are one tensor, as in Whisper as"

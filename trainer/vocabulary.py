@@ -23,6 +23,12 @@ TASKS = ("transcribe", "translate")
 BANS = ("suppress_tokens", "begin_suppress_tokens")
 CHECKED = ("decoder_start_token_id", "eos_token_id", "no_timestamps_token_id", "is_multilingual")
 """What a generation config must say as the tokenizer does, if it says it."""
+KINDS = {
+    **dict.fromkeys(BANS, list),
+    **dict.fromkeys(("lang_to_id", "task_to_id"), dict),
+    **dict.fromkeys(("max_length", "max_new_tokens"), int),
+}
+"""Types of values."""
 SPOKEN = {"language": LANGUAGE, "task": TASK}
 """Of a multilingual model: what captions are asked for with."""
 OTHER = "it is of another model: take tokenizer, config.json and weights of one and the same model"
@@ -80,16 +86,33 @@ def _check_tokenizer(file: Path, tokenizer: Tokenizer, config: Any) -> None:
 def read_generation(folder: Path, config: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[str]]:
     """The values of a folder's generation config, and what was completed or left out in them, as remarks. The
     tokenizer and the config say what is missing. Raises ConfigError if they contradict it."""
+    from transformers import GenerationConfig
+
     file = folder / "generation_config.json"
     given = read_json(file) if file.exists() else {key: getattr(config, key) for key in BANS}
     if forced := getattr(config, "forced_decoder_ids", None):
         given.setdefault("forced_decoder_ids", forced)
     certain = _certain(config, tokenizer)
-    _check_generation(file, given, certain, config.vocab_size)
+    try:
+        values, remarks = _completed(file, given, certain, config.vocab_size)
+        generation = GenerationConfig.from_dict(values)
+        generation.validate(strict=True)
+    except (ValueError, TypeError) as error:  # transformers would not save it
+        raise ConfigError(f"{file}: {error}; mend it, or remove this file: it is made anew") from None
+    return dict(generation.to_dict()), [f"{file}: {'; '.join(remarks)}"] if remarks else []
+
+
+def _completed(
+    file: Path, given: dict[str, Any], certain: dict[str, Any], rows: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The values of a generation config in which nothing is missing or does not fit, and what was done."""
+    _check_generation(file, given, certain, rows)
+    replaced = _unfit(given, certain)
     missing = {key: value for key, value in certain.items() if given.get(key) is None}
     if certain["is_multilingual"] and f"<|{LANGUAGE}|>" not in (given.get("lang_to_id") or {}):
         missing["lang_to_id"] = {**certain["lang_to_id"], **(given.get("lang_to_id") or {})}
-    replaced = _unfit(given, certain)
+    if given.get("max_new_tokens") and "max_new_tokens" not in replaced:
+        missing.pop("max_length", None)
     values = {**given, **missing, **replaced}
     if certain["is_multilingual"]:
         values |= SPOKEN
@@ -99,7 +122,7 @@ def read_generation(folder: Path, config: Any, tokenizer: Tokenizer) -> tuple[di
     if replaced:
         changes = (f"{key}={given[key]!r} is now {value!r}" for key, value in replaced.items())
         remarks.append(f"{', '.join(changes)}: so captions are trained")
-    return _validated(file, values), [f"{file}: {'; '.join(remarks)}"] if remarks else []
+    return values, remarks
 
 
 def _certain(config: Any, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -123,6 +146,9 @@ def _certain(config: Any, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _check_generation(file: Path, given: dict[str, Any], certain: dict[str, Any], rows: int) -> None:
     """Raise ConfigError for what is given, and contradicts the tokenizer or the embedding."""
+    for key, kind in KINDS.items():
+        if not isinstance(given.get(key), kind | None):
+            raise ConfigError(f"{file}: {key}={given[key]!r}: must be {kind.__name__}: {OTHERWISE}")
     for key in CHECKED:
         there, here = given.get(key), certain[key]
         if there not in (None, here, [here]):
@@ -139,7 +165,7 @@ def _check_generation(file: Path, given: dict[str, Any], certain: dict[str, Any]
         beyond = [
             str(number)
             for number in (ids.values() if isinstance(ids, dict) else ids)
-            if not 0 <= number < rows
+            if not isinstance(number, int) or not 0 <= number < rows
         ]
         if beyond:
             raise ConfigError(f"{file}: {key}: {few(beyond)}: beyond vocab_size={rows}: {OTHERWISE}")
@@ -164,15 +190,3 @@ def _unfit(given: dict[str, Any], certain: dict[str, Any]) -> dict[str, Any]:
         elif theirs and theirs not in (ours, f"<|{ours}|>", "english"):
             unfit[key] = ours
     return unfit
-
-
-def _validated(file: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """All values of transformers' class. Raises ConfigError for what it would not save."""
-    from transformers import GenerationConfig
-
-    try:
-        generation = GenerationConfig.from_dict(values)
-        generation.validate(strict=True)
-    except Exception as error:  # ValueError, or huggingface_hub's by its version
-        raise ConfigError(f"{file}: {error}") from None
-    return dict(generation.to_dict())
