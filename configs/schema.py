@@ -143,8 +143,8 @@ class Model(Section):
     """The Whisper to start from."""
 
     name_or_path: Annotated[str, AS_MEANT, NEVER]
-    """A name on the model hub, a folder that `from_pretrained` loads, or a folder with a config.json but no
-    weights (random start)."""
+    """A name on the model hub, a folder as `save_pretrained` writes it, or a folder with config.json and
+    tokenizer, but no weights in any form (random start). See models.md."""
     init_from: Annotated[str | None, AS_MEANT, NEVER] = None
     """A run, a checkpoint or an export whose weights a new phase starts from, with a fresh optimizer and
     schedule; of the model of `name_or_path`."""

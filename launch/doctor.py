@@ -233,6 +233,7 @@ def _config(path: Path) -> Iterator[Finding]:
         yield from _job(config)
         yield from _cores(config)
         yield from _balance(config)
+        yield _model(config)
         shards = list_shards(config)
         sources = [
             _source(source.name, [shard.location for shard in shards if shard.source is source])
@@ -254,6 +255,21 @@ def _config(path: Path) -> Iterator[Finding]:
             yield Finding("index", "ok", "complete")
     except EarwitnessError as error:
         yield Finding("config", "bad", str(error))
+
+
+def _model(config: RunConfig) -> Finding:
+    """Whether the model to start from can be trained."""
+    from trainer.hub import is_hub_name
+    from trainer.model import examine_base
+
+    name = config.model.name_or_path
+    if is_hub_name(name):
+        return Finding("model", "note", f"{name}: `launch submit` or `launch train` fetches it from the hub")
+    try:
+        remarks = examine_base(config.model, config.run.seed).remarks
+    except EarwitnessError as error:
+        return Finding("model", "bad", str(error))
+    return Finding("model", "note" if remarks else "ok", "; ".join(remarks) or name)
 
 
 def _source(name: str, shards: Sequence[Location]) -> Finding:

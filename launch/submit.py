@@ -58,11 +58,11 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
 
     run = RunDir.create(config)
     run.slurm.mkdir(exist_ok=True)
-    fetch_model(config, run)
+    remarks = examine_model(config, run)
     run.proposal.propose(config)
     (run.slurm / "stop").unlink(missing_ok=True)
     script = write_script(config, run, snapshot.take(run))
-    for line in [*said, *_remarks(config, run)]:
+    for line in (*remarks, *said, *_remarks(config, run)):
         print(line, file=sys.stderr)
     if missing:
         print(
@@ -124,21 +124,25 @@ def _remarks_on_queue(config: RunConfig, script: Path, job: str) -> Iterator[str
             yield f"NOTE: Slurm would not take the next attempt beside this one:\n{refusal}"
 
 
-def fetch_model(config: RunConfig, run: RunDir) -> None:
-    """Bring the model from its hub, now that there is a network; compute nodes need none."""
-    name = config.model.name_or_path
-    if Path(name).is_dir() or (run.base / "config.json").is_file():
-        return
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def examine_model(config: RunConfig, run: RunDir) -> Sequence[str]:
+    """Look over the model as the first start of a run will, and bring it from its hub: compute nodes need no
+    network. Returns what is good to know. Raises ConfigError."""
+    if any(run.checkpoints.iterdir()):  # the run goes on with its base
+        return ()
+    # Takes seconds, and a run that goes on is submitted without it.
+    from trainer.examine import asked_by
+    from trainer.hub import fetch, is_hub_name
+    from trainer.model import examine_base
+    from trainer.weights import examine_source
 
-    try:
-        snapshot_download(name, local_dir=run.pretrained, allow_patterns=["*.json", "*.txt", "*.safetensors"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"model.name_or_path: {name}: no folder, and the hub does not give it:"
-            f" {str(error).splitlines()[0]}"
-        ) from None
+    name = config.model.name_or_path
+    if is_hub_name(name):
+        with asked_by("model.name_or_path"):
+            fetch(name, run.fetched(name))
+    base = examine_base(config.model, config.run.seed, run)
+    if config.model.init_from:
+        examine_source(Path(config.model.init_from), base.config)
+    return base.remarks
 
 
 def _rank_range(config: RunConfig) -> tuple[int, int]:
@@ -296,7 +300,8 @@ def _remarks_on_checkpoints(config: RunConfig, run: RunDir) -> Iterator[str]:
 
 def parameters(config: RunConfig, run: RunDir) -> int:
     """How many parameters a Whisper has, by the dimensions in its config.json; 0 if there is none here."""
-    folders = (run.base, run.pretrained, Path(config.model.name_or_path))
+    name = config.model.name_or_path
+    folders = (run.base, Path(name), run.fetched(name))
     files = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
     if not files:
         return 0

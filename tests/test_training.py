@@ -105,6 +105,7 @@ def test_training_learns_and_says_so(finished) -> None:
     evaluations = [event.metrics["validation/loss"] for event in RunDir(run).ledger.read().of(Evaluated)]
     assert len(evaluations) == 3 and evaluations[-1] < 0.7 * evaluations[0]
     assert re.search(r"step 40/40  loss \d\.\d+  grad norm .* samples/s  MFU \d+\.\d%", done.stdout)
+    assert done.stdout.count("holds no weights: training starts at random (run.seed=") == 1
 
 
 def test_tensorboard_shows_curves_and_a_panel_with_audio(finished) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from configs.errors import ConfigError, DataError, run_command
@@ -18,7 +18,8 @@ from data.decode import AUDIO_ENDINGS, SAMPLE_RATE, BadSample, decode, in_words
 from data.ffmpeg import ffmpeg_would_win, needs_ffmpeg
 from data.windows import HOP, Windows
 from trainer.captioning import Generator
-from trainer.whisper import AUDIO_WINDOW, from_transformers
+from trainer.examine import examine, processor
+from trainer.whisper import AUDIO_WINDOW
 
 
 def caption(
@@ -95,18 +96,17 @@ class _Captioner:
     """An exported model that captions one clip at a time."""
 
     def __init__(self, folder: Path, style: str | None) -> None:
-        try:
-            theirs = WhisperForConditionalGeneration.from_pretrained(folder).eval()
-            self.processor = WhisperProcessor.from_pretrained(folder)
-            model = from_transformers(theirs)
-        except (OSError, ValueError, ConfigError) as error:
-            raise ConfigError(f"{folder}: not a model that can be used: {error}") from None
+        found = examine(str(folder), "MODEL", needs_weights=True)
+        for remark in found.remarks:
+            print(remark, file=sys.stderr)
+        self.processor = processor(found.folder, found.config)
+        model = found.whisper().eval()
         window = getattr(model.config, AUDIO_WINDOW, "full")
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.windows = Windows(2 * model.config.max_source_positions, float(window == "full"), seed=0)
         self.seconds = self.windows.whole * HOP / SAMPLE_RATE
         self.prompt = self.processor.get_prompt_ids(style).tolist() if style else []
-        self.generator = Generator(model, theirs.generation_config)
+        self.generator = Generator(model, GenerationConfig.from_dict(found.generation))
 
     def __call__(self, waveform: torch.Tensor) -> str:
         """(n,) int16 at 16 kHz -> caption."""

@@ -75,13 +75,10 @@ class _Ruler(NamedTuple):
 def _caption_ruler(tokenizer: str | None) -> _Ruler:
     if tokenizer is None:
         return _Ruler(len, "characters")
-    from transformers import WhisperProcessor
+    from trainer.examine import tokenizer_of
 
-    try:
-        tokenize = WhisperProcessor.from_pretrained(tokenizer).tokenizer
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{tokenizer}: cannot load a tokenizer from there: {error}") from None
-    return _Ruler(lambda caption: len(tokenize(caption, add_special_tokens=False)["input_ids"]), "tokens")
+    encode = tokenizer_of(tokenizer, "the tokenizer").encode
+    return _Ruler(lambda caption: len(encode(caption, add_special_tokens=False)), "tokens")
 
 
 class _Row(NamedTuple):

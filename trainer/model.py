@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -19,32 +20,25 @@ from configs.errors import ConfigError
 from configs.run.folder import RunDir
 from configs.schema import Model
 from data.captions import prefix_tokens
+from trainer.examine import Pretrained, examine, processor
 from trainer.weights import UNTRAINED, base_missing, take_weights
 from trainer.whisper import Whisper, from_transformers
 
 if TYPE_CHECKING:
-    from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperTokenizer
-
-RANDOM_PARTS = (
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "encoder_layerdrop",
-    "decoder_layerdrop",
-    "apply_spec_augment",
-)
+    from transformers import WhisperConfig, WhisperTokenizer
 
 
 @dataclass(frozen=True)
 class Captioner:
     """A Whisper with its tokenizer, the values of its generation config, and the tokens that captions start
-    from. source: where transformers finds all of that."""
+    from. source: where transformers finds all of that; remarks: what is good to know about it at a start."""
 
     model: Whisper
     source: str
     tokenizer: Tokenizer
     generation: dict[str, Any]
     prefix: Sequence[int]
+    remarks: Sequence[str] = ()
 
     @property
     def config(self) -> WhisperConfig:
@@ -74,62 +68,40 @@ class Captioner:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def load(
-    settings: Model, seed: int, pretrained: Path | None = None, init_from: Path | None = None
-) -> Captioner:
+def load(settings: Model, seed: int, run: RunDir | None = None, init_from: Path | None = None) -> Captioner:
     """The model to start from, in float32.
 
-    pretrained: a folder with what the hub has under its name, if that was fetched before; init_from: a run,
-    checkpoint or export whose weights it takes instead of its own. Raises ConfigError if it cannot be had or
-    cannot be trained exactly.
+    run: whose submission may have fetched it from the hub; init_from: a run, checkpoint or export
+    whose weights it takes instead of its own. Raises ConfigError if it cannot be had or cannot be trained
+    exactly.
     """
-    # Takes more than a second, and a run that goes on does without it.
-    from transformers import WhisperForConditionalGeneration, WhisperTokenizer
-
-    name = settings.name_or_path
-    if pretrained and pretrained.is_dir():
-        name = str(pretrained)
-    try:
-        tokenizer = WhisperTokenizer.from_pretrained(name).backend_tokenizer
-        if _is_without_weights(Path(name)):
-            model = _with_random_weights(Path(name), seed)
-        else:
-            model = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name_or_path: {name}: cannot load a Whisper from there: {error}") from error
-    ours = _as_ours(model, name)
+    base = examine_base(settings, seed, run)
+    model = base.whisper(torch.float32) if base.weights else _with_random_weights(base.config, seed)
+    model.config.dtype = torch.float32
     if init_from:
-        take_weights(ours, init_from)
-    return _prepare(ours, name, tokenizer, model.generation_config.to_dict(), settings)
+        take_weights(model, init_from)
+    captioner = _prepare(model, str(base.folder), base.tokenizer, base.generation, settings)
+    return replace(captioner, remarks=base.remarks)
 
 
-def _as_ours(model: WhisperForConditionalGeneration, name: str) -> Whisper:
-    random = [part for part in RANDOM_PARTS if getattr(model.config, part, 0)]
-    if random:
-        raise ConfigError(
-            f"{name}: its config sets {', '.join(random)}. A step must not depend on how many ranks take it,"
-            " so set them to 0 (false), as in Whisper as published."
-        )
-    try:
-        return from_transformers(model)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
+def examine_base(settings: Model, seed: int, run: RunDir | None = None) -> Pretrained:
+    """Look over the model to start from, as a start and a submission do. Raises ConfigError."""
+    name = settings.name_or_path
+    base = examine(name, "model.name_or_path", run.fetched(name) if run else None)
+    with torch.device("meta"):
+        freeze(Whisper(base.config), settings.freeze)
+    if base.weights is None and settings.init_from is None:
+        random = f"{base.folder}: holds no weights: training starts at random (run.seed={seed})"
+        return replace(base, remarks=[*base.remarks, random])
+    return base
 
 
-def _is_without_weights(folder: Path) -> bool:
-    """Whether this is a folder, and holds a model's config alone."""
-    weights = [file for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}*")]
-    return folder.is_dir() and not weights
-
-
-def _with_random_weights(folder: Path, seed: int) -> WhisperForConditionalGeneration:
-    from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
+def _with_random_weights(config: WhisperConfig, seed: int) -> Whisper:
+    # Takes a second, and nothing else needs it at a start.
+    from transformers import WhisperForConditionalGeneration
 
     torch.manual_seed(seed)
-    model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(folder))
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+    return from_transformers(WhisperForConditionalGeneration(config))
 
 
 def load_base(run: RunDir, settings: Model) -> Captioner:
@@ -146,7 +118,8 @@ def load_base(run: RunDir, settings: Model) -> Captioner:
         model.to_empty(device="cpu")
         model.tie_weights()
         model.load_state_dict(load_file(run.base / UNTRAINED), strict=False)
-    except (OSError, ValueError, AttributeError) as error:  # AttributeError: the config lacks a value
+    # AttributeError: the config lacks a value
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise base_missing(run, error) from error
     return _prepare(model, str(run.base), tokenizer, generation, settings)
 
@@ -160,9 +133,9 @@ def save_base(run: RunDir, captioner: Captioner) -> None:
 
 
 def _write_base(run: RunDir, captioner: Captioner) -> None:
-    from transformers import GenerationConfig, WhisperProcessor
+    from transformers import GenerationConfig
 
-    WhisperProcessor.from_pretrained(captioner.source).save_pretrained(run.base)
+    processor(captioner.source, captioner.config).save_pretrained(run.base)
     GenerationConfig.from_dict(captioner.generation).save_pretrained(run.base)
     untrained = {
         **{name: p.detach() for name, p in captioner.model.named_parameters() if not p.requires_grad},
@@ -175,14 +148,12 @@ def _write_base(run: RunDir, captioner: Captioner) -> None:
     captioner.config.save_pretrained(run.base)  # the last one: its presence says that base/ is complete
 
 
-def _prepare(
-    model: Whisper, source: str, tokenizer: Tokenizer, generation: dict[str, Any], settings: Model
-) -> Captioner:
-    """Set up for training what was loaded."""
-    model.train()  # from_pretrained hands it out for use, and nothing is computed again then
+def freeze(model: Whisper, prefixes: Sequence[str]) -> None:
+    """Let all be trained but the encoder's positions and the parameters whose names start so. Raises
+    ConfigError."""
     model.requires_grad_(True)
-    model.encoder.embed_positions.requires_grad_(False)  # from_pretrained leaves it True
-    for prefix in settings.freeze:
+    model.encoder.embed_positions.requires_grad_(False)
+    for prefix in prefixes:
         frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
         if not frozen:
             raise ConfigError(
@@ -191,6 +162,16 @@ def _prepare(
             )
         for parameter in frozen:
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"model.freeze: {', '.join(prefixes)}: nothing is left to be trained; name less")
+
+
+def _prepare(
+    model: Whisper, source: str, tokenizer: Tokenizer, generation: dict[str, Any], settings: Model
+) -> Captioner:
+    """Set up for training what was loaded."""
+    model.train()  # gradient checkpointing works in training alone
+    freeze(model, settings.freeze)
     model.encoder.checkpointing = model.decoder.checkpointing = settings.gradient_checkpointing
     if settings.compile:
         for block in model.blocks:  # alike, so that the first one is compiled, and the others take its code

@@ -32,7 +32,7 @@ from trainer.model import Captioner
 from trainer.records import SampleRecords
 from trainer.resume import Resumed, find_checkpoints, resume
 from trainer.session import Session, State, StopFlag
-from trainer.weights import resolve
+from trainer.weights import is_model, resolve
 
 
 class StopRequested(Exception):
@@ -141,7 +141,11 @@ class Start:
             )
         if has_checkpoint:
             return model.load_base(self.run, config.model)
-        return model.load(config.model, config.run.seed, self.run.pretrained, self._init_from())
+        captioner = model.load(config.model, config.run.seed, self.run, self._init_from())
+        if self.world.rank == 0:
+            for remark in captioner.remarks:
+                print(remark, flush=True)
+        return captioner
 
     def _init_from(self) -> Path | None:
         """What this run's weights begin with: one and the same checkpoint on all ranks, and at every start
@@ -150,7 +154,7 @@ class Start:
         if source is None:
             return None
         checkpoint = Path(source)
-        if self.world.rank == 0 and not (checkpoint / "config.json").is_file():
+        if self.world.rank == 0 and not is_model(checkpoint):
             checkpoint = self._checkpoint_meant_by(source)
         return self.world.share(checkpoint)
 

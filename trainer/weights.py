@@ -3,16 +3,24 @@ phase."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from configs.errors import CheckpointError, ConfigError
 from configs.run.folder import RunDir
 from trainer import checkpoint
 from trainer.checkpoint import Reader
+from trainer.examine import examine_weights, read_config
+from trainer.weight_files import Tensors
 from trainer.whisper import Whisper
+
+if TYPE_CHECKING:
+    from transformers import WhisperConfig
 
 UNTRAINED = "untrained.safetensors"
 
@@ -23,13 +31,11 @@ class Weights:
 
     def __init__(self, run: RunDir, reader: Reader) -> None:
         """Raises CheckpointError if the two do not make up a model."""
-        from transformers import WhisperConfig
-
         self.reader = reader
         try:
             self._base = safe_open(run.base / UNTRAINED, "pt")
-            config = WhisperConfig.from_pretrained(run.base)
-        except OSError as error:
+            config = read_config(run.base)
+        except (OSError, SafetensorError, ConfigError) as error:
             raise base_missing(run, error) from None
         with torch.device("meta"):
             model = Whisper(config)
@@ -80,30 +86,51 @@ def resolve(source: Path, *, best: bool = False) -> tuple[RunDir, Path]:
     return run, folder
 
 
+def is_model(source: Path) -> bool:
+    """Whether this is an export or another model's folder, not a run or a checkpoint."""
+    return any((source / file).is_file() for file in ("config.json", "adapter_config.json"))
+
+
 @torch.no_grad()
 def take_weights(model: Whisper, source: Path) -> None:
     """Set all weights of a model to those of a run, a checkpoint or an export. Raises ConfigError if they
     cannot be read or do not fit."""
-    from transformers import WhisperForConditionalGeneration
-
-    targets = _tensors(model)
-    try:
-        weights: Weights | dict[str, torch.Tensor]
-        if (source / "config.json").is_file():
-            exported = _tensors(WhisperForConditionalGeneration.from_pretrained(source, dtype=torch.float32))
-            weights, shapes = exported, _shapes(exported)
-        else:
-            run, folder = resolve(source)
-            weights = Weights(run, Reader(folder))
-            shapes = weights.shapes
-        _check_shapes(shapes, _shapes(targets))
-        for name, target in targets.items():
+    with _told(source):
+        weights = _stored(source, model)
+        for name, target in _tensors(model).items():
             target.copy_(weights[name])
+
+
+def examine_source(source: Path, config: WhisperConfig) -> None:
+    """Look over what `take_weights` will take for a model of this config. Raises ConfigError."""
+    with torch.device("meta"):
+        model = Whisper(config)
+    with _told(source):
+        _stored(source, model)
+
+
+@contextlib.contextmanager
+def _told(source: Path) -> Iterator[None]:
+    """Let errors say what was asked for."""
+    try:
+        yield
     except (OSError, ValueError, ConfigError, CheckpointError) as error:
         raise ConfigError(
             f"model.init_from: {source}: must be a run, a checkpoint or an export, of the model of"
             f" model.name_or_path: {error}"
         ) from error
+
+
+def _stored(source: Path, model: Whisper) -> Weights | Tensors:
+    """The weights of a run, a checkpoint or an export. Raises ValueError if they are of another model."""
+    weights: Weights | Tensors
+    if is_model(source):
+        weights = examine_weights(source)
+    else:
+        run, folder = resolve(source)
+        weights = Weights(run, Reader(folder))
+    _check_shapes(weights.shapes, _shapes(_tensors(model)))
+    return weights
 
 
 def _check_shapes(theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> None:

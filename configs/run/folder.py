@@ -46,8 +46,6 @@ class RunDir:
         """Who is at work on the run (configs/run/lease.py)."""
         self.code = self.path / "code"
         """The code that its jobs run."""
-        self.pretrained = self.path / "pretrained"
-        """The model to start from, if it came from a hub: compute nodes need no network."""
         self.slurm = self.path / "slurm"
         """The script of its jobs, what they printed (JOB.log), and how they ended (jobs/JOB)."""
 
@@ -73,6 +71,11 @@ class RunDir:
     def exists(self) -> bool:
         """Whether a run was ever started or submitted here."""
         return self.ledger.folder.is_dir() or self.slurm.is_dir() or self.config.is_file()
+
+    def fetched(self, model: str) -> Path:
+        """The folder of a model that came from the hub when the run was submitted: compute nodes need no
+        network."""
+        return self.path / "pretrained" / model.replace("/", "--")
 
     def attempt_logs(self, attempt: int) -> Path:
         """The folder of what the ranks of an attempt leave (see `rank_file`)."""
