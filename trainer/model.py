@@ -156,7 +156,9 @@ def save_base(run: RunDir, captioner: Captioner) -> None:
     from transformers import GenerationConfig, WhisperProcessor
 
     run.base.mkdir(parents=True, exist_ok=True)
-    WhisperProcessor.from_pretrained(captioner.source).save_pretrained(run.base)
+    processor = WhisperProcessor.from_pretrained(captioner.source)
+    processor.save_pretrained(run.base)
+    processor.tokenizer.save_vocabulary(run.base)  # with normalizer.json, which save_pretrained leaves out
     GenerationConfig.from_dict(captioner.generation).save_pretrained(run.base)
     untrained = {
         **{name: p.detach() for name, p in captioner.model.named_parameters() if not p.requires_grad},
