@@ -1,5 +1,5 @@
-"""`python -m tools.export RUN|CHECKPOINT OUT`: a checkpoint -> a folder (or s3://...) that transformers loads and
-CTranslate2 converts, with a model card; on the CPU, written one tensor at a time."""
+"""`python -m tools.export RUN|CHECKPOINT OUT`: a checkpoint -> a folder (or s3://...) that transformers loads
+and CTranslate2 converts, with a model card; on the CPU, written one tensor at a time."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def check_export(
     """Load the export, compare every tensor, and caption a sound with it by transformers alone, and as the
     run does; returns the caption. generation: what the run generates with. Raises CheckpointError."""
     try:
-        stranger = pipeline(PIPELINE, model=str(folder), device="cpu")
+        stranger: Any = pipeline(PIPELINE, model=str(folder), device="cpu")
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise _useless(run, f"transformers {transformers.__version__} does not load it: {error}") from error
     _compare(weights, stranger.model, folder, dtype)
@@ -38,7 +38,9 @@ def check_export(
     try:
         caption = str(stranger(heard)["text"]).strip()
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
-        raise _useless(run, f"`generate` of transformers {transformers.__version__} fails: {error}") from error
+        raise _useless(
+            run, f"`generate` of transformers {transformers.__version__} fails: {error}"
+        ) from error
     tokens = _run_tokens(stranger.model, generation, sound)
     expected = WhisperTokenizer.from_pretrained(run.base).decode(tokens, skip_special_tokens=True).strip()
     # The run may stop earlier, if its base has a lower limit.
@@ -49,9 +51,9 @@ def check_export(
 
 def _useless(run: RunDir, why: str) -> CheckpointError:
     return CheckpointError(
-        f"the export would be of no use to others: {why}. Nothing is left of it. What it was made from besides"
-        f" the weights is in {run.base}: compare generation_config.json and tokenizer.json there with those"
-        " of the Whisper that the run began with"
+        f"the export would be of no use to others: {why}. Nothing is left of it. What it was made from"
+        f" besides the weights is in {run.base}: compare generation_config.json and tokenizer.json there with"
+        " those of the Whisper that the run began with"
     )
 
 

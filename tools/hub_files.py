@@ -1,11 +1,11 @@
-"""What lies beside the weights of an export, as all programs that take Whispers read it: transformers 4 and 5,
-CTranslate2, faster-whisper."""
+"""What lies beside the weights of an export, as all programs that take Whispers read it: transformers 4 and
+5, CTranslate2, faster-whisper."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import GenerationConfig, WhisperConfig, WhisperProcessor, WhisperTokenizer
@@ -14,7 +14,7 @@ from configs.run.folder import RunDir
 from data.captions import LANGUAGE, TASK
 from trainer.whisper import AUDIO_WINDOW
 
-PIPELINE = "automatic-speech-recognition"
+PIPELINE: Final = "automatic-speech-recognition"
 """What transformers' pipelines and the hub call what Whispers do."""
 STALE = ("forced_decoder_ids", "max_new_tokens", "language", "task")
 """What a base's generation config may say of an earlier use."""
@@ -23,8 +23,8 @@ OF_THIS_MACHINE = ("is_local", "local_files_only", "extra_special_tokens")
 
 
 def run_generation(run: RunDir, learnt: list[int]) -> dict[str, Any]:
-    """What the run generates with. learnt: tokens of its captions, among them those that Whisper bans: quotes,
-    colons and brackets."""
+    """What the run generates with. learnt: the tokens of its captions that Whisper bans, as quotes, colons
+    and brackets."""
     values: dict[str, Any] = GenerationConfig.from_pretrained(run.base).to_diff_dict()
     banned = sorted(set(values.get("suppress_tokens") or []) - set(learnt))
     return {**values, "suppress_tokens": banned or None}

@@ -76,8 +76,12 @@ print(processor.batch_decode(model.generate(features), skip_special_tokens=True)
 ```
 """
 WITH_FASTER_WHISPER = """
-With faster-whisper, after `ct2-transformers-converter --model {name} --output_dir {name}-ct2 --copy_files tokenizer.json
-preprocessor_config.json` (in one line; `--quantization int8` makes it smaller):
+With CTranslate2 and faster-whisper (`--quantization int8` makes it smaller):
+
+```
+ct2-transformers-converter --model {name} --output_dir {name}-ct2 \\
+  --copy_files tokenizer.json preprocessor_config.json
+```
 
 ```python
 from faster_whisper import WhisperModel, decode_audio
@@ -86,7 +90,8 @@ from faster_whisper.audio import pad_or_trim
 captioner = WhisperModel("{name}-ct2")
 sound = pad_or_trim(decode_audio("clip.wav"), 480_000)  # 30 s with silence, as it was trained
 greedily = dict(beam_size=1, temperature=0, without_timestamps=True)
-as_trained = dict(language="en", suppress_tokens=[], no_speech_threshold=None)  # captions have quotes and colons
+# Captions have quotes and colons, and tell of more than speech.
+as_trained = dict(language="en", suppress_tokens=[], no_speech_threshold=None)
 segments, _ = captioner.transcribe(sound, **greedily, **as_trained)
 print("".join(segment.text for segment in segments).strip())
 ```
@@ -240,6 +245,8 @@ def _limits(config: RunConfig, seconds: float) -> str:
             f"faster-whisper takes windows of {WHISPER_SECONDS} s for granted, and this model's is"
             f" {seconds:g} s: it cannot be used there."
         )
+    else:
+        lines.append("faster-whisper ends a caption after 224 tokens, half of the decoder's positions.")
     styles = _styles(config.data.sources)
     if styles:
         lines.append(

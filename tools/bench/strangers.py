@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 Captions = Callable[[list[str]], list[str]]
 
 
-def pipeline(model: str) -> Captions:
+def plain(model: str) -> Captions:
     """transformers' pipeline, without any argument."""
     from transformers import pipeline
 
-    captioner = pipeline("automatic-speech-recognition", model=model)
+    captioner: Any = pipeline("automatic-speech-recognition", model=model)
     return lambda files: [captioner(file)["text"] for file in files]
 
 
@@ -25,7 +27,7 @@ def batched(model: str) -> Captions:
     """The same, four clips at a time."""
     from transformers import pipeline
 
-    captioner = pipeline("automatic-speech-recognition", model=model, batch_size=4)
+    captioner: Any = pipeline("automatic-speech-recognition", model=model, batch_size=4)
     return lambda files: [said["text"] for said in captioner(files)]
 
 
@@ -39,8 +41,7 @@ def generate(model: str) -> Captions:
     whisper = WhisperForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
 
     def caption(file: str) -> str:
-        with open(file, "rb") as opened:
-            sound = ffmpeg_read(opened.read(), 16_000)
+        sound = ffmpeg_read(Path(file).read_bytes(), 16_000)
         features = processor(sound, sampling_rate=16_000, return_tensors="pt").input_features
         said: list[str] = processor.batch_decode(whisper.generate(features), skip_special_tokens=True)
         return said[0]
@@ -54,8 +55,8 @@ def faster_whisper(model: str) -> Captions:
     from faster_whisper.audio import pad_or_trim
 
     captioner = WhisperModel(model)
-    greedily = {"beam_size": 1, "temperature": 0, "without_timestamps": True}
-    as_trained = {"language": "en", "suppress_tokens": [], "no_speech_threshold": None}
+    greedily: dict[str, Any] = {"beam_size": 1, "temperature": 0, "without_timestamps": True}
+    as_trained: dict[str, Any] = {"language": "en", "suppress_tokens": [], "no_speech_threshold": None}
 
     def caption(file: str) -> str:
         sound = pad_or_trim(decode_audio(file), 480_000)
@@ -65,7 +66,7 @@ def faster_whisper(model: str) -> Captions:
     return lambda files: [caption(file) for file in files]
 
 
-WAYS = {"pipeline": pipeline, "batched": batched, "generate": generate, "faster-whisper": faster_whisper}
+WAYS = {"pipeline": plain, "batched": batched, "generate": generate, "faster-whisper": faster_whisper}
 
 
 if __name__ == "__main__":
