@@ -11,6 +11,7 @@ from transformers import GenerationConfig, WhisperTokenizer, pipeline
 
 from configs.errors import CheckpointError
 from configs.run.folder import RunDir
+from data.captions import prefix_tokens
 from data.decode import SAMPLE_RATE
 from tools.hub_files import PIPELINE
 from trainer.captioning import Generator
@@ -42,9 +43,11 @@ def check_export(
             run, f"`generate` of transformers {transformers.__version__} fails: {error}"
         ) from error
     tokens = _run_tokens(stranger.model, generation, sound)
-    expected = WhisperTokenizer.from_pretrained(run.base).decode(tokens, skip_special_tokens=True).strip()
+    tokenizer = WhisperTokenizer.from_pretrained(run.base)
+    expected = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    prefix = prefix_tokens(tokenizer.backend_tokenizer, generation)
     # The run may stop earlier, if its base has a lower limit.
-    if not caption.startswith(expected) and not _is_tie(stranger, sound, tokens):
+    if not caption.startswith(expected) and not _is_tie(stranger, sound, prefix, tokens):
         raise _useless(run, f"transformers says {caption!r} of a sound where the run says {expected!r}")
     return caption
 
@@ -79,13 +82,13 @@ def _sound(seconds: float) -> torch.Tensor:
 
 
 def _run_tokens(model: Any, generation: dict[str, Any], sound: torch.Tensor) -> torch.Tensor:
-    """Tokens of the caption that the run gives a sound, at the whole window, (n,), with their prefix."""
+    """Tokens of the caption that the run gives a sound, at the whole window, (n,), without their prefix."""
     generator = Generator(from_transformers(model), GenerationConfig.from_dict(generation))
     return generator(sound, 2 * model.config.max_source_positions, [])
 
 
 @torch.no_grad()
-def _is_tie(stranger: Any, sound: torch.Tensor, ours: torch.Tensor) -> bool:
+def _is_tie(stranger: Any, sound: torch.Tensor, prefix: list[int], ours: torch.Tensor) -> bool:
     """Whether transformers' tokens leave those of the run where both go on with an equal right."""
     model = stranger.model
     heard = stranger.feature_extractor(
@@ -97,5 +100,6 @@ def _is_tie(stranger: Any, sound: torch.Tensor, ours: torch.Tensor) -> bool:
     if not len(apart):
         return False
     place = int(apart[0])
-    logits = model(input_features=heard, decoder_input_ids=ours[None, :place]).logits[0, -1]
-    return place > 0 and bool((logits[ours[place]] - logits[theirs[place]]).abs() < TIE)
+    before = torch.tensor([[*prefix, *ours[:place].tolist()]])
+    logits = model(input_features=heard, decoder_input_ids=before).logits[0, -1]
+    return bool((logits[ours[place]] - logits[theirs[place]]).abs() < TIE)
