@@ -202,6 +202,8 @@ class Source(Section):
     learnt."""
     validation: Annotated[Validation, SEEN_IN_INDEX] = Validation()
     """Share held out for validation (`0.01`), or `{fraction, group}`, or `{shards: [...]}`."""
+    licence: Annotated[str | None, FREE] = None
+    """Of its audio and captions, as `CC-BY-4.0`, for the model card of an export."""
     storage_options: Annotated[dict[str, Any], FREE] = {}
     """Options for fsspec: endpoint, profile, region. Never keys or secrets: those come from the environment
     or a profile."""

@@ -228,9 +228,8 @@ def _inputs(config: RunConfig, limit: float, shards: Sequence[Shard], origins: S
     listed = [
         (shard.location.url, shard.validation, origin) for shard, origin in zip(shards, origins, strict=True)
     ]
-    return hashlib.sha256(
-        json.dumps([VERSION, LAYOUT, config.data.model_dump(mode="json"), limit, listed]).encode()
-    ).hexdigest()
+    settings = config.data.model_dump(mode="json", exclude={"sources": {"__all__": {"licence"}}})
+    return hashlib.sha256(json.dumps([VERSION, LAYOUT, settings, limit, listed]).encode()).hexdigest()
 
 
 def open_dataset(config: RunConfig, folder: Path) -> Dataset:

@@ -128,6 +128,7 @@ def save_base(run: RunDir, captioner: Captioner) -> None:
     """Write `base/`: all that export and offline nodes need besides a checkpoint. Call before training
     changes anything."""
     run.base.mkdir(parents=True, exist_ok=True)
+    run.base.mkdir(parents=True, exist_ok=True)
     with naming(run.base):
         _write_base(run, captioner)
 
@@ -135,7 +136,9 @@ def save_base(run: RunDir, captioner: Captioner) -> None:
 def _write_base(run: RunDir, captioner: Captioner) -> None:
     from transformers import GenerationConfig
 
-    processor(captioner.source, captioner.config).save_pretrained(run.base)
+    whole = processor(captioner.source, captioner.config)
+    whole.save_pretrained(run.base)
+    whole.tokenizer.save_vocabulary(run.base)  # with normalizer.json, which save_pretrained leaves out
     GenerationConfig.from_dict(captioner.generation).save_pretrained(run.base)
     untrained = {
         **{name: p.detach() for name, p in captioner.model.named_parameters() if not p.requires_grad},

@@ -1,6 +1,6 @@
-"""`python -m tools.bench step|scaling|compare|checkpoint|export|data|index|balance|start|trace`: measures
-here what steps, saves, exports, data and the start of a run cost, in turn with what the same costs with other
-programs.
+"""`python -m tools.bench step|scaling|compare|checkpoint|export|exports|data|index|balance|start|trace`:
+measures here what steps, saves, exports, data and the start of a run cost, in turn with what the same costs
+with other programs.
 
 `step`: `launch train` on a Whisper with random weights in the shape of a published one, and clips of the
 reference's mix of lengths, made here; with `--window full` the same clips, padded to 30 s. The figures are
@@ -49,6 +49,9 @@ the page cache: as many ranks as saved it, and one rank more, which DeepSpeed re
 in the page cache. total: the whole process; work: without start, imports and exit; peak: VmHWM, mapped files
 included. tools.export also checks digests, fsyncs, loads what it has written, and compares it. zero_to_fp32
 writes pytorch_model.bin: its --safe_serialization fails on Whisper's tied weights.
+
+`exports`: an export's captions of clips by transformers and, where they are installed, by CTranslate2 and
+faster-whisper, as its model card tells to use them; how many of them are those of tools.caption.
 
 `data`: from shards to shuffled batches of 16 (labels, and log-mel of 30 s windows with 128 bins, on the CPU
 by one thread), each reader in a fresh process on the same clips. A first pass does not count, the second one
@@ -111,6 +114,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,7 +123,7 @@ import typer
 from configs.errors import EarwitnessError, run_command
 from configs.ports import free_ports
 from configs.schema import RunConfig
-from tools.bench import balance, compare, data, restarts, starts, step, trace
+from tools.bench import balance, compare, data, exported, restarts, starts, step, trace
 from tools.bench.data import Form, Pipeline, Store
 from tools.bench.ranks import SECONDS
 from tools.bench.report import ROOT, Figures, Summary, aims, describe, environment, report, say, summary
@@ -194,6 +198,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 ALL_FORMS, ALL_PLACES, ALL_READERS = list(Form), list(Store), list(Pipeline)
 ALL_BACKENDS = list(Backend)
+
+
+@app.command("exports")
+def bench_exports(
+    export: Annotated[Path, typer.Argument(help="Folder made by tools.export.", metavar="EXPORT")],
+    clips: Annotated[list[Path], typer.Argument(help="Audio files.", metavar="CLIP...")],
+) -> None:
+    """Captions of an export in other programs, beside those of tools.caption."""
+    has_faster_whisper = find_spec("faster_whisper") is not None
+    for way, same in exported.agreement(export.resolve(), clips, has_faster_whisper):
+        print(f"{way}: {same} of {len(clips)} captions are those of tools.caption", flush=True)
 
 
 @app.command("checkpoint")

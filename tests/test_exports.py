@@ -1,0 +1,122 @@
+"""An export works wherever people take it: other programs read it without help and say what the run says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoFeatureExtractor, GenerationConfig, WhisperConfig, WhisperProcessor
+
+from configs.run.folder import RunDir
+from tests.making import config_values, make_clips, make_model, run_program
+from tests.test_training import train, write_config
+from tools.bench import exported
+from tools.hub_files import write_hub_files
+
+FILES = {
+    "README.md",
+    "added_tokens.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+}
+
+
+def base_of(folder: Path, model: Path, **generation: object) -> RunDir:
+    """A run as it lies on disk before its first step, with other values in its generation config."""
+    run = RunDir(folder / "run")
+    WhisperProcessor.from_pretrained(model).save_pretrained(run.base)
+    WhisperConfig.from_pretrained(model).save_pretrained(run.base)
+    values = json.loads((model / "generation_config.json").read_text(encoding="utf-8")) | generation
+    (run.base / "generation_config.json").write_text(json.dumps(values), encoding="utf-8")
+    config = config_values("run", folder, model, "none/*.tar")
+    run.config.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return run
+
+
+def written(run: RunDir, out: Path, learnt: list[int]) -> GenerationConfig:
+    import torch
+
+    write_hub_files(run, out, torch.float32, learnt)
+    return GenerationConfig.from_pretrained(out)
+
+
+def test_a_multilingual_export_says_language_and_task_by_itself(model: Path, tmp_path: Path) -> None:
+    stale = {"forced_decoder_ids": [[1, 5], [2, 6]], "max_new_tokens": 9, "language": "de"}
+    generation = written(base_of(tmp_path, model, **stale), tmp_path / "out", [])
+    assert (generation.language, generation.task, generation.num_beams) == ("en", "transcribe", 1)
+    assert generation.max_length == 64 and generation.max_new_tokens is None
+    assert not getattr(generation, "forced_decoder_ids", None)
+
+
+def test_an_english_export_names_no_language(model: Path, tmp_path: Path) -> None:
+    run = base_of(tmp_path, model, is_multilingual=False, language="en", task="transcribe")
+    generation = written(run, tmp_path / "out", [])
+    assert getattr(generation, "language", None) is None and getattr(generation, "task", None) is None
+
+
+def test_the_config_bans_what_the_generation_config_bans(model: Path, tmp_path: Path) -> None:
+    run = base_of(tmp_path, model)
+    banned = GenerationConfig.from_pretrained(model).suppress_tokens
+    generation = written(run, tmp_path / "out", banned[:2])
+    config = WhisperConfig.from_pretrained(tmp_path / "out")
+    assert generation.suppress_tokens == config.suppress_tokens == banned[2:]
+    assert config.begin_suppress_tokens == generation.begin_suppress_tokens
+
+
+def test_transformers_4_finds_processor_and_vocabulary(model: Path, tmp_path: Path) -> None:
+    written(base_of(tmp_path, model), tmp_path / "out", [])
+    values = {
+        path.name: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "out").glob("*.json")
+    }
+    tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
+    assert values["vocab.json"] | values["added_tokens.json"] == tokenizer.get_vocab()
+    assert "extra_special_tokens" not in values["tokenizer_config.json"]
+    assert "<|notimestamps|>" in values["special_tokens_map.json"]["additional_special_tokens"]
+    assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").chunk_length == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_export_of_turbos_shape_captions_in_transformers_and_faster_whisper(
+    dtype: str, windows_of_30_seconds: Path, tmp_path: Path
+) -> None:
+    """128 mels and windows of 30 s; the captions are those of tools.caption."""
+    done = run_program("tools.export", windows_of_30_seconds, tmp_path / "out", "--dtype", dtype)
+    assert done.returncode == 0 and "asked for a caption" in done.stdout, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "| sounds | 10 |" in card and "| CC0 |" in card and "faster_whisper" in card
+    clips = sorted((windows_of_30_seconds.parent / "clips").glob("*.flac"))
+    same = dict(exported.agreement(tmp_path / "out", clips, faster_whisper=True))
+    print(same)
+    if dtype == "bf16":  # few CPUs compute in it: faster-whisper then takes fp32, transformers does not
+        same = {way: count for way, count in same.items() if way in ("pipeline", "batched")}
+    assert set(same.values()) == {len(clips)}
+
+
+@pytest.fixture(scope="module")
+def windows_of_30_seconds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a small Whisper in turbo's shape, on full windows."""
+    folder = tmp_path_factory.mktemp("turbo")
+    small = make_model(folder / "model", mels=128, vocabulary=51_866, seconds=30, positions=448)
+    table = make_clips(folder / "clips", range(12), endings=("flac",))
+    assert run_program("tools.pack", table, folder / "shards").returncode == 0
+    values = config_values(
+        "run", folder, small, f"{folder}/shards/*.tar", optim={"max_steps": 30, "lr": 3e-3}
+    )
+    values["data"] |= {"window": "full"}
+    values["data"]["sources"][0] |= {"licence": "CC0"}
+    values["evaluate"] |= {"captions": 0, "every_steps": 1000}
+    done = train(write_config(folder, values))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
