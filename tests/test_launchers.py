@@ -12,6 +12,7 @@ from configs.errors import ConfigError
 from configs.run.events import AttemptBegan
 from configs.run.folder import PACKAGES, RunDir
 from launch import local, snapshot, worker
+from launch.last_words import LastWords
 from launch.launchers import refuse_launchers
 from slurm import job
 from tests.leftovers import LEFTOVERS
@@ -72,7 +73,7 @@ def test_ranks_of_this_machine_are_no_tasks_of_the_job_around_it(
     )
     run = RunDir(tmp_path)
     run.attempt_logs(0).mkdir(parents=True)
-    local._start(run, 0, rank=1, procs=2, port=4000)
+    local._start(run, 0, 1, 2, 4000, LastWords.listen())
     (env,) = started
     assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_PORT"]) == ("1", "2", "4000")
     assert env["EARWITNESS_DIE_WITH"] == str(os.getpid())
