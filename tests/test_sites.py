@@ -182,3 +182,15 @@ def test_a_wrapper_that_prints_before_the_number_queues_the_successor(site: Site
     site.command("sbatch", "echo 'Welcome to the 2nd cluster'; echo '46;cluster'")
     assert "resubmit: chain" in site.job()
     assert (site.run.slurm / "jobs/45.next").read_text(encoding="utf-8") == "46\n"
+
+
+def test_a_job_whose_successor_was_cancelled_and_is_refused_says_that_the_chain_ends(site: Site) -> None:
+    """Slurm does not let it requeue itself: while there was a successor, both would have gone on."""
+    site.config.slurm.setup.clear()
+    submit.write_script(site.config, site.run, site.script.parent)
+    site.command("sbatch", "if [ $(wc -l <$0.calls) = 1 ]; then echo 46; else echo refused >&2; exit 1; fi")
+    site.command("srun", "case $* in *launch.attempt*) echo go 0 - 0 ;; *) exit 1 ;; esac")
+    site.command("scontrol", "echo JobState=RUNNING")
+    output = site.job()
+    assert "the ranks ended with code 1" in output and "the chain ends here: `launch submit`" in output
+    assert "requeues itself" not in output
