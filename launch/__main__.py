@@ -174,8 +174,9 @@ def _rundir(path: Path) -> RunDir:
 
 
 def main() -> None:
-    """Before options are read, as some launchers add one."""
-    if "train" in sys.argv[1:]:
+    """Before options are read, as some launchers add one in front of the command."""
+    commands = [word for word in sys.argv[1:] if not word.startswith("-")]
+    if commands[:1] == ["train"]:
         refuse_launchers(os.environ)
     app()
 

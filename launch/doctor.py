@@ -24,6 +24,7 @@ from data.balance import remark_on_balance
 from data.location import Location
 from slurm import cluster
 from slurm.sayings import IMPOSSIBLE
+from slurm.shell import heed
 from slurm.submit import cores_per_task, look_ahead, script_text
 
 Verdict = Literal["ok", "note", "bad"]
@@ -230,6 +231,9 @@ def _config(path: Path) -> Iterator[Finding]:
     try:
         config = load(path)
         yield Finding("config", "ok", str(path))
+        settings, said = heed(config.slurm, os.environ)
+        config = config.model_copy(update={"slurm": settings})
+        yield from (Finding("shell", "note", line) for line in said)
         yield from _job(config)
         yield from _cores(config)
         yield from _balance(config)

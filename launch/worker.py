@@ -144,14 +144,16 @@ def _set_up_memory() -> None:
 def _set_up_cache() -> None:
     """Let torch do without a cache folder that cannot be written, at the sight of which it would end."""
     name = "TORCHINDUCTOR_CACHE_DIR"
-    folder = Path(os.environ.get(name, tempfile.gettempdir()))
+    folder = os.environ.get(name)
+    if not folder:
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         print(f"{name}: goes on without it: {words_of_disk(error)}", file=sys.stderr, flush=True)
-        os.environ.pop(name, None)
+        del os.environ[name]
 
 
 def _tell_start(session: Session, devices: list[str]) -> None:

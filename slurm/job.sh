@@ -1,5 +1,5 @@
 # One attempt of a chain. It needs bash and Slurm's commands; all Python runs in steps, so in the container where there is one.
-# Set above: run, code, python, tasks (per node), min_nodes, resubmit, mail, srun_args. Arguments: the chain's first job (none: this one), and the job before this one.
+# Set above: run, code, python, tasks (per node), min_nodes, resubmit, mail, no_answer, srun_args. Arguments: the chain's first job (none: this one), and the job before this one.
 me=$SLURM_JOB_ID chain=${1:-$SLURM_JOB_ID} before=${2:-} next='' asked=''
 jobs=$run/slurm/jobs script=$run/slurm/job.sh failed=$run/slurm/jobs/failed
 node=$SLURMD_NODENAME path=$PATH
@@ -46,7 +46,7 @@ queue_next() {
     sleep "$pause"
     # Without this job's variables, which would become options of the next one. Of what is printed the last line counts: sites wrap sbatch.
     next=$(
-      for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
+      for name in "${!SLURM_@}"; do [[ $name == SLURM_CONF* ]] || unset "$name"; done
       sbatch --parsable --dependency="afternotok:$me" --kill-on-invalid-dep=yes "$script" "$chain" "$me" 2>"$said" | tail -n 1
     )
     cat "$said"
@@ -57,9 +57,9 @@ queue_next() {
       rm -f "$said"
       return
     fi
-    grep -qiE 'unable to contact|timed out|temporarily|connection refused|try again|standby|zero bytes' "$said" || break
+    grep -qiE "$no_answer" "$said" || break
   done
-  say "cannot queue the next attempt from $node, as said above: this job requeues itself instead. If it is always so here: slurm.resubmit=requeue"
+  say "cannot queue the next attempt from $node, as said above"
   return 1
 }
 
@@ -132,7 +132,12 @@ trap 'asked=yes; note "$me"; if [ "$(state "$me")" = CANCELLED ]; then end_chain
 say "job $me of chain $chain${before:+, after job $before}, on $SLURM_JOB_NODELIST"
 if [ -n "$before" ] && [ "$before" != "$me" ]; then note "$before"; fi
 if [ "$resubmit" = chain ]; then
-  if queue_next; then scontrol update JobId="$me" Requeue=0; else resubmit=requeue; fi
+  if queue_next; then
+    scontrol update JobId="$me" Requeue=0
+  else
+    resubmit=requeue
+    say "this job requeues itself instead. If it is always so here: slurm.resubmit=requeue"
+  fi
 fi
 
 # This job counts as one that could not begin until it has: nobody else can tell if it is killed. launch.attempt takes those before it into the ledger.
@@ -165,7 +170,9 @@ case $(state "$me") in
   CANCELLED) end_chain ;;
   RUNNING | '')
     judge end "$code"
-    if [ -n "$next" ] && [ "$verdict" = go ] && [ "$code" != 0 ]; then queue_next; fi ;;  # somebody may have cancelled it
+    if [ -n "$next" ] && [ "$verdict" = go ] && [ "$code" != 0 ]; then  # somebody may have cancelled it
+      queue_next || say "the chain ends here: \`launch submit\` goes on"
+    fi ;;
 esac
 if [ "$code" != 0 ] && [ "$resubmit" = requeue ] && [ "$(state "$me")" != CANCELLED ]; then
   say "requeues itself"

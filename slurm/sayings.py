@@ -124,7 +124,7 @@ NO_ANSWER = re.compile(
     "unable to contact slurm|timed out|temporarily|connection refused|try again|standby|zero bytes",
     re.IGNORECASE,
 )
-"""The controller is down or busy. It may have taken a job all the same."""
+"""The controller is down or busy. It may have taken a job all the same. (job.sh hands it to grep -E.)"""
 
 
 def advice(said: str) -> str:

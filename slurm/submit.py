@@ -46,6 +46,7 @@ def script_text(config: RunConfig, run: RunDir, code: Path) -> str:
         "min_nodes": str(node_range(settings.nodes)[0]),
         "resubmit": settings.resubmit,
         "mail": mail_address or "",
+        "no_answer": NO_ANSWER.pattern,
     }
     lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     lines += [f"srun_args=({shlex.join(settings.srun_args)})"]

@@ -12,6 +12,7 @@ from configs.errors import ConfigError
 from configs.run.events import AttemptBegan
 from configs.run.folder import PACKAGES, RunDir
 from launch import local, snapshot, worker
+from launch.last_words import LastWords
 from launch.launchers import refuse_launchers
 from slurm import job
 from tests.leftovers import LEFTOVERS
@@ -58,6 +59,8 @@ def test_a_launcher_is_told_of_before_its_own_option_is(tmp_path: Path) -> None:
     variables = {"WORLD_SIZE": "2", "CROSS_SIZE": "1"}
     done = run_program("launch", "--local_rank=0", "train", tmp_path / "x.yaml", env=variables)
     assert done.returncode == 2 and "starts its own ranks" in done.stderr, done.stderr
+    of_another_command = run_program("launch", "status", "train", env=variables)
+    assert "not the folder of a run" in of_another_command.stderr, "a run may be called `train`"
 
 
 def test_ranks_of_this_machine_are_no_tasks_of_the_job_around_it(
@@ -72,7 +75,7 @@ def test_ranks_of_this_machine_are_no_tasks_of_the_job_around_it(
     )
     run = RunDir(tmp_path)
     run.attempt_logs(0).mkdir(parents=True)
-    local._start(run, 0, rank=1, procs=2, port=4000)
+    local._start(run, 0, 1, 2, 4000, LastWords.listen())
     (env,) = started
     assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_PORT"]) == ("1", "2", "4000")
     assert env["EARWITNESS_DIE_WITH"] == str(os.getpid())
@@ -128,3 +131,17 @@ def test_a_rank_that_gets_other_code_than_the_runs_says_which(
     monkeypatch.syspath_prepend(others)
     with pytest.raises(ConfigError, match=f"^trainer: this process gets {others}/trainer, not the run's own"):
         snapshot.check(code)
+
+
+def test_a_cache_of_torch_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker._set_up_cache()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/cache"))
+    worker._set_up_cache()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert capsys.readouterr().err.startswith(f"TORCHINDUCTOR_CACHE_DIR: goes on without it: {tmp_path}/file")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    worker._set_up_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ConfigError, EarwitnessError
-from configs.load import validate
+from configs.load import dump, validate
 from configs.run.folder import RunDir
 from configs.schema import RunConfig
+from launch.doctor import _config
 from slurm import submit
 from slurm.job import join_job
 from slurm.said import refused_successor
@@ -182,3 +183,31 @@ def test_a_wrapper_that_prints_before_the_number_queues_the_successor(site: Site
     site.command("sbatch", "echo 'Welcome to the 2nd cluster'; echo '46;cluster'")
     assert "resubmit: chain" in site.job()
     assert (site.run.slurm / "jobs/45.next").read_text(encoding="utf-8") == "46\n"
+
+
+def test_a_job_whose_successor_was_cancelled_and_is_refused_says_that_the_chain_ends(site: Site) -> None:
+    """Slurm does not let it requeue itself: while there was a successor, both would have gone on."""
+    site.config.slurm.setup.clear()
+    submit.write_script(site.config, site.run, site.script.parent)
+    site.command("sbatch", "if [ $(wc -l <$0.calls) = 1 ]; then echo 46; else echo refused >&2; exit 1; fi")
+    site.command("srun", "case $* in *launch.attempt*) echo go 0 - 0 ;; *) exit 1 ;; esac")
+    site.command("scontrol", "echo JobState=RUNNING")
+    output = site.job()
+    assert "the ranks ended with code 1" in output and "the chain ends here: `launch submit`" in output
+    assert "requeues itself" not in output
+
+
+def test_the_doctor_asks_for_the_job_that_a_submission_would(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the account that people have in their shell."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(dump(site.config), encoding="utf-8")
+    site.command(
+        "sbatch", 'grep -q account=p1 "$2" || { echo "sbatch: error: Invalid account" >&2; exit 1; }'
+    )
+    verdicts = {finding.what: finding.verdict for finding in _config(path)}
+    assert verdicts["job"] == "bad"
+    monkeypatch.setenv("SBATCH_ACCOUNT", "p1")
+    verdicts = {finding.what: finding.verdict for finding in _config(path)}
+    assert (verdicts["job"], verdicts["shell"]) == ("ok", "note")

@@ -40,7 +40,7 @@ LOOKS: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(classifier|projector)\.", "a classifier's: take the Whisper that it was made from"),
 )
 """By what names hold, what their model is, and what to do."""
-SIZES = {
+SHOWN_BY = {
     "model.encoder.conv1.weight": (1, "num_mel_bins"),
     "model.encoder.embed_positions.weight": (0, "max_source_positions"),
     "model.decoder.embed_positions.weight": (0, "max_target_positions"),
@@ -49,7 +49,7 @@ SIZES = {
     "model.encoder.layers.0.fc1.weight": (0, "encoder_ffn_dim"),
     "model.decoder.layers.0.fc1.weight": (0, "decoder_ffn_dim"),
 }
-"""Tensors that show a size of the config: in which dimension, and its key."""
+"""Sizes of the config by the tensors that show them: in which dimension, and the key."""
 SAME_MODEL = "Take config.json and weights of one and the same model"
 LAYER_TENSORS = {"encoder": 15, "decoder": 24}
 """Of a block."""
@@ -155,7 +155,7 @@ def _check_shapes(weights: Tensors, expected: Mapping[str, list[int]], config: A
         return
     keys = [
         f"{key} is {getattr(config, key)} there, {shapes[name][axis]} in the file"
-        for name, (axis, key) in SIZES.items()
+        for name, (axis, key) in SHOWN_BY.items()
         if name in others and shapes[name][axis : axis + 1] != others[name][axis : axis + 1]
     ]
     first = min(others)

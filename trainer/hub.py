@@ -7,18 +7,11 @@ from pathlib import Path
 
 from configs.errors import ConfigError
 from trainer.other_weights import form, refuse
+from trainer.weight_files import READ
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SMALL_FILES = ["*.json", "*.txt"]
 """Patterns of what lies beside the weights on the hub."""
-WEIGHT_FILES = (
-    ("model.safetensors", "model.safetensors"),
-    ("model.safetensors.index.json", "model-*-of-*.safetensors"),
-    ("pytorch_model.bin", "pytorch_model.bin"),
-    ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
-)
-"""What says that a repository has weights in a form that is read, and the pattern of their files; the first
-counts, as in transformers."""
 
 
 def is_hub_name(name: str) -> bool:
@@ -81,8 +74,8 @@ def _weight_patterns(name: str) -> list[str]:
     except (RepositoryNotFoundError, HFValidationError):
         raise
     except Exception:  # no network: perhaps the cache has them
-        return [pattern for _, pattern in WEIGHT_FILES]
-    for file, pattern in WEIGHT_FILES:
+        return list(READ.values())
+    for file, pattern in READ.items():
         if file in files:
             return [pattern]
     refuse(f"{name} on the hub", {file: form(file) for file in files})

@@ -18,13 +18,14 @@ from torch import Tensor
 from configs.errors import ConfigError
 from data.kinds import BEGINNING, what_it_is, what_it_stands_for
 
-READ = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""In the order in which transformers looks for them."""
+READ = {
+    "model.safetensors": "model.safetensors",
+    "model.safetensors.index.json": "model-*-of-*.safetensors",
+    "pytorch_model.bin": "pytorch_model.bin",
+    "pytorch_model.bin.index.json": "pytorch_model-*-of-*.bin",
+}
+"""What says that a folder has weights in a form that is read, and the pattern of their files. The first that
+is there counts, as in transformers."""
 FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 HEADER_BYTES = 100_000_000
 """What safetensors allows."""

@@ -26,6 +26,7 @@ from typing import Any
 
 from configs.errors import EarwitnessError
 from configs.ports import free_ports
+from slurm import shell
 from slurm.cluster import run
 
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sinfo": "slurm-client"}
@@ -435,8 +436,7 @@ def _listens(family: socket.AddressFamily, address: str | tuple[str, int]) -> bo
 def _outside_of_jobs() -> dict[str, str]:
     """The environment without the variables by which a job of another cluster, if this runs in one, would
     steer Slurm's commands."""
-    of_slurm = ("SLURM", "SBATCH_", "SALLOC_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(of_slurm)}
+    return shell.without(os.environ, [*shell.OF_SLURM, "SLURMD_*"])
 
 
 def _find(program: str) -> str | None:
