@@ -71,7 +71,12 @@ def _with_header(config: RunConfig, run: RunDir, log: str, commands: list[str]) 
     executor = SlurmExecutor(run.slurm)
     executor.parameters = _parameters(config, run, log)
     names = [name.replace("_", "-") for name in executor.parameters["additional_parameters"]]
-    names += [name for line in config.slurm.sbatch for _, name, _ in sbatch.read(line) if name in sbatch.LONG]
+    names += [
+        name
+        for line in config.slurm.sbatch
+        for _, name, _ in sbatch.read(line)
+        if name in sbatch.OPTIONS.long
+    ]
     return executor._make_submission_file_text("\n".join([shell.unset_in_job(names), *commands]), "")
 
 
