@@ -14,6 +14,7 @@ import yaml
 from configs.run.events import AttemptBegan, ChainEnded, Ended, Evaluated, Submitted
 from configs.run.folder import RunDir
 from slurm.chain import chain_jobs
+from tests.leftovers import OF_A_JOB, OF_LAUNCHERS, OPTIONS
 from tests.making import audit_of_attempts, config_values, run_program
 from tools.sandbox.slurm import Cluster
 
@@ -36,8 +37,9 @@ class Chain:
         return run_program("launch", command, *arguments, env=self.cluster.environment)
 
     def submit(self, *overrides: str) -> str:
-        """Submit; returns the first job."""
-        done = self.launch("submit", self.config, *overrides)
+        """Submit from a shell full of what other jobs and launchers have left; returns the first job."""
+        shell = self.cluster.environment | OF_LAUNCHERS | OF_A_JOB | OPTIONS
+        done = run_program("launch", "submit", self.config, *overrides, env=shell)
         assert done.returncode == 0, done.stderr
         return str(self.run.ledger.read().of(Submitted)[-1].job)
 

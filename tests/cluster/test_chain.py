@@ -105,8 +105,8 @@ def fragile(slurm_packages: None, tmp_path: Path) -> Iterator[Cluster]:
 def test_whatever_happens_it_goes_on_and_is_the_same_run(
     fragile: Cluster, tmp_path: Path, model: Path, shards: str, launch
 ) -> None:
-    """Every way in which an attempt can end, one after another; seconds from each fault to the first new step
-    are printed."""
+    """Every way in which an attempt can end, one after another, in a chain from a shell full of what others
+    have left; seconds from each fault to the first new step are printed."""
     chain = make_chain(
         fragile,
         tmp_path,
