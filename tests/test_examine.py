@@ -130,6 +130,8 @@ def test_tensors_under_other_names_are_refused_with_what_they_look_like(folder: 
         ("model_type", "wav2vec2", "model_type 'wav2vec2': not a Whisper"),
         ("architectures", ["WhisperForAudioClassification"], "WhisperForAudioClassification: not a Whisper"),
         ("quantization_config", {"quant_method": "gptq"}, "quantized (gptq, quantization_config)"),
+        ("quantization_config", "bnb", "quantized (bnb, quantization_config)"),
+        ("architectures", "WhisperEncoder", "architectures WhisperEncoder: not a Whisper"),
         ("pad_token_id", 50257, "pad_token_id=50257 is beyond vocab_size"),
     ],
 )
@@ -173,6 +175,7 @@ OTHERS = {
     "adapter_model.safetensors": "an adapter of PEFT",
     "training_args.bin": "what a Trainer keeps beside the weights",
     "mp_rank_00_model_states.pt": "a checkpoint of DeepSpeed",
+    "._model.safetensors": "what macOS keeps beside a file",
 }
 
 
@@ -283,6 +286,52 @@ def test_a_tokenizer_that_is_missing_or_unreadable_is_said_so(folder: Path) -> N
         tokenizer_of(str(folder), "--tokenizer")
 
 
+def test_a_tokenizer_in_two_files_is_one_whose_merges_are_whole(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]), encoding="utf-8")
+    added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    (folder / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+    merges = [" ".join(merge) for merge in tokenizer["model"]["merges"]]
+    file = folder / "merges.txt"
+    file.write_bytes("\r\n".join(merges).encode())
+    assert not remarks(folder)
+    for damaged, said in (("", "is cut off"), ("\n".join(merges[:-20]), "is cut off"), (POINTER, "Git LFS")):
+        file.write_text(damaged, encoding="utf-8")
+        assert f"{file}: is " in refusal(folder) and said in refusal(folder)
+
+
+def test_a_token_that_was_added_fits_the_embedding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    monkeypatch.setattr("trainer.vocabulary.PUBLISHED", {rows - 1: rows - 2, rows: 0})
+    assert not remarks(folder)
+
+
+def test_a_link_whose_file_is_gone_is_not_taken_for_an_absent_one(folder: Path) -> None:
+    file = folder / "generation_config.json"
+    file.unlink()
+    file.symlink_to("../../blobs/gone")
+    assert "generation_config.json: a link whose file is gone (../../blobs/gone)" in refusal(folder)
+
+
+def test_the_cache_of_the_hub_holds_models_and_none_that_starts_at_random(
+    model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "snapshots/abc")
+    assert "but snapshots/abc does: name that folder" in refusal(tmp_path)
+    assert "holds a config, but no weights" in refusal(tmp_path / "snapshots/abc")
+
+
+def test_weights_under_the_name_of_the_other_form_are_told_theirs(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    other = shutil.copy(file, folder / "kept")
+    as_bin(folder).rename(file)
+    assert f"{file}: is a file of torch.save; call it pytorch_model.bin" in refusal(folder)
+    file.unlink()
+    other.rename(folder / "pytorch_model.bin")
+    assert "is a file of safetensors; call it model.safetensors" in refusal(folder)
+
+
 def test_a_tokenizer_of_another_model_is_refused_by_token(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokens = {token["content"]: token for token in tokenizer["added_tokens"]}
@@ -316,6 +365,16 @@ def test_an_old_or_absent_generation_config_is_completed_and_told(folder: Path) 
     assert not expected.remarks
 
 
+def test_what_captions_are_not_generated_with_is_left_out_and_told(folder: Path) -> None:
+    file = folder / "generation_config.json"
+    change(file, do_sample=True, temperature=[0.0, 0.2], length_penalty=0.8, top_p=1.0)
+    found = loaded(folder)
+    assert not found.generation.get("do_sample") and not found.generation.get("temperature")
+    assert all(f"{key}=" in found.remarks[0] for key in ("do_sample", "temperature", "length_penalty"))
+    change(file, num_beams=5)
+    assert loaded(folder).generation["length_penalty"] == 0.8
+
+
 def test_what_does_not_fit_the_decoder_is_replaced_and_told(folder: Path) -> None:
     change(folder / "generation_config.json", max_length=448, max_new_tokens=64, language="german")
     found = loaded(folder)
@@ -334,7 +393,7 @@ def test_what_does_not_fit_the_decoder_is_replaced_and_told(folder: Path) -> Non
         ("is_multilingual", False),
         ("lang_to_id", [1, 2]),
         ("max_length", "many"),
-        ("temperature", -1.0),
+        ("num_return_sequences", 3),
     ],
 )
 def test_a_generation_config_of_another_model_is_refused_by_key(

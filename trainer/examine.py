@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from configs.errors import ConfigError
 from trainer import fit, vocabulary, weight_files
 from trainer.hub import is_hub_name, locate
-from trainer.other_weights import refuse_adapter, refuse_others
+from trainer.other_weights import refuse_adapter, refuse_dangling, refuse_others
 from trainer.weight_files import Tensors, read_json
 from trainer.whisper import USUAL, Whisper
 
@@ -86,7 +86,8 @@ def examine(name: str, asked: str, fetched: Path | None = None, *, needs_weights
     with asked_by(asked):
         folder = locate(name, fetched)
         config, weights = _weights(folder)
-        if weights is None and (needs_weights or is_hub_name(name)):
+        of_hub = is_hub_name(name) or folder.absolute().parent.name == "snapshots"  # in its cache
+        if weights is None and (needs_weights or of_hub):
             raise ConfigError(f"{folder}: {NO_WEIGHTS}")
         tokenizer = vocabulary.read_tokenizer(folder, config)
         generation, remarks = vocabulary.read_generation(folder, config, tokenizer)
@@ -115,6 +116,7 @@ def examine_weights(folder: Path) -> Tensors:
 
 def _weights(folder: Path) -> tuple[WhisperConfig, Tensors | None]:
     """The config of a folder and its weights, if it holds any."""
+    refuse_dangling(folder)
     weights = weight_files.find(folder)
     refuse_adapter(folder, has_weights=weights is not None)
     if weights is None:
@@ -140,7 +142,10 @@ def read_config(folder: Path) -> WhisperConfig:
 
     file = folder / "config.json"
     if not file.exists():
-        raise ConfigError(f"{folder}: not a model's folder: it holds no config.json")
+        raise ConfigError(
+            f"{folder}: not a model's folder: it holds no config.json. Fetch it, with the tokenizer's files,"
+            " from where the weights are"
+        )
     values = read_json(file)
     _check_kind(file, values)
     _check_sizes(file, values)
@@ -186,7 +191,8 @@ def _refuse_what_holds_models(folder: Path) -> None:
         raise ConfigError(
             f"{folder}: is a run: model.init_from takes its weights, `python -m tools.export` a model of it"
         )
-    below = [file.parent.name for file in folder.glob("*/config.json")]
+    places = ("*/config.json", "snapshots/*/config.json")  # the second: in the cache of the hub
+    below = [str(file.parent.relative_to(folder)) for place in places for file in folder.glob(place)]
     if below:
         raise ConfigError(
             f"{folder}: holds no config.json, but {weight_files.few(below)} does: name that folder"
@@ -195,6 +201,7 @@ def _refuse_what_holds_models(folder: Path) -> None:
 
 def _check_kind(file: Path, values: dict[str, Any]) -> None:
     classes = values.get("architectures") or [CLASSES[0]]
+    classes = classes if isinstance(classes, list) else [str(classes)]
     kind = values.get("model_type", "whisper")
     if kind != "whisper" or not set(classes) & set(CLASSES):
         what = f"model_type {kind!r}" if kind != "whisper" else f"architectures {', '.join(classes)}"
@@ -203,7 +210,8 @@ def _check_kind(file: Path, values: dict[str, Any]) -> None:
             " openai/whisper-small"
         )
     if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "")
+        settings = values["quantization_config"]
+        method = settings.get("quant_method", "") if isinstance(settings, dict) else settings
         raise ConfigError(
             f"{file}: quantized ({method}, quantization_config), which cannot be trained: take the model in"
             " FP32, BF16 or FP16"

@@ -27,6 +27,7 @@ BY_OLDER = (
 )
 TO_RUN = "made to be run, not to be trained; take the model that it was made from"
 FORMS = (
+    (r"(^|/)\._", "what macOS keeps beside a file, not the file itself: copy that, too"),
     (r"/(pytorch_)?model\.(safetensors|bin)(\.index\.json)?$", "weights in a folder below: name that one"),
     (r"\.(incomplete|part|partial|crdownload|tmp|aria2)$", "a download that was broken off: fetch it again"),
     (
@@ -84,6 +85,17 @@ def refuse_adapter(folder: Path, *, has_weights: bool) -> None:
 def refuse_others(folder: Path) -> None:
     """Raise ConfigError if a folder holds weights in a form that is not read."""
     refuse(str(folder), {str(file.relative_to(folder)): _what(file, folder) for file in _files(folder)})
+
+
+def refuse_dangling(folder: Path) -> None:
+    """Raise ConfigError for a link to a file beside the weights that is gone: what it had said would be made
+    up from the others, or asked for as if it had never been fetched."""
+    gone = [file for file in folder.iterdir() if file.suffix in (".json", ".txt") and not file.exists()]
+    if gone:
+        raise ConfigError(
+            f"{folder}: {few(file.name for file in gone)}: a link whose file is gone ({gone[0].readlink()}):"
+            " fetch it again"
+        )
 
 
 def form(path: str) -> str:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from configs.errors import ConfigError
 from data.captions import END, LANGUAGE, TASK
+from data.kinds import what_it_stands_for
 from trainer.weight_files import few, read_json
 
 START, NO_TIMESTAMPS = "<|startoftranscript|>", "<|notimestamps|>"
@@ -29,6 +30,19 @@ KINDS = {
     **dict.fromkeys(("max_length", "max_new_tokens"), int),
 }
 """Types of values."""
+SAMPLING = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+BEAMS = {"early_stopping": False, "length_penalty": 1.0}
+"""What captions are not generated with, the second without num_beams, and the values that ask for nothing.
+transformers does not save a config with others."""
 SPOKEN = {"language": LANGUAGE, "task": TASK}
 """Of a multilingual model: what captions are asked for with."""
 OTHER = "it is of another model: take tokenizer, config.json and weights of one and the same model"
@@ -50,12 +64,34 @@ def read_tokenizer(folder: Path, config: Any) -> Tokenizer:
     for file in (*files, "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
         if file.endswith(".json") and (folder / file).exists():
             read_json(folder / file)
+    if "merges.txt" in files:
+        _check_merges(folder)
     try:
         tokenizer: Tokenizer = WhisperTokenizer.from_pretrained(folder).backend_tokenizer
     except Exception as error:  # tokenizers has no class of its own
-        raise ConfigError(f"{folder / files[0]}: cannot be read: {error}; fetch it again") from None
+        beside = [*files, *(["tokenizer_config.json"] if (folder / "tokenizer_config.json").exists() else [])]
+        raise ConfigError(
+            f"{folder}: its tokenizer ({', '.join(beside)}) cannot be read: {error}; fetch it again"
+        ) from None
     _check_tokenizer(folder / files[0], tokenizer, config)
     return tokenizer
+
+
+def _check_merges(folder: Path) -> None:
+    """Raise ConfigError if merges do not make up the tokens: captions would be taken apart into bytes."""
+    file = folder / "merges.txt"
+    content = file.read_bytes()
+    if what := what_it_stands_for(content):
+        raise ConfigError(f"{file}: is {what}; fetch it again")
+    made = {"".join(line.split()) for line in content.decode("utf-8", "replace").split("\n")}
+    vocab = read_json(folder / "vocab.json")
+    tokens = [token for token in vocab if len(token) > 1 and not token.startswith("<|")]
+    unmade = [token for token in tokens if token not in made]
+    if len(unmade) > len(tokens) // 100:  # some are added without merges
+        raise ConfigError(
+            f"{file}: is cut off or of another model: {len(unmade)} of the {len(tokens)} tokens in vocab.json"
+            " are not made by it; fetch both again"
+        )
 
 
 def _check_tokenizer(file: Path, tokenizer: Tokenizer, config: Any) -> None:
@@ -74,7 +110,8 @@ def _check_tokenizer(file: Path, tokenizer: Tokenizer, config: Any) -> None:
             " resize_token_embeddings"
         )
     expected = {START: config.decoder_start_token_id, END: config.eos_token_id}
-    if rows in PUBLISHED and len(ids) > min(PUBLISHED.values()) - 1000:
+    # Tokens that fill all rows are of this embedding: with one added, it has the rows of the next Whisper.
+    if rows in PUBLISHED and max(ids.values()) + 1 < rows and len(ids) > min(PUBLISHED.values()) - 1000:
         expected[NO_TIMESTAMPS] = PUBLISHED[rows]
     for token, number in expected.items():
         if ids[token] != number:
@@ -98,7 +135,8 @@ def read_generation(folder: Path, config: Any, tokenizer: Tokenizer) -> tuple[di
         generation = GenerationConfig.from_dict(values)
         generation.validate(strict=True)
     except (ValueError, TypeError) as error:  # transformers would not save it
-        raise ConfigError(f"{file}: {error}; mend it, or remove this file: it is made anew") from None
+        words = " ".join(str(error).split())
+        raise ConfigError(f"{file}: {words}; mend it, or remove this file: it is made anew") from None
     return dict(generation.to_dict()), [f"{file}: {'; '.join(remarks)}"] if remarks else []
 
 
@@ -183,6 +221,8 @@ def _unfit(given: dict[str, Any], certain: dict[str, Any]) -> dict[str, Any]:
         unfit["return_timestamps"] = False
     if given.get("forced_decoder_ids"):
         unfit["forced_decoder_ids"] = None
+    idle = SAMPLING if (given.get("num_beams") or 1) > 1 else SAMPLING | BEAMS
+    unfit |= {key: None for key, nothing in idle.items() if given.get(key) not in (None, nothing)}
     for key, ours in SPOKEN.items():
         theirs = given.get(key)
         if theirs and not certain["is_multilingual"]:

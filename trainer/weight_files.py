@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.errors import ConfigError
-from data.kinds import BEGINNING, what_it_is, what_it_stands_for
+from data.kinds import BEGINNING, what_it_is
 
 READ = {
     "model.safetensors": "model.safetensors",
@@ -29,6 +29,8 @@ is there counts, as in transformers."""
 FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 HEADER_BYTES = 100_000_000
 """What safetensors allows."""
+TORCH = (b"PK\x03\x04", b"\x80\x02")
+"""What files of torch.save begin with, those of old versions with the second."""
 FEW = 2
 """Names that are shown."""
 
@@ -121,8 +123,10 @@ def read_json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        what = what_it_stands_for(content) or (what_it_is(content) if not content.strip(b"\0") else "")
-        raise ConfigError(f"{file}: {f'is {what}' if what else f'the JSON is broken: {error}'}") from None
+        what = what_it_is(content)
+        if what.startswith("JSON") or not what:
+            what = f"damaged or cut off JSON ({error})"
+        raise ConfigError(f"{file}: is {what}; fetch it again") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: is not an object of JSON; fetch it again")
     return values
@@ -163,6 +167,8 @@ def _check_length(file: Path) -> None:
     (length,) = struct.unpack("<Q", beginning[:8].ljust(8, b"\0"))
     if beginning[8:9] != b"{" or length > min(size - 8, HEADER_BYTES):
         what = what_it_is(beginning)
+        if beginning.startswith(TORCH):
+            raise ConfigError(f"{file}: is a file of torch.save; call it pytorch_model.bin")
         if beginning[8:9] == b"{" and length <= HEADER_BYTES:
             what = f"cut off: {size:,} bytes, less than its header alone"
         raise ConfigError(f"{file}: is {what or 'no safetensors file'}; fetch it again")
@@ -192,7 +198,9 @@ def _beginning(file: Path) -> tuple[bytes, int]:
 def _of_pickle(file: Path) -> Iterator[tuple[str, Stored]]:
     beginning, size = _beginning(file)
     is_zip = beginning.startswith(b"PK\x03\x04")
-    if not is_zip and not beginning.startswith(b"\x80"):
+    if beginning[8:10] == b'{"':
+        raise ConfigError(f"{file}: is a file of safetensors; call it model.safetensors")
+    if not beginning.startswith(TORCH):
         raise ConfigError(
             f"{file}: is {what_it_is(beginning) or 'no file that torch.save wrote'}; fetch it again"
         )
