@@ -29,6 +29,8 @@ IN_STEP = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun"),
         ({"PMI_SIZE": "4"}, "mpirun"),
         ({"MV2_COMM_WORLD_SIZE": "4"}, "mpirun"),
+        ({"HOROVOD_SIZE": "4"}, "horovodrun"),
+        ({"FLUX_JOB_SIZE": "4", "FLUX_TASK_RANK": "0"}, "flux"),
     ],
 )
 def test_one_of_several_tasks_is_told_that_training_starts_its_own(
@@ -72,7 +74,7 @@ def test_ranks_of_this_machine_are_no_tasks_of_the_job_around_it(
     )
     run = RunDir(tmp_path)
     run.attempt_logs(0).mkdir(parents=True)
-    local._start(run, 0, rank=1, procs=2, port=4000)
+    local._start(run, 0, rank=1, procs=2, port=4000, last_words=local.LastWords.listen())
     (env,) = started
     assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_PORT"]) == ("1", "2", "4000")
     assert env["EARWITNESS_DIE_WITH"] == str(os.getpid())
