@@ -24,6 +24,8 @@ LAUNCHERS = (
     Launcher("mpirun", "OMPI_COMM_WORLD_SIZE"),
     Launcher("mpirun", "PMI_SIZE"),
     Launcher("mpirun", "MV2_COMM_WORLD_SIZE"),
+    Launcher("horovodrun", "HOROVOD_SIZE"),
+    Launcher("flux", "FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
 )
 
 

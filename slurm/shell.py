@@ -15,6 +15,7 @@ OF_LAUNCHERS = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "CROSS_RANK", "ROLE_*"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "CROSS_SIZE", "LOCAL_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_*", "ACCELERATE_*", "FSDP_*", "HOROVOD_*", "DLTS_*"),
+    *("FLUX_JOB_*", "FLUX_TASK_*", "JSM_*", "PET_*", "DS_ACCELERATOR"),
     *("OMPI_*", "PMI_*", "PMIX_*", "PRTE_*", "PALS_*", "MV2_COMM_*", "MPI_LOCAL*", "EARWITNESS_DIE_WITH"),
 )
 """By which launchers (torchrun, accelerate, mpirun, ...) tell a process which one it is, and how to load."""
@@ -23,7 +24,7 @@ OF_SLURM = (
     *("SQUEUE_*", "SINFO_*", "SCANCEL_*", "SCONTROL_*", "SACCT_*"),
 )
 """Of a job, or options of Slurm's commands, which they take over those of a script."""
-OF_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+OF_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 """By which Slurm's commands find the cluster, and say who asks."""
 WISHES = ("account", "constraint", "partition", "qos", "reservation")
 """Settings that people, or their site, also make once for all jobs: SBATCH_ACCOUNT, ..."""

@@ -18,6 +18,8 @@ OF_LAUNCHERS = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     "EARWITNESS_DIE_WITH": "1",
+    "FLUX_JOB_SIZE": "1",
+    "DS_ACCELERATOR": "cuda",
 }
 OF_A_JOB = {
     "SLURM_CPUS_PER_TASK": "3",

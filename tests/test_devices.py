@@ -233,6 +233,13 @@ def test_ranks_join_with_the_device_they_were_given(
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
+def test_a_network_that_a_node_does_not_have_is_said_so() -> None:
+    """As GLOO_SOCKET_IFNAME=ib0 of a shell says, to a node without one."""
+    distributed.check_networks("lo", "n1")
+    with pytest.raises(ConfigError, match=r"n1 has no network ib7 .*only .*lo.*env -u GLOO_SOCKET_IFNAME"):
+        distributed.check_networks("lo,ib7", "n1")
+
+
 class Begun(Exception):
     """DeepSpeed was begun."""
 

@@ -30,6 +30,8 @@ IN_STEP = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun"),
         ({"PMI_SIZE": "4"}, "mpirun"),
         ({"MV2_COMM_WORLD_SIZE": "4"}, "mpirun"),
+        ({"HOROVOD_SIZE": "4"}, "horovodrun"),
+        ({"FLUX_JOB_SIZE": "4", "FLUX_TASK_RANK": "0"}, "flux"),
     ],
 )
 def test_one_of_several_tasks_is_told_that_training_starts_its_own(

@@ -15,7 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from configs.errors import CannotMeet, EarwitnessError, UnfitNode
+from configs.errors import CannotMeet, ConfigError, EarwitnessError, UnfitNode
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -105,11 +105,13 @@ def start(nodes: Sequence[str], device: torch.device) -> World:
     device: what this rank has taken (trainer/devices.py).
 
     Raises EarwitnessError if the ranks cannot meet, UnfitNode if those of one node do not come, or have one
-    GPU between them.
+    GPU between them, ConfigError for a network that is not there.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = device.type == "cuda"
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
+    if named := os.environ.get("GLOO_SOCKET_IFNAME"):
+        check_networks(named, nodes[rank])
+    else:
         os.environ |= _gloo_network(os.environ["MASTER_ADDR"])
     try:
         dist.init_process_group(
@@ -127,6 +129,23 @@ def start(nodes: Sequence[str], device: torch.device) -> World:
         )
         raise CannotMeet(f"rank {rank} cannot meet the others at {place}: {hint}") from None
     return World(rank, size, device)
+
+
+def check_networks(named: str, node: str) -> None:
+    """Raise ConfigError if one of the networks of GLOO_SOCKET_IFNAME is not there: it often comes from
+    another machine's guide."""
+    known = [
+        interface
+        for interface, addresses in psutil.net_if_addrs().items()
+        if any(address.family in (socket.AF_INET, socket.AF_INET6) for address in addresses)
+    ]
+    absent = [name for name in named.split(",") if name not in known]
+    if absent:
+        raise ConfigError(
+            f"GLOO_SOCKET_IFNAME={named}: {node} has no network {', '.join(absent)} with an address, only"
+            f" {', '.join(known)}: unset it (env -u GLOO_SOCKET_IFNAME, or `unset` in slurm.setup), and the"
+            " one that leads to rank 0 is taken"
+        )
 
 
 def _gloo_network(master: str) -> dict[str, str]:
