@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from configs.options import Option, Options
+
 TABLE = """
 array/a= account/A= acctg-freq= batch= bb= bbf= begin/b= chdir/D= cluster-constraint= clusters/M= comment=
 constraint/C= container= contiguous core-spec/S= cores-per-socket= cpu-freq= cpus-per-gpu= cpus-per-task/c=
@@ -22,10 +24,6 @@ time-min= tmp= tres-per-task= uid= usage use-min-nodes verbose/v version/V wait/
 wrap=
 """
 """The options of sbatch: long name, short one, and `=` where it takes the word after it."""
-ENTRIES = re.findall(r"([a-z-]+)/?([a-zA-Z]?)(=?)(?:\s|$)", TABLE)
-LONG = [name for name, _, _ in ENTRIES]
-SHORT = {letter: name for name, letter, _ in ENTRIES if letter}
-TAKES_A_WORD = {name for name, _, takes in ENTRIES if takes}
 
 LOG = "the job's output goes to RUN/slurm/JOB.log, where `launch status` reads why attempts ended"
 FIRST_JOB = (
@@ -81,6 +79,7 @@ DECIDED = {
 }
 """What a config cannot hand on, and what does it instead."""
 DECIDED["export-file"] = DECIDED["export"]
+OPTIONS = Options("sbatch", TABLE, DECIDED)
 SETTINGS = {
     "account": "account",
     "constraint": "constraint",
@@ -97,57 +96,55 @@ def check(lines: Sequence[str], slurm: Mapping[str, Any]) -> None:
     """Raise ValueError for options that the chain cannot live with. lines: as of `slurm.sbatch`; slurm: the
     other settings of that section."""
     for line in lines:
-        for option, name, value in read(line):
-            if why := _why_not(name, value, slurm):
-                raise ValueError(f"{option}: {why.format(option=option)}")
+        for option in read(line):
+            if why := _why_not(option.name, option.value, slurm):
+                raise ValueError(f"{option.written}: {why.format(option=option.written)}")
 
 
-def read(line: str) -> Iterator[tuple[str, str, str]]:
-    """The options of a line of `#SBATCH`: as it is written, its long name, its value. Raises ValueError if
-    the line is something else."""
+def for_one_node(lines: Sequence[str]) -> list[str]:
+    """Those lines that suit a job of one node without GPUs, too."""
+    return [
+        line
+        for line in lines
+        if not any(asks_for_gpus(name) or name == "nodelist" for _, name, _ in read(line))
+    ]
+
+
+def asks_for_gpus(name: str) -> bool:
+    """Whether an option of this name asks for GPUs, or for something of each."""
+    return name.startswith(("gres", "gpu")) or name.endswith(("-per-gpu", "tres-per-task"))
+
+
+def read(line: str) -> Iterator[Option]:
+    """The options of a line of `#SBATCH`. Raises ValueError if the line is something else."""
     if not line.isprintable():
         raise ValueError(f"{line!r}: line breaks and other control characters cannot be told to Slurm")
     try:
         words = shlex.split(line, comments=True)
     except ValueError as error:
         raise ValueError(f"{line}: {str(error).lower()}") from None
-    if not words or not words[0].startswith("-"):
+    if not words:
         raise ValueError(f"{line!r}: not an option of sbatch, as --exclusive or --comment=captions")
-    while words:
-        word = words.pop(0)
-        for name, value in _names(word):
-            written = word
-            if value is None and words and name in TAKES_A_WORD:
-                value = words.pop(0)
-                written = f"{word} {value}"
-            yield written, name, value or ""
-
-
-def _names(word: str) -> Iterator[tuple[str, str | None]]:
-    """The options that a word stands for, as getopt reads it: a long one, maybe its beginning only, or short
-    ones in a row, the last of which may have its value in the same word."""
-    if word.startswith("--"):
-        name, equals, value = word[2:].partition("=")
-        meant = [long for long in LONG if long.startswith(name)]
-        is_clear = name not in meant and (len(meant) == 1 or set(meant) <= DECIDED.keys())
-        yield meant[0] if meant and is_clear else name, value if equals else None
-        return
-    for at, letter in enumerate(word[1:], 2):
-        name = SHORT.get(letter, letter)
-        if name in TAKES_A_WORD:
-            yield name, word[at:] or None
-            return
-        yield name, ""
+    yield from OPTIONS.read(words)
 
 
 def _why_not(name: str, value: str, slurm: Mapping[str, Any]) -> str:
     """Why an option is not handed on; empty if it may be."""
     if name in ("gres", "gpus-per-node"):
         return _why_not_gpus(name, value, slurm)
+    if name == "distribution":
+        return why_not_distributed(value)
     setting = SETTINGS.get(name)
     if setting and slurm.get(setting) is not None:
         return f"slurm.{setting} says it already: leave one of them out"
     return DECIDED.get(name, "")
+
+
+def why_not_distributed(value: str) -> str:
+    """Why ranks are not spread over the nodes like this; empty if they may be."""
+    if re.match(r"(\*|block)?([:,]|$)", value.lower()):
+        return ""
+    return "ranks stand node by node, by which it is told whose node fails: block first, as in block:cyclic"
 
 
 def _why_not_gpus(name: str, value: str, slurm: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from configs import sbatch
+from configs import sbatch, srun
 from configs.deepspeed import DECIDED, DECIDED_IN_ZERO
 
 T = TypeVar("T")
@@ -511,7 +511,7 @@ class Slurm(Section):
     """Further options of sbatch, e.g. `[--exclusive, --comment=captions]`. Those that the chain decides
     itself are refused, and the refusal names the setting."""
     srun_args: Annotated[list[str], FREE] = []
-    """Further options of srun, e.g. `[--container-image=...]`."""
+    """Further options of srun, a word each, e.g. `[--container-image=...]`; refused as those of sbatch."""
     notify: Annotated[str | None, FREE] = None
     """A mail address, or the URL of a webhook (it gets JSON): told once, when the chain ends."""
 
@@ -527,6 +527,12 @@ class Slurm(Section):
     @classmethod
     def _are_not_decided_here(cls, value: list[str], info: ValidationInfo) -> list[str]:
         sbatch.check(value, info.data)
+        return value
+
+    @field_validator("srun_args")
+    @classmethod
+    def _are_options_of_a_step(cls, value: list[str]) -> list[str]:
+        srun.check(value)
         return value
 
     @property

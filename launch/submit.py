@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs import sbatch, srun
 from configs.errors import ConfigError, EarwitnessError
 from configs.run.causes import Cause
 from configs.run.events import Ended, Submitted
@@ -205,7 +206,14 @@ def _look_at_shards(config: RunConfig, shards: Sequence[Shard]) -> int:
 def _submit_index(config: RunConfig, run: RunDir) -> str:
     """A job that indexes all shards of a run, on one node without GPUs."""
     one_node = config.slurm.model_copy(
-        update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "resubmit": "none"}
+        update={
+            "nodes": 1,
+            "tasks_per_node": 1,
+            "gpus_per_node": 0,
+            "resubmit": "none",
+            "sbatch": sbatch.for_one_node(config.slurm.sbatch),
+            "srun_args": srun.without_gpus(config.slurm.srun_args),
+        }
     )
     script = run.slurm.absolute() / "index.sh"
     script.write_text(

@@ -125,6 +125,8 @@ NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 """The controller is down or busy. It may have taken a job all the same. (job.sh hands it to grep -E.)"""
+NO_CLUSTER = "configuration source"
+"""In what Slurm's commands say where none is set up."""
 
 
 def advice(said: str) -> str:

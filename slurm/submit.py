@@ -16,7 +16,7 @@ from configs.errors import ConfigError, EarwitnessError
 from configs.run.folder import RunDir
 from configs.schema import RunConfig, Slurm, node_range
 from slurm import cluster, shell
-from slurm.sayings import NO_ANSWER, advice
+from slurm.sayings import NO_ANSWER, NO_CLUSTER, advice
 
 BODY = Path(__file__).with_name("job.sh")
 
@@ -71,7 +71,12 @@ def _with_header(config: RunConfig, run: RunDir, log: str, commands: list[str]) 
     executor = SlurmExecutor(run.slurm)
     executor.parameters = _parameters(config, run, log)
     names = [name.replace("_", "-") for name in executor.parameters["additional_parameters"]]
-    names += [name for line in config.slurm.sbatch for _, name, _ in sbatch.read(line) if name in sbatch.LONG]
+    names += [
+        name
+        for line in config.slurm.sbatch
+        for _, name, _ in sbatch.read(line)
+        if name in sbatch.OPTIONS.long
+    ]
     return executor._make_submission_file_text("\n".join([shell.unset_in_job(names), *commands]), "")
 
 
@@ -194,7 +199,8 @@ def look_ahead(script: Path, *options: str) -> str | None:
     try:
         cluster.run("sbatch", "--test-only", *options, str(script), seconds=cluster.LOOK_SECONDS)
     except cluster.SlurmRefused as error:
-        return None if NO_ANSWER.search(error.said) else _with_advice(error.said)
+        is_silent = NO_CLUSTER in error.said or NO_ANSWER.search(error.said)
+        return None if is_silent else _with_advice(error.said)
     except EarwitnessError:
         return None
     return ""

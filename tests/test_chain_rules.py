@@ -120,7 +120,7 @@ def test_a_node_that_cannot_even_ask_is_left_out_for_a_time() -> None:
 
 
 FAKES = {
-    "sbatch": "echo next-job",
+    "sbatch": "echo 99",
     "scontrol": """case "$1 $2" in
   "--oneliner show") echo "JobId=$4 JobState=RUNNING ExcNodeList=bad Requeue=1" ;;
   update*) echo "$@" >>told ;;
@@ -186,9 +186,9 @@ def test_a_job_that_cannot_begin_leaves_its_node_out_and_three_end_the_chain(
     (tmp_path / "nodes").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     for number, wanted in enumerate(left_out):
         told = begin_job(f"7{number}", jobs_on[number])
-        assert told[-1].endswith(f"ExcNodeList={wanted}") and "scancel next-job" not in told
+        assert told[-1].endswith(f"ExcNodeList={wanted}") and "scancel 99" not in told
     *_, cancelled, words = begin_job("72", jobs_on[2])
-    assert cancelled == "scancel next-job" and "3 jobs in a row could not begin" in words
+    assert cancelled == "scancel 99" and "3 jobs in a row could not begin" in words
 
 
 def test_being_asked_to_save_again_and_again_without_progress_is_a_failure() -> None:

@@ -199,8 +199,8 @@ def test_a_random_start_is_told(model: Path) -> None:
 
 
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "pointer": (lambda file: file.write_text(POINTER), "is a pointer of Git LFS"),
-    "page": (lambda file: file.write_text("<!DOCTYPE html><title>Who?</title>"), "is a web page (Who?)"),
+    "pointer": (lambda file: file.write_text(POINTER, encoding="utf-8"), "is a pointer of Git LFS"),
+    "page": (lambda file: file.write_bytes(b"<!DOCTYPE html><title>Who?</title>"), "is a web page (Who?)"),
     "empty": (lambda file: file.write_bytes(b""), "is empty"),
     "cut off": (cut, "is cut off"),
     "zeros": (lambda file: file.write_bytes(bytes(9999)), "nothing but zero bytes"),
@@ -246,7 +246,8 @@ def test_what_transformers_loads_is_loaded_alike(folder: Path) -> None:
 
 
 def test_an_adapter_is_refused_with_what_to_do(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "openai/whisper-tiny"}')
+    adapter = folder / "adapter_config.json"
+    adapter.write_text('{"base_model_name_or_path": "openai/whisper-tiny"}', encoding="utf-8")
     assert "if the weights beside it have it in them already" in refusal(folder)
     (folder / "model.safetensors").unlink()
     (folder / "config.json").unlink()

@@ -63,6 +63,8 @@ def refusal(*options: str, **settings: object) -> str:
         ("--wrap=hostname", "slurm.setup"),
         ("--chdir=/", "the folder that `launch submit` is called in"),
         ("-J mine", "run.name"),
+        ("-m cyclic:block", "node by node"),
+        ("--distribution=plane=4", "node by node"),
         ("--parsable", "reads what sbatch answers"),
         ("--test-only", "launch submit --dry-run"),
         ("--wait", "would wait for its end"),
@@ -94,6 +96,7 @@ def test_what_the_chain_decides_is_refused_with_the_setting_that_does(option: st
         "--mail-type=END",
         "--gres=gpu:a100:8,nvme:1",
         "--hint=nomultithread",
+        "--distribution=block:cyclic,NoPack",
         "--container-image=/images/a.sqsh",
     ],
 )
