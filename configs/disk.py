@@ -88,7 +88,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _as_os_error(error: BaseException) -> OSError | None:
-    """An error of the system, also where a library in Rust has made words of it."""
+    """An error of the system that is none of a connection, also where a library in Rust has made words of
+    it."""
+    if isinstance(error, ConnectionError):
+        return None
     if isinstance(error, OSError):
         return error
     said = OF_RUST.search(str(error))

@@ -31,10 +31,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_kept(path: Path) -> RunConfig:
     """The config that a run has kept, by this version or an older one. Raises ConfigError.
 
-    Before clips were packed every clip was padded, micro-batches had a number of samples, and sbatch was
-    handed any options."""
+    Before clips were packed every clip was padded, micro-batches had a number of samples, and sbatch and srun
+    were handed any options."""
     values = read_yaml(path)
-    values.get("slurm", {}).pop("sbatch", None)  # what is submitted is not read from here
+    for options in ("sbatch", "srun_args"):  # what is submitted is not read from here
+        values.get("slurm", {}).pop(options, None)
     values.get("batch", {}).pop("micro_size", None)
     values.setdefault("data", {}).setdefault("window", "full")
     engine = values.get("engine", {})

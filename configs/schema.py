@@ -540,6 +540,12 @@ class Slurm(Section):
         """Processes per node."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
+    @property
+    def processes(self) -> tuple[int, int]:
+        """Fewest and most of an attempt."""
+        fewest, most = node_range(self.nodes)
+        return fewest * self.tasks, most * self.tasks
+
 
 def node_range(nodes: int | str) -> tuple[int, int]:
     """Fewest and most nodes of a setting as 4 or 2-8; (0, 0) if it is neither."""

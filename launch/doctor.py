@@ -19,7 +19,7 @@ from rich.table import Table
 from configs.cores import remark_on_cores
 from configs.errors import EarwitnessError
 from configs.run.folder import RunDir
-from configs.schema import RunConfig, node_range
+from configs.schema import RunConfig
 from data.balance import remark_on_balance
 from data.location import Location
 from slurm import cluster
@@ -195,8 +195,8 @@ def _cores_of_each(what: str, config: RunConfig, cores: int) -> Finding:
 def _balance(config: RunConfig) -> Iterator[Finding]:
     """Whether the processes of a job, and those of this machine, have samples to even out their work with."""
     if cluster.can_submit():
-        _, most_nodes = node_range(config.slurm.nodes)
-        yield from _remark_on_balance("balance in a job", config, most_nodes * config.slurm.tasks)
+        _, most = config.slurm.processes
+        yield from _remark_on_balance("balance in a job", config, most)
     torch = sys.modules.get("torch")  # _packages says if it is not there
     gpus = torch.cuda.device_count() if torch else 0
     if gpus > 1:

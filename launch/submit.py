@@ -4,39 +4,32 @@ hand the first job to Slurm."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs import sbatch, srun
-from configs.cores import remark_on_cores
 from configs.errors import ConfigError, EarwitnessError
 from configs.run.causes import Cause
-from configs.run.events import CheckpointSaved, Ended, Submitted
+from configs.run.events import Ended, Submitted
 from configs.run.folder import RunDir
 from configs.run.lease import Lease, holder
-from configs.schema import RunConfig, node_range
+from configs.schema import RunConfig
 from data import storage
-from data.balance import remark_on_balance
 from data.dataset import list_shards, load_sidecars
 from data.sources import Shard
 from launch import snapshot
+from launch.remarks import remarks
 from slurm import cluster
 from slurm.chain import chain_jobs
 from slurm.sayings import IMPOSSIBLE, advice
 from slurm.shell import SECRETS, heed
-from slurm.submit import cores_per_task, index_script, look_ahead, submit, write_script
+from slurm.submit import index_script, look_ahead, submit, write_script
 
-BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: master weight and two moments."""
-PROBE_BYTES = 64 << 20
-LOCAL_SYSTEMS = {"tmpfs", "ramfs", "overlay", "ext4", "ext3", "xfs", "btrfs"}
-"""File systems that other machines do not see."""
+if TYPE_CHECKING:
+    from trainer.examine import Pretrained
 
 
 def submit_run(config: RunConfig, *, dry_run: bool) -> None:
@@ -59,11 +52,11 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
 
     run = RunDir.create(config)
     run.slurm.mkdir(exist_ok=True)
-    remarks = examine_model(config, run)
+    base = examine_model(config, run)
     run.proposal.propose(config)
     (run.slurm / "stop").unlink(missing_ok=True)
     script = write_script(config, run, snapshot.take(run))
-    for line in (*remarks, *said, *_remarks(config, run)):
+    for line in (*(base.remarks if base else ()), *said, *remarks(config, run, base)):
         print(line, file=sys.stderr)
     if missing:
         print(
@@ -125,11 +118,11 @@ def _remarks_on_queue(config: RunConfig, script: Path, job: str) -> Iterator[str
             yield f"NOTE: Slurm would not take the next attempt beside this one:\n{refusal}"
 
 
-def examine_model(config: RunConfig, run: RunDir) -> Sequence[str]:
+def examine_model(config: RunConfig, run: RunDir) -> Pretrained | None:
     """Look over the model as the first start of a run will, and bring it from its hub: compute nodes need no
-    network. Returns what is good to know. Raises ConfigError."""
-    if any(run.checkpoints.iterdir()):  # the run goes on with its base
-        return ()
+    network. None for a run that goes on from a checkpoint. Raises ConfigError."""
+    if any(run.checkpoints.iterdir()):  # the run has a base of its own
+        return None
     # Takes seconds, and a run that goes on is submitted without it.
     from trainer.examine import asked_by
     from trainer.hub import fetch, is_hub_name
@@ -143,19 +136,13 @@ def examine_model(config: RunConfig, run: RunDir) -> Sequence[str]:
     base = examine_base(config.model, config.run.seed, run)
     if config.model.init_from:
         examine_source(Path(config.model.init_from), base.config)
-    return base.remarks
-
-
-def _rank_range(config: RunConfig) -> tuple[int, int]:
-    """Fewest and most processes of an attempt."""
-    fewest, most = node_range(config.slurm.nodes)
-    return fewest * config.slurm.tasks, most * config.slurm.tasks
+    return base
 
 
 def _check_size(config: RunConfig) -> None:
     """Refuse more processes than a step has samples."""
     size = config.batch.global_size
-    _, most = _rank_range(config)
+    _, most = config.slurm.processes
     if most > size:
         raise ConfigError(
             f"slurm.nodes={config.slurm.nodes}: up to {most} processes, but a step has {size} samples"
@@ -233,119 +220,3 @@ def _submit_index(config: RunConfig, run: RunDir) -> str:
         index_script(config.model_copy(update={"slurm": one_node}), run, run.code), encoding="utf-8"
     )
     return submit(script)
-
-
-def _remarks(config: RunConfig, run: RunDir) -> Iterator[str]:
-    """What is good to know before a run is submitted."""
-    yield from _remarks_on_samples(config)
-    yield from _remarks_on_cores(config)
-    yield from _remarks_on_checkpoints(config, run)
-    yield from _remarks_on_folder(run)
-
-
-def _remarks_on_samples(config: RunConfig) -> Iterator[str]:
-    """How many samples each process gets, and whether they are enough to even out their work."""
-    yield _samples_of_each(config)
-    _, most = _rank_range(config)
-    remark = remark_on_balance(config, most)
-    if remark:
-        yield f"note: {remark}"
-
-
-def _remarks_on_cores(config: RunConfig) -> Iterator[str]:
-    """How many cores each process gets, and whether they feed its GPU."""
-    if not config.slurm.gpus_per_node:
-        return
-    cores = cores_per_task(config.slurm)
-    if cores is None:
-        yield (
-            "note: Slurm does not say how many cores the nodes have, and each process gets the cluster's"
-            " default, often one: set slurm.cpus_per_task"
-        )
-        return
-    yield f"cores for each process: {cores} (slurm.cpus_per_task)"
-    remark = remark_on_cores(config.data, cores)
-    if remark:
-        yield f"note: {remark}"
-
-
-def _samples_of_each(config: RunConfig) -> str:
-    size = config.batch.global_size
-    fewest, most = _rank_range(config)
-    processes, samples = f"{fewest}", f"{ceil(size / fewest)}"
-    if most > fewest:
-        processes += f" to {most}"
-        samples += f" to {ceil(size / most)}"
-    divides_evenly = size % fewest == 0 and size % most == 0
-    uneven = "" if divides_evenly else ", some one less"
-    return f"a step of {size} samples over {processes} processes: {samples} samples each{uneven}"
-
-
-def _remarks_on_checkpoints(config: RunConfig, run: RunDir) -> Iterator[str]:
-    """How large a checkpoint will be, and whether one can be written in the time that a signal leaves."""
-    saved = run.ledger.read().last(CheckpointSaved)
-    size = saved.bytes if saved else BYTES_PER_PARAMETER * parameters(config, run)
-    if not size:
-        return
-    fewest, _ = _rank_range(config)
-    yield (
-        f"a checkpoint has {size / 1e9:.2f} GB in {fewest} or more files; kept: the last"
-        f" {config.checkpoint.keep_last} and the best"
-    )
-    if saved:
-        seconds, whose = saved.total_seconds, "the last one took"
-    else:
-        seconds, whose = size / _write_speed(run), "one process would take"
-    took = f"{seconds:.0f} s" if seconds >= 1 else "less than 1 s"
-    grace = config.slurm.signal_seconds
-    is_slow = seconds > grace / 2
-    advice = f". That is more than half of slurm.signal_seconds={grace}: raise it" if is_slow else ""
-    yield f"saving: {whose} {took}{advice}"
-    free = shutil.disk_usage(run.path).free
-    if free < size * (config.checkpoint.keep_last + 2):
-        yield f"only {free / 1e9:.1f} GB are free on the file system of {run.path}"
-
-
-def parameters(config: RunConfig, run: RunDir) -> int:
-    """How many parameters a Whisper has, by the dimensions in its config.json; 0 if there is none here."""
-    name = config.model.name_or_path
-    folders = (run.base, Path(name), run.fetched(name))
-    files = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
-    if not files:
-        return 0
-    dimensions = json.loads(files[0].read_text(encoding="utf-8"))
-    width = dimensions["d_model"]
-    attention = 4 * width**2 + 3 * width  # the key has no bias
-    norm = 2 * width
-    encoder_ffn, decoder_ffn = dimensions["encoder_ffn_dim"], dimensions["decoder_ffn_dim"]
-    encoder_layer = attention + 2 * width * encoder_ffn + encoder_ffn + width + 2 * norm
-    decoder_layer = 2 * attention + 2 * width * decoder_ffn + decoder_ffn + width + 3 * norm
-    convolutions = 3 * width * dimensions["num_mel_bins"] + width + 3 * width**2 + width
-    embeddings = (dimensions["vocab_size"] + dimensions["max_target_positions"]) * width
-    layers = dimensions["encoder_layers"] * encoder_layer + dimensions["decoder_layers"] * decoder_layer
-    return int(convolutions + layers + 2 * norm + embeddings)
-
-
-def _write_speed(run: RunDir) -> float:
-    """Bytes per second that this machine writes into the run's folder."""
-    probe, block = run.slurm / "probe", os.urandom(1 << 20)
-    began = time.perf_counter()
-    with contextlib.closing(probe.open("wb", buffering=0)) as file:
-        for _ in range(PROBE_BYTES >> 20):
-            file.write(block)
-        os.fsync(file.fileno())
-    probe.unlink()
-    return PROBE_BYTES / (time.perf_counter() - began)
-
-
-def _remarks_on_folder(run: RunDir) -> Iterator[str]:
-    """Say if other machines may not see the run's folder; each attempt looks before it starts."""
-    path = run.path.absolute()
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-    system_at = {place: system for place, system in mounts if path.is_relative_to(place)}
-    place = max(system_at, key=len)
-    if system_at[place] in LOCAL_SYSTEMS:
-        yield (
-            f"{path} is on {system_at[place]} ({place}), which looks like this machine's own disk: all"
-            " compute nodes must see it under this path"
-        )

@@ -24,7 +24,7 @@ from data.index import index_shard
 from data.order import rank_lanes
 from data.windows import Windows
 from launch.doctor import _balance
-from launch.submit import _remarks_on_samples
+from launch.remarks import on_samples
 from tests.making import WINDOW_SECONDS, config_values
 from trainer.distributed import World
 from trainer.loaders import Loaders
@@ -184,7 +184,7 @@ def test_submit_and_doctor_say_where_each_process_has_but_one_sample(
         config = config.model_copy(
             update={"slurm": config.slurm.model_copy(update={"nodes": "1-4", "gpus_per_node": 2})}
         )
-        _, *of_submit = _remarks_on_samples(config)
+        _, *of_submit = on_samples(config)
         of_doctor = [finding.details for finding in _balance(config)]
         assert of_submit == [f"note: {remark}" for remark in of_doctor]
         return of_doctor

@@ -370,7 +370,7 @@ def test_what_a_run_kept_before_clips_were_packed_is_read_as_it_was(tmp_path: Pa
     assert run.read_config().data.window == "own"
 
 
-def test_what_a_run_kept_of_deepspeed_settings_that_are_not_taken_any_more_is_left_out(
+def test_what_a_run_kept_of_settings_that_are_not_taken_any_more_is_left_out(
     tmp_path: Path,
 ) -> None:
     """So that a run of an older version is shown and exported."""
@@ -379,6 +379,7 @@ def test_what_a_run_kept_of_deepspeed_settings_that_are_not_taken_any_more_is_le
     run.path.mkdir()
     kept = yaml.safe_load(dump(validate(values, "test")))
     kept["engine"]["zero2"] = {"gradient_clipping": 1.0}
+    kept["slurm"] |= {"sbatch": ["--array=0-3"], "srun_args": ["--label"]}
     run.config.write_text(yaml.safe_dump(kept), encoding="utf-8")
     assert run.read_config() == validate(values, "test")
     kept["engine"]["zero2"] = {"zero_optimization": {"overlap_comm": True}}

@@ -11,7 +11,7 @@ from configs.cores import cores_of_rank, decoding_threads, remark_on_cores
 from configs.load import validate
 from configs.run.folder import RunDir
 from configs.schema import Data, RunConfig, Slurm
-from launch.submit import _remarks_on_cores
+from launch.remarks import on_cores
 from slurm.submit import cores_per_task, script_text
 from tests.making import config_values
 
@@ -115,11 +115,11 @@ def test_the_script_asks_for_them_and_where_slurm_does_not_tell_for_none(sinfo: 
 
 
 def test_submit_says_how_many_and_whether_they_are_too_few(sinfo: Path, tmp_path: Path) -> None:
-    (not_known,) = _remarks_on_cores(config_of(tmp_path, partition="gpu"))
+    (not_known,) = on_cores(config_of(tmp_path, partition="gpu"))
     assert not_known.startswith("note: ") and "set slurm.cpus_per_task" in not_known
     sinfo.write_text(CLUSTER, encoding="utf-8")
-    (enough,) = _remarks_on_cores(config_of(tmp_path, partition="gpu"))
+    (enough,) = on_cores(config_of(tmp_path, partition="gpu"))
     assert enough == "cores for each process: 12 (slurm.cpus_per_task)"
-    _, too_few = _remarks_on_cores(config_of(tmp_path, partition="gpu", cpus_per_task=2))
+    _, too_few = on_cores(config_of(tmp_path, partition="gpu", cpus_per_task=2))
     assert too_few.startswith("note: decoding threads: 1, on 2 cores")
-    assert list(_remarks_on_cores(config_of(tmp_path, gpus_per_node=0))) == []
+    assert list(on_cores(config_of(tmp_path, gpus_per_node=0))) == []

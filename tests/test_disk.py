@@ -65,7 +65,9 @@ def test_errors_of_libraries_in_rust_and_of_connections_are_told_apart(tmp_path:
     with pytest.raises(OSError) as refused, naming(tmp_path / "a"):
         raise RuntimeError("Error while serializing: No space left on device (os error 28)")
     assert words_of_disk(refused.value).startswith(f"{tmp_path}/a: No space left on device: make room")
-    assert not words_of_disk(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"))
+    with pytest.raises(ConnectionRefusedError) as no_file, naming(tmp_path / "a"):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    assert not words_of_disk(no_file.value) and no_file.value.filename is None
     assert not words_of_disk(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
     assert not words_of_disk(ValueError("a bug"))
 

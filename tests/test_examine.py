@@ -19,8 +19,8 @@ from configs.errors import ConfigError
 from configs.load import validate
 from configs.run.folder import RunDir
 from configs.schema import Model
+from launch import remarks as remarks_before
 from launch.submit import submit_run
-from tests.forks import Launcher
 from tests.making import config_values
 from trainer.examine import tokenizer_of
 from trainer.model import Captioner, examine_base, load, save_base
@@ -424,15 +424,14 @@ def test_an_empty_set_to_train_is_refused(folder: Path) -> None:
     assert "model.freeze: model: nothing is left to be trained" in refusal(folder, freeze=["model"])
 
 
-def test_a_start_and_a_submission_say_the_same(
-    folder: Path, shards: str, tmp_path: Path, launch: Launcher
-) -> None:
+def test_a_start_and_a_submission_say_the_same(folder: Path, shards: str, tmp_path: Path) -> None:
     rewrite(folder, lambda name: f"module.{name}")
-    values = config_values("run", tmp_path, folder, shards)
-    done = launch(values)
-    with pytest.raises(ConfigError) as refused:
-        submit_run(validate(values, "test"), dry_run=True)
-    assert done.returncode == 2 and str(refused.value) in done.stderr and "Traceback" not in done.stderr
+    config = validate(config_values("run", tmp_path, folder, shards), "test")
+    with pytest.raises(ConfigError) as by_submission:
+        submit_run(config, dry_run=True)
+    with pytest.raises(ConfigError) as by_start:
+        load(config.model, config.run.seed, RunDir(config.run.dir))
+    assert str(by_start.value) == str(by_submission.value)
 
 
 def test_weights_for_a_new_phase_are_looked_over_alike(
@@ -443,3 +442,18 @@ def test_weights_for_a_new_phase_are_looked_over_alike(
     values["model"]["init_from"] = str(folder)
     with pytest.raises(ConfigError, match=rf"^model\.init_from: {folder}: .* NaN or infinite in {FC1}"):
         submit_run(validate(values, "test"), dry_run=True)
+
+
+@pytest.mark.parametrize("freeze", [[], ["model.encoder"]])
+def test_a_submission_says_how_large_a_checkpoint_of_what_is_trained_will_be(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freeze: list[str]
+) -> None:
+    monkeypatch.setattr(remarks_before, "BYTES_PER_PARAMETER", 10_000)
+    values = config_values("run", tmp_path, model, "x.tar")
+    values["model"]["freeze"] = freeze
+    config = validate(values, "test")
+    run = RunDir.create(config)
+    run.slurm.mkdir()
+    lines = remarks_before.remarks(config, run, examine_base(config.model, config.run.seed))
+    trained = sum(parameter.numel() for parameter in loaded(model, freeze=freeze).trained.values())
+    assert f"a checkpoint has {trained * 10_000 / 1e9:.2f} GB in 8 or more files" in "\n".join(lines)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +18,11 @@ from configs.run.events import CheckpointSaved
 from configs.run.folder import RunDir
 from launch import local, worker
 from slurm.chain import record_end
+from tests.test_lease import until
 
-SAVES = "trap 'sleep .2; exit 85' TERM; while :; do sleep .05; done"
+SAVES = "trap 'exit 85' TERM; >listens; while :; do sleep .02; done"
 """A rank that is asked to save."""
-NEVER_SAVES = "trap '' TERM; while :; do sleep .05; done"
+NEVER_SAVES = "trap '' TERM; >listens; while :; do sleep .02; done"
 
 
 @pytest.fixture
@@ -41,17 +41,21 @@ def attempt(
     the cause in the ledger, if it was left at once."""
 
     def start(*_: object) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(["sh", "-c", rank], start_new_session=True)
+        return subprocess.Popen(["sh", "-c", rank], start_new_session=True, cwd=run.path)
+
+    asked = threading.Event()
+    not_ours = signal.getsignal(signals[0])
 
     def send() -> None:
+        until(lambda: (run.path / "listens").exists() and signal.getsignal(signals[0]) is not not_ours)
         for signum in signals:
-            time.sleep(0.3)
             os.kill(os.getpid(), signum)
+            until(asked.is_set)
 
     monkeypatch.setattr(local, "_start", start)
     sender = threading.Thread(target=send)
     sender.start()
-    code, failure = local._attempt(run, 0, 1, threading.Event())
+    code, failure = local._attempt(run, 0, 1, asked)
     sender.join()
     return code, record_end(run, 0, code, failure).cause if failure else None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import launch.__main__
 from configs.errors import ConfigError
 from configs.run.events import AttemptBegan
 from configs.run.folder import PACKAGES, RunDir
@@ -16,7 +17,6 @@ from launch.last_words import LastWords
 from launch.launchers import refuse_launchers
 from slurm import job
 from tests.leftovers import LEFTOVERS
-from tests.making import run_program
 
 IN_STEP = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}
 
@@ -56,13 +56,18 @@ def test_the_only_task_or_none_trains_as_on_any_machine(variables: dict[str, str
     refuse_launchers(variables)
 
 
-def test_a_launcher_is_told_of_before_its_own_option_is(tmp_path: Path) -> None:
-    """deepspeed and torch.distributed.launch hand on --local_rank."""
-    variables = {"WORLD_SIZE": "2", "CROSS_SIZE": "1"}
-    done = run_program("launch", "--local_rank=0", "train", tmp_path / "x.yaml", env=variables)
-    assert done.returncode == 2 and "starts its own ranks" in done.stderr, done.stderr
-    of_another_command = run_program("launch", "status", "train", env=variables)
-    assert "not the folder of a run" in of_another_command.stderr, "a run may be called `train`"
+def test_a_launcher_is_told_of_before_its_own_option_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """deepspeed and torch.distributed.launch hand on --local_rank. A run may be called `train`."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(launch.__main__, "app", lambda: asked.append(sys.argv))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    monkeypatch.setattr(sys, "argv", ["launch", "--local_rank=0", "train", "x.yaml"])
+    with pytest.raises(ConfigError, match="starts its own ranks"):
+        launch.__main__.main()
+    monkeypatch.setattr(sys, "argv", ["launch", "status", "train"])
+    launch.__main__.main()
+    assert asked == [["launch", "status", "train"]]
 
 
 def test_ranks_of_this_machine_are_no_tasks_of_the_job_around_it(

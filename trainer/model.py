@@ -88,12 +88,20 @@ def examine_base(settings: Model, seed: int, run: RunDir | None = None) -> Pretr
     """Look over the model to start from, as a start and a submission do. Raises ConfigError."""
     name = settings.name_or_path
     base = examine(name, "model.name_or_path", run.fetched(name) if run else None)
-    with torch.device("meta"):
-        freeze(Whisper(base.config), settings.freeze)
+    outline(base.config, settings.freeze)
     if base.weights is None and settings.init_from is None:
         random = f"{base.folder}: holds no weights: training starts at random (run.seed={seed})"
         return replace(base, remarks=[*base.remarks, random])
     return base
+
+
+def outline(config: WhisperConfig, frozen: Sequence[str]) -> Whisper:
+    """A model without values, of whose parameters it is known which are trained. Raises ConfigError if the
+    prefixes of those that are not do not fit."""
+    with torch.device("meta"):
+        model = Whisper(config)
+    freeze(model, frozen)
+    return model
 
 
 def _with_random_weights(config: WhisperConfig, seed: int) -> Whisper:
