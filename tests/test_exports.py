@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoFeatureExtractor, GenerationConfig, WhisperConfig, WhisperProcessor
 
@@ -13,7 +14,8 @@ from configs.run.folder import RunDir
 from tests.making import config_values, make_clips, make_model, run_program
 from tests.test_training import train, write_config
 from tools.bench import exported
-from tools.hub_files import write_hub_files
+from tools.hub_files import run_generation, write_hub_files
+from trainer.examine import examine_beside
 
 FILES = {
     "README.md",
@@ -44,9 +46,8 @@ def base_of(folder: Path, model: Path, **generation: object) -> RunDir:
 
 
 def written(run: RunDir, out: Path, learnt: list[int]) -> GenerationConfig:
-    import torch
-
-    write_hub_files(run, out, torch.float32, learnt)
+    base = examine_beside(run.base, "the run's base")
+    write_hub_files(base, out, torch.float32, run_generation(base, learnt), "own")
     return GenerationConfig.from_pretrained(out)
 
 

@@ -128,7 +128,6 @@ def save_base(run: RunDir, captioner: Captioner) -> None:
     """Write `base/`: all that export and offline nodes need besides a checkpoint. Call before training
     changes anything."""
     run.base.mkdir(parents=True, exist_ok=True)
-    run.base.mkdir(parents=True, exist_ok=True)
     with naming(run.base):
         _write_base(run, captioner)
 

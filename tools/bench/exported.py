@@ -14,19 +14,23 @@ import soundfile
 from configs.errors import EarwitnessError
 from data.decode import SAMPLE_RATE, decode
 from tools.bench.report import ROOT
+from trainer.whisper import AUDIO_WINDOW
 
 TO_CTRANSLATE2 = "import sys; from ctranslate2.converters.transformers import main; sys.exit(main())"
 COPIED = ("tokenizer.json", "preprocessor_config.json")
 QUANTIZATIONS = ("float32", "bfloat16", "int8")
 
 
-def agreement(export: Path, clips: Sequence[Path], faster_whisper: bool) -> Iterator[tuple[str, int]]:
-    """Ways to caption, and how many of the clips have the caption of tools.caption there. All hear the same
-    samples: programs resample clips of other rates than 16 kHz each in their own way."""
+def agreement(
+    export: Path, clips: Sequence[Path], faster_whisper: bool
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """Ways to caption, and how many of the clips have the same caption there as with tools.caption, by what
+    is typed there: all other programs pad clips to the whole window. All hear the same samples: programs
+    resample clips of other rates than 16 kHz each in their own way."""
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         files = [_at_16_khz(clip, folder / f"{number:05d}.wav") for number, clip in enumerate(clips)]
-        ours = by_earwitness(export, files)
+        ours = {command: by_earwitness(export, files, *options) for command, options in _ours(export)}
         ways = {way: (way, export) for way in ("pipeline", "batched", "generate")}
         if faster_whisper:
             for kind in QUANTIZATIONS:
@@ -34,12 +38,23 @@ def agreement(export: Path, clips: Sequence[Path], faster_whisper: bool) -> Iter
                 ways[f"faster-whisper {kind}"] = ("faster-whisper", converted)
         for name, (way, model) in ways.items():
             theirs = by_stranger(way, model, files)
-            yield name, sum(there == here for there, here in zip(theirs, ours, strict=True))
+            yield name, {command: _same(theirs, captions) for command, captions in ours.items()}
 
 
-def by_earwitness(export: Path, files: Sequence[Path]) -> list[str]:
+def _ours(export: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What is typed to caption with an export, and the options in it."""
+    yield "tools.caption", ()
+    if json.loads((export / "config.json").read_text(encoding="utf-8")).get(AUDIO_WINDOW) == "own":
+        yield "tools.caption --window full", ("--window", "full")
+
+
+def _same(theirs: list[str], ours: list[str]) -> int:
+    return sum(there == here for there, here in zip(theirs, ours, strict=True))
+
+
+def by_earwitness(export: Path, files: Sequence[Path], *options: str) -> list[str]:
     """The captions of tools.caption."""
-    lines = _run("-m", "tools.caption", export, *files, "--json").splitlines()
+    lines = _run("-m", "tools.caption", export, *files, "--json", *options).splitlines()
     return [json.loads(line)["caption"] for line in lines]
 
 
