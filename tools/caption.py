@@ -115,7 +115,7 @@ class _Captioner:
             print(remark, file=sys.stderr)
         self.processor = processor(found.folder, found.config)
         model = found.whisper().eval()
-        window = window or _trained_window(model.config)
+        window = window or trained_window(model.config)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.windows = Windows(2 * model.config.max_source_positions, float(window == Window.full), seed=0)
         self.seconds = self.windows.whole * HOP / SAMPLE_RATE
@@ -131,7 +131,7 @@ class _Captioner:
         return text.strip()
 
 
-def _trained_window(config: Any) -> Window:
+def trained_window(config: Any) -> Window:
     """On which a model was trained. Raises ConfigError."""
     said = getattr(config, AUDIO_WINDOW, Window.full)
     if said not in list(Window):

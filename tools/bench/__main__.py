@@ -207,8 +207,8 @@ def bench_exports(
     clips: Annotated[list[Path], typer.Argument(help="Audio files.", metavar="CLIP...")],
 ) -> None:
     """Captions of an export in other programs, beside those of tools.caption."""
-    has_faster_whisper = find_spec("faster_whisper") is not None
-    for way, same in exported.agreement(export.resolve(), clips, has_faster_whisper):
+    ways = exported.TRANSFORMERS + (exported.FASTER_WHISPERS if find_spec("faster_whisper") else ())
+    for way, same in exported.agreement(export.resolve(), clips, ways):
         counts = ", ".join(f"{count} those of {command}" for command, count in same.items())
         print(f"{way}: of {len(clips)} captions, {counts}", flush=True)
 
