@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoFeatureExtractor, GenerationConfig, WhisperConfig, WhisperProcessor
 
+from configs.errors import ConfigError
 from configs.run.folder import RunDir
 from tests.making import config_values, make_clips, make_model, run_program
 from tests.test_training import train, write_config
+from tools import caption
 from tools.bench import exported
-from tools.hub_files import write_hub_files
+from tools.hub_files import run_generation, write_hub_files
+from trainer.examine import examine_beside
 
 FILES = {
     "README.md",
@@ -44,9 +48,8 @@ def base_of(folder: Path, model: Path, **generation: object) -> RunDir:
 
 
 def written(run: RunDir, out: Path, learnt: list[int]) -> GenerationConfig:
-    import torch
-
-    write_hub_files(run, out, torch.float32, learnt)
+    base = examine_beside(run.base, "the run's base")
+    write_hub_files(base, out, torch.float32, run_generation(base, learnt), "own")
     return GenerationConfig.from_pretrained(out)
 
 
@@ -60,6 +63,9 @@ def test_a_multilingual_export_says_language_and_task_by_itself(model: Path, tmp
 
 def test_an_english_export_names_no_language(model: Path, tmp_path: Path) -> None:
     run = base_of(tmp_path, model, is_multilingual=False, language="en", task="transcribe")
+    tokenizer = run.base / "tokenizer.json"
+    content = tokenizer.read_text(encoding="utf-8")
+    tokenizer.write_text(content.replace("<|transcribe|>", "<|unused|>"), encoding="utf-8")
     generation = written(run, tmp_path / "out", [])
     assert getattr(generation, "language", None) is None and getattr(generation, "task", None) is None
 
@@ -85,23 +91,42 @@ def test_transformers_4_finds_processor_and_vocabulary(model: Path, tmp_path: Pa
     assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").chunk_length == 2
 
 
+def test_an_export_with_an_audio_window_that_is_none_is_refused() -> None:
+    config = WhisperConfig(audio_window="half")
+    with pytest.raises(ConfigError, match="audio_window='half': must be own or full"):
+        caption.trained_window(config)
+
+
+def test_an_export_trained_at_own_lengths_is_compared_at_full_windows_too(
+    model: Path, tmp_path: Path
+) -> None:
+    written(base_of(tmp_path, model), tmp_path / "out", [])
+    commands = ["tools.caption", "tools.caption --window full"]
+    assert list(exported.commands_of(tmp_path / "out")) == commands
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_export_of_turbos_shape_captions_in_transformers_and_faster_whisper(
-    dtype: str, windows_of_30_seconds: Path, tmp_path: Path
+    windows_of_30_seconds: Path, tmp_path: Path
 ) -> None:
     """128 mels and windows of 30 s; the captions are those of tools.caption."""
-    done = run_program("tools.export", windows_of_30_seconds, tmp_path / "out", "--dtype", dtype)
+    done = run_program("tools.export", windows_of_30_seconds, tmp_path / "out")
     assert done.returncode == 0 and "asked for a caption" in done.stdout, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert "| sounds | 10 |" in card and "| CC0 |" in card and "faster_whisper" in card
     clips = sorted((windows_of_30_seconds.parent / "clips").glob("*.flac"))
-    same = dict(exported.agreement(tmp_path / "out", clips, faster_whisper=True))
-    print(same)
-    if dtype == "bf16":  # few CPUs compute in it: faster-whisper then takes fp32, transformers does not
-        same = {way: count for way, count in same.items() if way in ("pipeline", "batched")}
-    assert set(same.values()) == {len(clips)}
+    same = dict(exported.agreement(tmp_path / "out", clips, exported.TRANSFORMERS + exported.FASTER_WHISPERS))
+    assert len(same) == 6 and all(counts == {"tools.caption": len(clips)} for counts in same.values()), same
+
+
+@pytest.mark.slow
+def test_a_bf16_export_captions_in_a_pipeline(windows_of_30_seconds: Path, tmp_path: Path) -> None:
+    done = run_program("tools.export", windows_of_30_seconds, tmp_path / "out", "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    clips = sorted((windows_of_30_seconds.parent / "clips").glob("*.flac"))
+    by_pipeline = exported.by_stranger("pipeline", tmp_path / "out", clips)
+    assert by_pipeline == exported.by_earwitness(tmp_path / "out", clips)
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,13 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
+from configs.errors import ConfigError
 from configs.run.events import Evaluated, RankFailed, Skipped
 from configs.run.folder import RunDir
 from tests import refusals
 from tests import shards as small
 from tests.making import ROOT, audit, caption_of, config_values, make_clips, make_model, run_program, sound_of
+from tools.export import export
 from tools.sandbox import faults
 from tools.sandbox.faults import Fault
 from trainer.checkpoint import Reader, find
@@ -249,7 +251,7 @@ def test_the_export_is_the_trained_model(finished, exported: Path, tmp_path: Pat
 
     soundfile.write(tmp_path / "clip.wav", sound_of(1), 16_000)
     captioner = pipeline("automatic-speech-recognition", model=str(exported))
-    by_tool = run_program("tools.caption", exported, tmp_path / "clip.wav", "--json")
+    by_tool = run_program("tools.caption", exported, tmp_path / "clip.wav", "--json", "--window", "full")
     audio = soundfile.read(tmp_path / "clip.wav", dtype="float32")[
         0
     ]  # given a path, the pipeline would want FFmpeg
@@ -290,6 +292,24 @@ def test_tokens_of_the_captions_can_be_said_after_export(exported: Path) -> None
     }
     assert suppressed and not suppressed & learnt
     assert tokenizer.convert_tokens_to_ids(":") in learnt
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "said"),
+    [
+        ("generation_config.json", "no_timestamps_token_id", 1, "by tokenizer and config.json it is"),
+        ("processor_config.json", "feature_extractor", {"feature_size": 128}, "feature_size=128 there, 80"),
+    ],
+)
+def test_no_export_is_made_with_what_another_model_has_beside_its_weights(
+    finished, tmp_path: Path, file: str, key: str, value: object, said: str
+) -> None:
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    values = json.loads((run / "base" / file).read_text(encoding="utf-8"))
+    (run / "base" / file).write_text(json.dumps({**values, key: value}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        export(run, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_is_not_written_over_a_folder(finished, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -22,6 +23,13 @@ from trainer.examine import examine, processor
 from trainer.whisper import AUDIO_WINDOW
 
 
+class Window(StrEnum):
+    """What a model hears of a clip: the clip alone, or padded to the whole window."""
+
+    own = "own"
+    full = "full"
+
+
 def caption(
     model: Annotated[Path, typer.Argument(help="Folder made by tools.export.", metavar="MODEL")],
     paths: Annotated[list[Path], typer.Argument(help="Audio files, or folders of them.", metavar="PATH...")],
@@ -35,12 +43,18 @@ def caption(
     style: Annotated[
         str | None, typer.Option(help="The style prompt that the wanted source was trained with.")
     ] = None,
+    window: Annotated[
+        Window | None,
+        typer.Option(
+            help="The clip at its own length, or padded as other programs do; default: as it was trained."
+        ),
+    ] = None,
 ) -> None:
     """Print path and caption of each file. Of a file longer than the model's window, the beginning is
     captioned."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    captioner = _Captioner(model, style)
+    captioner = _Captioner(model, style, window)
     failed = for_ffmpeg = 0
     for path in _files(paths):
         try:
@@ -95,15 +109,15 @@ def _print_json(**values: object) -> None:
 class _Captioner:
     """An exported model that captions one clip at a time."""
 
-    def __init__(self, folder: Path, style: str | None) -> None:
+    def __init__(self, folder: Path, style: str | None, window: Window | None) -> None:
         found = examine(str(folder), "MODEL", needs_weights=True)
         for remark in found.remarks:
             print(remark, file=sys.stderr)
         self.processor = processor(found.folder, found.config)
         model = found.whisper().eval()
-        window = getattr(model.config, AUDIO_WINDOW, "full")
+        window = window or trained_window(model.config)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.windows = Windows(2 * model.config.max_source_positions, float(window == "full"), seed=0)
+        self.windows = Windows(2 * model.config.max_source_positions, float(window == Window.full), seed=0)
         self.seconds = self.windows.whole * HOP / SAMPLE_RATE
         self.prompt = self.processor.get_prompt_ids(style).tolist() if style else []
         self.generator = Generator(model, GenerationConfig.from_dict(found.generation))
@@ -115,6 +129,14 @@ class _Captioner:
         tokens = self.generator(clip, frames, self.prompt)
         text: str = self.processor.decode(tokens, skip_special_tokens=True)
         return text.strip()
+
+
+def trained_window(config: Any) -> Window:
+    """On which a model was trained. Raises ConfigError."""
+    said = getattr(config, AUDIO_WINDOW, Window.full)
+    if said not in list(Window):
+        raise ConfigError(f"MODEL: config.json: {AUDIO_WINDOW}={said!r}: must be own or full")
+    return Window(said)
 
 
 def _files(paths: list[Path]) -> Iterator[Path]:

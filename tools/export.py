@@ -4,6 +4,7 @@ and CTranslate2 converts, with a model card; on the CPU, written one tensor at a
 from __future__ import annotations
 
 import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ from tools.hub_files import run_generation, write_hub_files
 from tools.model_card import write_model_card
 from tools.output import new_folder
 from trainer import checkpoint
+from trainer.examine import examine_beside
 from trainer.weights import Weights, resolve
 
 
@@ -59,10 +61,13 @@ def export(
     reader = checkpoint.Reader(folder)
     with new_folder(out, last="config.json") as output:  # without that file from_pretrained refuses it
         weights = Weights(run, reader)
+        base = examine_beside(run.base, "the run's base")
+        for remark in base.remarks:
+            print(remark, file=sys.stderr)
         _write_weights(weights, output.folder / "model.safetensors", dtype.torch)
-        learnt = reader.manifest.caption_tokens
-        write_hub_files(run, output.folder, dtype.torch, learnt)
-        check_export(run, weights, run_generation(run, learnt), output.folder, dtype.torch)
+        generation = run_generation(base, reader.manifest.caption_tokens)
+        write_hub_files(base, output.folder, dtype.torch, generation, run.read_config().data.window)
+        check_export(base, weights, generation, output.folder, dtype.torch)
         write_model_card(run, reader.manifest, Path(out).name, output.folder)
         size = sum(file.stat().st_size for file in output.folder.iterdir())
     origin = f"step {reader.manifest.step} of {run.path}"

@@ -1,7 +1,10 @@
-"""An export is tried as its users will: loaded, compared, and asked for a caption."""
+"""An export is tried as its users will: read through the door of all models, loaded by transformers,
+compared, and asked for a caption."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,12 @@ import torch
 import transformers
 from transformers import GenerationConfig, WhisperTokenizer, pipeline
 
-from configs.errors import CheckpointError
-from configs.run.folder import RunDir
+from configs.errors import CheckpointError, ConfigError
 from data.captions import prefix_tokens
 from data.decode import SAMPLE_RATE
 from tools.hub_files import PIPELINE
 from trainer.captioning import Generator
+from trainer.examine import Pretrained, examine
 from trainer.weights import Weights
 from trainer.whisper import from_transformers
 
@@ -24,39 +27,54 @@ TIE = 1e-2
 
 
 def check_export(
-    run: RunDir, weights: Weights, generation: dict[str, Any], folder: Path, dtype: torch.dtype
+    base: Pretrained, weights: Weights, generation: dict[str, Any], folder: Path, dtype: torch.dtype
 ) -> str:
     """Load the export, compare every tensor, and caption a sound with it by transformers alone, and as the
-    run does; returns the caption. generation: what the run generates with. Raises CheckpointError."""
-    try:
+    run does; returns the caption. base: the run's; generation: what it generates with. Raises
+    CheckpointError."""
+    _examine(weights, folder, dtype)
+    with _telling(base):
         stranger: Any = pipeline(PIPELINE, model=str(folder), device="cpu")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise _useless(run, f"transformers {transformers.__version__} does not load it: {error}") from error
     _compare(weights, stranger.model, folder, dtype)
     stranger.model.float()  # for the other dtypes, many CPUs have no arithmetic
     sound = _sound(min(SECONDS, stranger.feature_extractor.chunk_length))
     heard = {"raw": sound.numpy() / 32768, "sampling_rate": SAMPLE_RATE}
-    try:
+    with _telling(base):
         caption = str(stranger(heard)["text"]).strip()
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
-        raise _useless(
-            run, f"`generate` of transformers {transformers.__version__} fails: {error}"
-        ) from error
     tokens = _run_tokens(stranger.model, generation, sound)
-    tokenizer = WhisperTokenizer.from_pretrained(run.base)
+    tokenizer = WhisperTokenizer.from_pretrained(base.folder)
     expected = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    prefix = prefix_tokens(tokenizer.backend_tokenizer, generation)
+    prefix = prefix_tokens(base.tokenizer, generation)
     # The run may stop earlier, if its base has a lower limit.
     if not caption.startswith(expected) and not _is_tie(stranger, sound, prefix, tokens):
-        raise _useless(run, f"transformers says {caption!r} of a sound where the run says {expected!r}")
+        raise _useless(base, f"transformers says {caption!r} of a sound where the run says {expected!r}")
     return caption
 
 
-def _useless(run: RunDir, why: str) -> CheckpointError:
+def _examine(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
+    """Read the export as whatever takes models here will. Raises CheckpointError."""
+    try:
+        examine(str(folder), "the export", needs_weights=True)
+    except ConfigError as error:
+        words = str(error).replace(f"{folder}/", "")
+        beyond = " fp16 holds nothing beyond 65,504: `--dtype bf16` does." if dtype == torch.float16 else ""
+        raise CheckpointError(f"{weights.reader.folder}: {words}.{beyond} Nothing is left of it") from error
+
+
+@contextlib.contextmanager
+def _telling(base: Pretrained) -> Iterator[None]:
+    """Let errors of transformers, which has a class for each way to fail, say what the export is for."""
+    try:
+        yield
+    except Exception as error:
+        raise _useless(base, f"transformers {transformers.__version__} fails: {error}") from error
+
+
+def _useless(base: Pretrained, why: str) -> CheckpointError:
     return CheckpointError(
         f"the export would be of no use to others: {why}. Nothing is left of it. What it was made from"
-        f" besides the weights is in {run.base}: compare generation_config.json and tokenizer.json there with"
-        " those of the Whisper that the run began with"
+        f" besides the weights is in {base.folder}: compare generation_config.json and tokenizer.json there"
+        " with those of the Whisper that the run began with"
     )
 
 

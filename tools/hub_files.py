@@ -8,58 +8,54 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import GenerationConfig, WhisperConfig, WhisperProcessor, WhisperTokenizer
+from transformers import GenerationConfig, WhisperTokenizer
 
-from configs.run.folder import RunDir
-from data.captions import LANGUAGE, TASK
+from trainer.examine import Pretrained, processor
 from trainer.whisper import AUDIO_WINDOW
 
 PIPELINE: Final = "automatic-speech-recognition"
 """What transformers' pipelines and the hub call what Whispers do."""
-STALE = ("forced_decoder_ids", "max_new_tokens", "language", "task")
-"""What a base's generation config may say of an earlier use."""
 OF_THIS_MACHINE = ("is_local", "local_files_only", "extra_special_tokens")
 """What transformers 5 writes into tokenizer_config.json, and transformers 4 stumbles over."""
 
 
-def run_generation(run: RunDir, learnt: list[int]) -> dict[str, Any]:
-    """What the run generates with. learnt: the tokens of its captions that Whisper bans, as quotes, colons
-    and brackets."""
-    values: dict[str, Any] = GenerationConfig.from_pretrained(run.base).to_diff_dict()
-    banned = sorted(set(values.get("suppress_tokens") or []) - set(learnt))
-    return {**values, "suppress_tokens": banned or None}
+def run_generation(base: Pretrained, learnt: list[int]) -> dict[str, Any]:
+    """What a run generates with. learnt: the tokens of its captions that Whisper bans, as quotes, colons and
+    brackets."""
+    banned = sorted(set(base.generation.get("suppress_tokens") or []) - set(learnt))
+    return {**base.generation, "suppress_tokens": banned or None}
 
 
-def write_hub_files(run: RunDir, folder: Path, dtype: torch.dtype, learnt: list[int]) -> None:
-    """Write processor, config and generation config."""
-    processor = WhisperProcessor.from_pretrained(run.base)
-    processor.save_pretrained(folder)
-    processor.feature_extractor.save_pretrained(folder)  # preprocessor_config.json
-    processor.tokenizer.save_vocabulary(folder)
-    _complete_tokenizer(processor.tokenizer, folder)
-    config = WhisperConfig.from_pretrained(run.base)
-    generation = _for_anybody(run_generation(run, learnt), config.max_target_positions)
+def write_hub_files(
+    base: Pretrained, folder: Path, dtype: torch.dtype, generation: dict[str, Any], window: str
+) -> None:
+    """Write processor, config and generation config. generation: what the run generates with; window: on
+    which it was trained (`data.window`)."""
+    whole = processor(base.folder, base.config)
+    whole.save_pretrained(folder)
+    whole.feature_extractor.save_pretrained(folder)  # preprocessor_config.json
+    whole.tokenizer.save_vocabulary(folder)
+    _complete_tokenizer(whole.tokenizer, folder)
+    config = base.config
+    generation = _for_anybody(generation, config.max_target_positions)
     GenerationConfig.from_dict(generation).save_pretrained(folder)
     config.dtype = dtype
     config.architectures = ["WhisperForConditionalGeneration"]
     config.use_cache = True
-    config.forced_decoder_ids = None
     for name in ("suppress_tokens", "begin_suppress_tokens"):
         setattr(config, name, generation.get(name))
     # The pipeline of transformers 4 searches with five beams, whatever the generation config says.
     config.task_specific_params = {PIPELINE: {"num_beams": generation["num_beams"]}}
-    setattr(config, AUDIO_WINDOW, run.read_config().data.window)
+    setattr(config, AUDIO_WINDOW, window)
     config.save_pretrained(folder)
 
 
 def _for_anybody(values: dict[str, Any], positions: int) -> dict[str, Any]:
     """The values of a generation config with which `generate`, without arguments, does what a run does.
     positions: the decoder's."""
-    values = {name: value for name, value in values.items() if name not in STALE}
-    if values.get("is_multilingual"):
-        values |= {"language": LANGUAGE, "task": TASK}
     beams = values.get("num_beams") or 1  # written down, as a pipeline's own default is five
-    return {**values, "num_beams": beams, "max_length": positions, "return_timestamps": False}
+    limits = {"max_length": positions, "max_new_tokens": None}  # those of the base are of an earlier use
+    return {**values, **limits, "num_beams": beams, "return_timestamps": False}
 
 
 def _complete_tokenizer(tokenizer: WhisperTokenizer, folder: Path) -> None:

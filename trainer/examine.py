@@ -1,5 +1,5 @@
 """A model is examined before it is used: the one door through which training, submission, the next phase,
-captions and the doctor read a folder, or what the hub has."""
+captions, exports and the doctor read a folder, or what the hub has."""
 
 from __future__ import annotations
 
@@ -89,11 +89,21 @@ def examine(name: str, asked: str, fetched: Path | None = None, *, needs_weights
         of_hub = is_hub_name(name) or folder.absolute().parent.name == "snapshots"  # in its cache
         if weights is None and (needs_weights or of_hub):
             raise ConfigError(f"{folder}: {NO_WEIGHTS}")
-        tokenizer = vocabulary.read_tokenizer(folder, config)
-        generation, remarks = vocabulary.read_generation(folder, config, tokenizer)
-        if getattr(config, "forced_decoder_ids", None):
-            config.forced_decoder_ids = None  # generation would obey it where it is not told a language
-        remarks += _check_extractor(folder, config)
+        return _pretrained(folder, config, weights)
+
+
+def examine_beside(folder: Path, asked: str) -> Pretrained:
+    """Look over what lies beside a model's weights, wherever those are. Raises ConfigError."""
+    with asked_by(asked):
+        return _pretrained(folder, read_config(folder), None)
+
+
+def _pretrained(folder: Path, config: WhisperConfig, weights: Tensors | None) -> Pretrained:
+    tokenizer = vocabulary.read_tokenizer(folder, config)
+    generation, remarks = vocabulary.read_generation(folder, config, tokenizer)
+    if getattr(config, "forced_decoder_ids", None):
+        config.forced_decoder_ids = None  # generation would obey it where it is not told a language
+    remarks += _check_extractor(folder, config)
     return Pretrained(folder, config, tokenizer, generation, weights, remarks)
 
 

@@ -51,7 +51,8 @@ included. tools.export also checks digests, fsyncs, loads what it has written, a
 writes pytorch_model.bin: its --safe_serialization fails on Whisper's tied weights.
 
 `exports`: an export's captions of clips by transformers and, where they are installed, by CTranslate2 and
-faster-whisper, as its model card tells to use them; how many of them are those of tools.caption.
+faster-whisper, as its model card tells to use them; how many of them are those of tools.caption, which hears
+clips as the model was trained, and, where that is at own lengths, of tools.caption --window full.
 
 `data`: from shards to shuffled batches of 16 (labels, and log-mel of 30 s windows with 128 bins, on the CPU
 by one thread), each reader in a fresh process on the same clips. A first pass does not count, the second one
@@ -206,9 +207,10 @@ def bench_exports(
     clips: Annotated[list[Path], typer.Argument(help="Audio files.", metavar="CLIP...")],
 ) -> None:
     """Captions of an export in other programs, beside those of tools.caption."""
-    has_faster_whisper = find_spec("faster_whisper") is not None
-    for way, same in exported.agreement(export.resolve(), clips, has_faster_whisper):
-        print(f"{way}: {same} of {len(clips)} captions are those of tools.caption", flush=True)
+    ways = exported.TRANSFORMERS + (exported.FASTER_WHISPERS if find_spec("faster_whisper") else ())
+    for way, same in exported.agreement(export.resolve(), clips, ways):
+        counts = ", ".join(f"{count} those of {command}" for command, count in same.items())
+        print(f"{way}: of {len(clips)} captions, {counts}", flush=True)
 
 
 @app.command("checkpoint")

@@ -14,32 +14,58 @@ import soundfile
 from configs.errors import EarwitnessError
 from data.decode import SAMPLE_RATE, decode
 from tools.bench.report import ROOT
+from trainer.whisper import AUDIO_WINDOW
 
 TO_CTRANSLATE2 = "import sys; from ctranslate2.converters.transformers import main; sys.exit(main())"
 COPIED = ("tokenizer.json", "preprocessor_config.json")
-QUANTIZATIONS = ("float32", "bfloat16", "int8")
+TRANSFORMERS = ("pipeline", "batched", "generate")
+FASTER_WHISPER = "faster-whisper"
+FASTER_WHISPERS = tuple(f"{FASTER_WHISPER} {kind}" for kind in ("float32", "bfloat16", "int8"))
+"""Ways to caption."""
 
 
-def agreement(export: Path, clips: Sequence[Path], faster_whisper: bool) -> Iterator[tuple[str, int]]:
-    """Ways to caption, and how many of the clips have the caption of tools.caption there. All hear the same
-    samples: programs resample clips of other rates than 16 kHz each in their own way."""
+def agreement(
+    export: Path, clips: Sequence[Path], ways: Sequence[str]
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """Each way to caption, and how many of the clips have the same caption there as with tools.caption, by
+    the command for that. All hear the same samples: programs resample clips of other rates than 16 kHz each
+    in their own way."""
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         files = [_at_16_khz(clip, folder / f"{number:05d}.wav") for number, clip in enumerate(clips)]
-        ours = by_earwitness(export, files)
-        ways = {way: (way, export) for way in ("pipeline", "batched", "generate")}
-        if faster_whisper:
-            for kind in QUANTIZATIONS:
-                converted = convert(export, folder / kind, kind)
-                ways[f"faster-whisper {kind}"] = ("faster-whisper", converted)
-        for name, (way, model) in ways.items():
-            theirs = by_stranger(way, model, files)
-            yield name, sum(there == here for there, here in zip(theirs, ours, strict=True))
+        ours = {
+            command: by_earwitness(export, files, *options)
+            for command, options in commands_of(export).items()
+        }
+        for way in ways:
+            theirs = _captions(way, export, files, folder)
+            yield way, {command: _same(theirs, captions) for command, captions in ours.items()}
 
 
-def by_earwitness(export: Path, files: Sequence[Path]) -> list[str]:
+def _captions(way: str, export: Path, files: Sequence[Path], folder: Path) -> list[str]:
+    """Those of another program. folder: for what it makes of the export."""
+    if way in TRANSFORMERS:
+        return by_stranger(way, export, files)
+    kind = way.removeprefix(f"{FASTER_WHISPER} ")
+    return by_stranger(FASTER_WHISPER, convert(export, folder / kind, kind), files)
+
+
+def commands_of(export: Path) -> dict[str, list[str]]:
+    """How tools.caption is called with an export, and the options for it: other programs pad each clip to the
+    whole window."""
+    commands: dict[str, list[str]] = {"tools.caption": []}
+    if json.loads((export / "config.json").read_text(encoding="utf-8"))[AUDIO_WINDOW] == "own":
+        commands["tools.caption --window full"] = ["--window", "full"]
+    return commands
+
+
+def _same(theirs: list[str], ours: list[str]) -> int:
+    return sum(there == here for there, here in zip(theirs, ours, strict=True))
+
+
+def by_earwitness(export: Path, files: Sequence[Path], *options: str) -> list[str]:
     """The captions of tools.caption."""
-    lines = _run("-m", "tools.caption", export, *files, "--json").splitlines()
+    lines = _run("-m", "tools.caption", export, *files, "--json", *options).splitlines()
     return [json.loads(line)["caption"] for line in lines]
 
 
