@@ -245,6 +245,11 @@ def test_what_transformers_loads_is_loaded_alike(folder: Path) -> None:
     as_bin(folder)
     half = loaded(folder).trained[FC1]
     assert half.dtype is torch.float32 and torch.equal(half, expected.half().float())
+    rewritten = torch.load(folder / "pytorch_model.bin")
+    as_transposed = {n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in rewritten.items()}
+    torch.save(as_transposed, folder / "pytorch_model.bin")
+    transposed = loaded(folder).trained[FC1]
+    assert transposed.is_contiguous() and torch.equal(transposed, half)
 
 
 def test_an_adapter_is_refused_with_what_to_do(folder: Path) -> None:
@@ -264,6 +269,9 @@ def test_an_adapter_is_refused_with_what_to_do(folder: Path) -> None:
         ("hub:nowhere/none", "no folder of this name is in "),
         ("", "holds no config.json, but model does: name that folder"),
         ("https://huggingface.co/openai/whisper-tiny", "has on the hub: openai/whisper-tiny"),
+        ("https://hf.co/o/w/resolve/main/model.safetensors?download=true", "has on the hub: o/w"),
+        ("https://hf.co/o/w/resolve/main/model.safetensors?download=true", "has on the hub: o/w"),
+        ("huggingface.co/o/w", "has on the hub: o/w"),
         ("s3://bucket/model", "copy it to a folder"),
     ],
 )
@@ -271,7 +279,7 @@ def test_a_name_that_is_no_model_is_said_so(
     folder: Path, name: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    path = name.removeprefix("hub:") if ":" in name else str(folder.parent / name)
+    path = name.removeprefix("hub:") if ":" in name or ".co/" in name else str(folder.parent / name)
     with pytest.raises(ConfigError, match=r"^model\.name_or_path: ") as refused:
         examine_base(Model(name_or_path=path), seed=0)
     assert said in str(refused.value)

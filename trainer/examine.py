@@ -71,7 +71,10 @@ class Pretrained:
             model = Whisper(self.config)
         # Those of the files themselves, as long as nothing is written into them: no copy.
         model.load_state_dict(
-            {name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=False, assign=True
+            # Converted from Flax, they lie transposed, which DeepSpeed does not send to the other ranks.
+            {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()},
+            strict=False,
+            assign=True,
         )
         model.tie_weights()
         return model

@@ -10,6 +10,10 @@ from trainer.other_weights import form, refuse
 from trainer.weight_files import READ
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ADDRESS = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:(?://)?)([\w.-]+/[\w.-]+)(?:/.*)?"
+)
+"""Of a model, or of a page or file of it, as a browser shows and copies it."""
 SMALL_FILES = ["*.json", "*.txt"]
 """Patterns of what lies beside the weights on the hub."""
 
@@ -32,9 +36,7 @@ def locate(name: str, fetched: Path | None = None, *, weights: bool = True) -> P
         )
     if is_hub_name(name):
         return fetched if fetched and fetched.is_dir() else fetch(name, weights=weights)
-    if found := re.fullmatch(
-        r"(?:https?://huggingface\.co/|hf:(?://)?)([\w.-]+/[\w.-]+)/?(?:tree/main/?)?", name
-    ):
+    if found := HUB_ADDRESS.fullmatch(name):
         raise ConfigError(f"{name}: write the name that the model has on the hub: {found[1]}")
     if "://" in name:
         raise ConfigError(
