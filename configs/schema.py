@@ -205,8 +205,8 @@ class Source(Section):
     licence: Annotated[str | None, FREE] = None
     """Of its audio and captions, as `CC-BY-4.0`, for the model card of an export."""
     storage_options: Annotated[dict[str, Any], FREE] = {}
-    """Options for fsspec: endpoint, profile, region. Never keys or secrets: those come from the environment
-    or a profile."""
+    """Options for fsspec: `endpoint_url`, `profile`, `client_kwargs: {region_name: ...}`. Never keys or
+    secrets: those come from the environment or a profile."""
 
     @field_validator("shards", mode="before")
     @classmethod
@@ -244,6 +244,16 @@ class Source(Section):
                 " {trust_env: true}`"
             )
         return public(value)
+
+    @field_validator("storage_options")
+    @classmethod
+    def _are_of_the_right_kind(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, given in value.items():
+            if key.endswith("_kwargs") and not isinstance(given, dict | None):
+                raise ValueError(f"{key}: settings by name are wanted here, as {{KEY: VALUE}}")
+            if isinstance(given, str) and given.lower() in ("true", "false"):
+                raise ValueError(f"{key}: write true or false, without quotation marks")
+        return value
 
 
 class Data(Section):

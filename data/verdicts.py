@@ -86,6 +86,8 @@ BUSY = re.compile(
     re.IGNORECASE,
 )
 """S3's words for what passes, whatever the status is."""
+NO_OPTION = re.compile(r"unexpected keyword argument '(\w+)'")
+"""What Python says where the libraries below are handed an option that they do not know."""
 MOVED = {"PermanentRedirect", "TemporaryRedirect", "Redirect", "IllegalLocationConstraintException"}
 WRONG_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG")
 """What OpenSSL says where the other side does not speak TLS."""
@@ -127,10 +129,22 @@ def judge(error: Exception, location: Location) -> Verdict:
         return Verdict(_line(error), f"{general} {ANON}", credentials=True)
     if type(error).__name__ == "TooManyRedirects":  # of aiohttp and of httpx
         return Verdict("the server redirects without end, as for a sign-in", general)
+    if option := NO_OPTION.search(str(error)):
+        return Verdict(f"storage_options: there is no option {option[1]!r}", _options(location))
     of_settings = isinstance(error, BotoCoreError) and not isinstance(error, PASSING_ERRORS)
     if of_settings or isinstance(error, FINAL_ERRORS):
         return Verdict(_line(error), general)
     return Verdict()
+
+
+def _options(location: Location) -> str:
+    """Which options people mean."""
+    if location.is_s3:
+        return (
+            "Those of S3: endpoint_url, profile, anon, requester_pays, client_kwargs: {region_name: ...},"
+            " config_kwargs: {s3: {addressing_style: path}}."
+        )
+    return f"fsspec's file system for {location.protocol}:// names its own."
 
 
 def _line(error: Exception) -> str:

@@ -128,7 +128,7 @@ class Judge:
 def main() -> None:
     """begin RUN CHAIN JOB PARTITION-NODES JOB-BEFORE NODES..., or end RUN CHAIN JOB PARTITION-NODES CODE."""
     open_streams(unheeded=True)  # a job's log may be full
-    for signum in (signal.SIGTERM, signal.SIGUSR2):
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)  # meant for the ranks; job.sh heeds them
     what, path, chain, job, partition_nodes, *rest = sys.argv[1:]
     run = RunDir(path)

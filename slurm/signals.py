@@ -9,14 +9,14 @@ from types import FrameType
 def stop_signals() -> list[signal.Signals]:
     """The signals that ask to save and to leave: a terminal that goes away does, too, unless `nohup` was
     told that it will."""
-    signals = [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT]
+    signals = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signals.append(signal.SIGHUP)
     return signals
 
 
 class StopFlag:
-    """Set by TERM, USR2, INT or HUP: save and leave."""
+    """Set by TERM, USR1, USR2, INT or HUP: save and leave."""
 
     def __init__(self) -> None:
         self.signum: int | None = None

@@ -193,6 +193,13 @@ def test_secrets_are_refused_and_not_repeated(write: Write, options: str) -> Non
     assert "hunter2" not in str(error.value)
 
 
+@pytest.mark.parametrize("options", ["{anon: 'false'}", "{client_kwargs: us-east-1}"])
+def test_options_of_the_wrong_kind_are_refused(write: Write, options: str) -> None:
+    """Any text counts as true."""
+    with pytest.raises(ConfigError, match=r"storage_options: (anon|client_kwargs): (write|settings)"):
+        load(write(CONFIG), [f"data.sources.0.storage_options={options}"])
+
+
 @pytest.mark.parametrize(
     "override",
     [

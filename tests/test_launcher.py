@@ -27,7 +27,7 @@ NEVER_SAVES = "trap '' TERM; >listens; while :; do sleep .02; done"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[RunDir]:
-    signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {signum: signal.getsignal(signum) for signum in signals}
     yield RunDir(tmp_path / "run")
     for signum, handler in before.items():
@@ -60,7 +60,9 @@ def attempt(
     return code, record_end(run, 0, code, failure).cause if failure else None
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+)
 def test_a_terminal_that_is_closed_asks_the_ranks_to_save_as_ctrl_c_does(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], signum: signal.Signals
 ) -> None:

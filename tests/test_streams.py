@@ -125,7 +125,7 @@ def test_other_commands_say_that_their_output_could_not_be_written() -> None:
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_terminal_that_goes_away_asks_to_save_unless_nohup_was_told(ignored: bool) -> None:
-    signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {signum: signal.getsignal(signum) for signum in signals}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)

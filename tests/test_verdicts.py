@@ -297,3 +297,11 @@ def test_storage_options_on_a_command_line_reach_every_request(
 def test_storage_options_that_cannot_be_are_refused(names: list[str], options: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         named_data(names, storage_options=options)
+
+
+@pytest.mark.parametrize("options", [{"region": "eu-west-9"}, {"client_kwargs": {"region": "eu-west-9"}}])
+def test_an_option_that_there_is_none_of_comes_with_those_that_there_are(options: dict[str, object]) -> None:
+    """Not with advice on credentials, which it has nothing to do with."""
+    said = refused(Location("s3://plain/a.tar", json.dumps(options)), "size")
+    assert "storage_options: there is no option 'region'" in said
+    assert "client_kwargs: {region_name: ..." in said and "credentials" not in said
