@@ -265,15 +265,18 @@ def _model(config: RunConfig) -> Finding:
     """Whether the model to start from can be trained."""
     from trainer.hub import is_hub_name
     from trainer.model import examine_base
+    from trainer.weights import examine_source
 
     name = config.model.name_or_path
     if is_hub_name(name):
         return Finding("model", "note", f"{name}: `launch submit` or `launch train` fetches it from the hub")
     try:
-        remarks = examine_base(config.model, config.run.seed).remarks
+        base = examine_base(config.model, config.run.seed)
+        if config.model.init_from:
+            examine_source(Path(config.model.init_from), base.config)
     except EarwitnessError as error:
         return Finding("model", "bad", str(error))
-    return Finding("model", "note" if remarks else "ok", "; ".join(remarks) or name)
+    return Finding("model", "note" if base.remarks else "ok", "; ".join(base.remarks) or name)
 
 
 def _source(name: str, shards: Sequence[Location]) -> Finding:

@@ -20,6 +20,7 @@ from configs.load import validate
 from configs.run.folder import RunDir
 from configs.schema import Model
 from launch import remarks as remarks_before
+from launch.doctor import _model
 from launch.submit import submit_run
 from tests.making import config_values
 from trainer.examine import tokenizer_of
@@ -450,6 +451,7 @@ def test_weights_for_a_new_phase_are_looked_over_alike(
     values["model"]["init_from"] = str(folder)
     with pytest.raises(ConfigError, match=rf"^model\.init_from: {folder}: .* NaN or infinite in {FC1}"):
         submit_run(validate(values, "test"), dry_run=True)
+    assert "NaN or infinite" in _model(validate(values, "test")).details
 
 
 @pytest.mark.parametrize("freeze", [[], ["model.encoder"]])
