@@ -12,6 +12,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from data.decode import decode
 from tests.making import config_values, run_program
 from tests.test_training import train, write_config
+from tools.bench import exported
 
 
 def train_and_export(model: Path, clips: Path, folder: Path, steps: int) -> Path:
@@ -63,7 +64,8 @@ def test_base_says_in_faster_whisper_what_tools_caption_says_of_padded_clips(
 ) -> None:
     """Rounded to 8 bits it may choose other words where two are as good."""
     with (real_clips / "speech.csv").open(newline="", encoding="utf-8") as file:
-        clips = [real_clips / row["file"] for row in csv.DictReader(file) if row["split"] == "validation"][::7]
+        rows = [row for row in csv.DictReader(file) if row["split"] == "validation"]
+    clips = [real_clips / row["file"] for row in rows[::7]]
     same = dict(exported.agreement(base, clips, ["faster-whisper float32", "faster-whisper int8"]))
     padded = {way: counts["tools.caption --window full"] for way, counts in same.items()}
     assert padded["faster-whisper float32"] == len(clips), same
