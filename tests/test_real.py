@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from data.decode import decode
 from tests.making import config_values, run_program
 from tests.test_training import train, write_config
+from tools.bench import exported
 
 
 def train_and_export(model: Path, clips: Path, folder: Path, steps: int) -> Path:
@@ -54,3 +56,17 @@ def test_the_model_cards_snippet_captions_with_quotes_and_colons(base: Path, rea
             predicted = model.generate(features, max_new_tokens=444, language="en", task="transcribe")
         caption = processor.batch_decode(predicted, skip_special_tokens=True)[0]
         assert ": " in caption and '"' in caption, caption
+
+
+@pytest.mark.slow
+def test_base_says_in_faster_whisper_what_tools_caption_says_of_padded_clips(
+    base: Path, real_clips: Path
+) -> None:
+    """Rounded to 8 bits it may choose other words where two are as good."""
+    with (real_clips / "speech.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "validation"]
+    clips = [real_clips / row["file"] for row in rows[::7]]
+    same = dict(exported.agreement(base, clips, ["faster-whisper float32", "faster-whisper int8"]))
+    padded = {way: counts["tools.caption --window full"] for way, counts in same.items()}
+    assert padded["faster-whisper float32"] == len(clips), same
+    assert padded["faster-whisper int8"] >= len(clips) // 2, same

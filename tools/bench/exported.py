@@ -54,7 +54,7 @@ def commands_of(export: Path) -> dict[str, list[str]]:
     """How tools.caption is called with an export, and the options for it: other programs pad each clip to the
     whole window."""
     commands: dict[str, list[str]] = {"tools.caption": []}
-    if json.loads((export / "config.json").read_text(encoding="utf-8"))[AUDIO_WINDOW] == "own":
+    if json.loads((export / "config.json").read_text(encoding="utf-8")).get(AUDIO_WINDOW) == "own":
         commands["tools.caption --window full"] = ["--window", "full"]
     return commands
 
