@@ -113,7 +113,8 @@ def _advice(number: int, path: Path | None) -> str:
 
 def _what_is_there(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
-    return next((above for above in (path, *path.parents) if os.path.lexists(above)), Path())
+    path = path.absolute()
+    return next(above for above in (path, *path.parents) if os.path.lexists(above))
 
 
 def _who_may(place: Path) -> str:

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -263,6 +264,8 @@ def _report(run: RunDir, attempt: int, rank: int, error: Exception) -> int:
     with suppress(ConfigError, OSError):  # they may be what fails
         config, taken = run.proposal.read(), run.ledger.read().last(MicroSeconds, attempt)
     diagnosis = diagnose(error, config, taken)
+    if isinstance(error, OSError):  # told in words, and may still be our own fault
+        traceback.print_exception(error)
     print(diagnosis.message, file=sys.stderr, flush=True)
     if not isinstance(error, PeerFailed):
         failed = RankFailed(
