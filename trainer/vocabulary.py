@@ -30,7 +30,7 @@ KINDS = {
     **dict.fromkeys(("max_length", "max_new_tokens"), int),
 }
 """Types of values."""
-SAMPLING: dict[str, Any] = {
+SAMPLING: dict[str, object] = {
     "do_sample": False,
     "temperature": 1.0,
     "top_k": 50,
@@ -40,7 +40,7 @@ SAMPLING: dict[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-BEAMS: dict[str, Any] = {"early_stopping": False, "length_penalty": 1.0}
+BEAMS: dict[str, object] = {"early_stopping": False, "length_penalty": 1.0}
 """What captions are not generated with, the second without num_beams, and the values that ask for nothing.
 transformers does not save a config with others."""
 SPOKEN = {"language": LANGUAGE, "task": TASK}
