@@ -88,6 +88,8 @@ from faster_whisper import WhisperModel, decode_audio
 from faster_whisper.audio import pad_or_trim
 
 captioner = WhisperModel("{name}-ct2")
+# It ends captions at half of this; with the prefix they then may fill the decoder.
+captioner.max_length = 2 * ({positions} - (4 if captioner.model.is_multilingual else 2))
 sound = pad_or_trim(decode_audio("clip.wav"), 480_000)  # 30 s with silence, as it was trained
 greedily = dict(beam_size=1, temperature=0, without_timestamps=True)
 # Captions have quotes and colons, and tell of more than speech.
@@ -137,7 +139,7 @@ def write_model_card(run: RunDir, manifest: Manifest, name: str, folder: Path) -
         data=_data(run, config),
         training=_training(run, config, manifest),
         validation=_validation(manifest),
-        use=use.format(name=name).strip(),
+        use=use.format(name=name, positions=model.max_target_positions).strip(),
         limits=_limits(config, seconds),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -246,7 +248,7 @@ def _limits(config: RunConfig, seconds: float) -> str:
             f" {seconds:g} s: it cannot be used there."
         )
     else:
-        lines.append("faster-whisper ends a caption after 224 tokens, half of the decoder's positions.")
+        lines.append("faster-whisper by itself ends a caption after 224 tokens: see above.")
     styles = _styles(config.data.sources)
     if styles:
         lines.append(

@@ -55,6 +55,8 @@ def faster_whisper(model: str) -> Captions:
     from faster_whisper.audio import pad_or_trim
 
     captioner = WhisperModel(model)
+    # It ends captions at half of this; with the prefix they then may fill the decoder.
+    captioner.max_length = 2 * (448 - (4 if captioner.model.is_multilingual else 2))
     greedily: dict[str, Any] = {"beam_size": 1, "temperature": 0, "without_timestamps": True}
     as_trained: dict[str, Any] = {"language": "en", "suppress_tokens": [], "no_speech_threshold": None}
 
