@@ -380,10 +380,11 @@ def _duration(seconds: float | None) -> str:
     """As `3 d 4 h`, `4 h 5 min`, `12 min 30 s`, `8.1 s`."""
     if seconds is None:
         return ""
-    if seconds >= DAY:
-        return f"{seconds // DAY:.0f} d {seconds % DAY // HOUR:.0f} h"
-    if seconds >= HOUR:
-        return f"{seconds // HOUR:.0f} h {seconds % HOUR // MINUTE:.0f} min"
-    if seconds >= MINUTE:
-        return f"{seconds // MINUTE:.0f} min {seconds % MINUTE:.0f} s"
+    whole = round(seconds)
+    if whole >= DAY:
+        return f"{whole // DAY} d {whole % DAY // HOUR} h"
+    if whole >= HOUR:
+        return f"{whole // HOUR} h {whole % HOUR // MINUTE} min"
+    if whole >= MINUTE:
+        return f"{whole // MINUTE} min {whole % MINUTE} s"
     return f"{seconds:.1f} s"

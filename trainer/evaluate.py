@@ -49,6 +49,11 @@ class Evaluator:
     before_leaving: Callable[[], None]
     """Called by all ranks before they leave together, as nothing of a source could be used."""
 
+    @property
+    def samples(self) -> int:
+        """How many clips the loss is of."""
+        return sum(map(len, self.loaders.validation_rows(self.config.evaluate.max_samples)))
+
     @torch.no_grad()
     def loss(self, module: Whisper, fetch: Fetch) -> dict[str, float] | None:
         """Mean loss of a caption token over all validation samples (`validation/loss`) and by source

@@ -291,6 +291,7 @@ class Training:
     def evaluate(self) -> dict[str, float] | None:
         """Validation loss and the panel of captions. Returns the metrics; None if a stop was requested."""
         self.clock.enter(Phase.EVALUATION)
+        self.monitor.evaluation_begins(self.evaluator.samples)
         module = self.engine.evaluation_module()
         metrics = self.evaluator.loss(module, self.fetch_for_evaluation)
         if metrics is None:

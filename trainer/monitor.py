@@ -145,6 +145,12 @@ class Monitor:
             self._report(update, lr, unusable)
             self._reset()
 
+    def evaluation_begins(self, samples: int) -> None:
+        """Say so where an attempt has said nothing of a step yet: it may take minutes."""
+        if self._curves and samples and not self.clock.steps:
+            captions = min(samples, self._config.evaluate.captions)
+            self._say(f"step {self._step}: evaluates {samples} samples, and captions {captions}, first")
+
     def evaluation(self, metrics: dict[str, float], panel: Sequence[PanelClip]) -> None:
         """Report an evaluation; the time that it took does not count for the speed."""
         if self._curves and metrics:

@@ -92,7 +92,8 @@ def find_end(run: RunDir, history: History, attempt: int, outside: Outside) -> E
         if outside.stop_asked:
             return end(Cause.STOPPED)
         by_signal = Cause.TIME_LIMIT if stop.signal == "SIGUSR2" else Cause.SAVED
-        return end(outside.job_cause or by_signal, f"saved at step {stop.step}")
+        where = f"saved at step {stop.step}" if stop.step else "before the first step, with nothing to save"
+        return end(outside.job_cause or by_signal, where)
     if outside.job_cause:
         node = failure.node if failure and failure.cause is Cause.NODE_LOST else ""
         return end(outside.job_cause, node or _before_it_could_save(saved), node)
