@@ -17,8 +17,8 @@ OUTPUT, EMBEDDING = "proj_out.weight", "model.decoder.embed_tokens.weight"
 """One tensor, which files hold under the second name, or under both."""
 RENAME = "docs/models.md has the line that renames them"
 WRAPPERS = {
-    "module.": f"as DataParallel and DDP write them: save `model.module` with save_pretrained; {RENAME}",
-    "_orig_mod.": f"as torch.compile writes them: save `model._orig_mod` with save_pretrained; {RENAME}",
+    "module.": f"as DataParallel and DDP write them: {RENAME}, or save `model.module` with save_pretrained",
+    "_orig_mod.": f"as torch.compile writes them: {RENAME}, or save `model._orig_mod` with save_pretrained",
     "_fsdp_wrapped_module.": f"as FSDP writes them: {RENAME}",
     "_checkpoint_wrapped_module.": f"as checkpointing of activations writes them: {RENAME}",
 }

@@ -61,9 +61,9 @@ FORMS = (
     ),
     (
         r"\.safetensors",
-        "a name that is not looked for: if this is the whole model, call it model.safetensors",
+        "if this is the whole model, rename it to model.safetensors",
     ),
-    (r"\.bin(\.|$)", "a name that is not looked for: if this is the whole model, call it pytorch_model.bin"),
+    (r"\.bin(\.|$)", "if this is the whole model, rename it to pytorch_model.bin"),
     (r"\.(pkl|pickle|pdparams|params|npy|nemo|mar|pack)$", f"weights in a form that is not read: {SAVE}"),
     (r"\.(zip|tar|t?gz|zst|xz|7z)$", "an archive: unpack it"),
 )
