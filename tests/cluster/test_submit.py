@@ -12,8 +12,11 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from configs.errors import ConfigError
 from configs.load import load
 from configs.run.folder import RunDir
+from launch.submit import submit_run
+from slurm.chain import chain_jobs
 from slurm.submit import submit, write_script
 from tests.cluster.chains import Chain, make_chain
 from tests.forks import Launcher
@@ -115,14 +118,14 @@ def test_the_printed_script_works_when_handed_to_sbatch_by_hand(
     ],
 )
 def test_refused_before_it_costs_an_allocation(
-    chain: Chain, tmp_path: Path, overrides: list[str], said: str
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], said: str
 ) -> None:
-    environment = {**chain.cluster.environment, "AWS_SECRET_ACCESS_KEY": "secret", "HF_HUB_OFFLINE": "1"}
-    done = run_program(
-        "launch", "submit", chain.config, f"run.dir={tmp_path}/run", *overrides, env=environment
-    )
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert not chain.jobs()
+    monkeypatch.setenv("SLURM_CONF", chain.cluster.environment["SLURM_CONF"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError) as refused:
+        submit_run(load(chain.config, [f"run.dir={tmp_path}/run", *overrides]), dry_run=False)
+    assert said in str(refused.value) and not chain.jobs()
     if "partition" not in said and "characters" not in said:
         assert not (tmp_path / "run/config.next.yaml").exists()
 
@@ -152,24 +155,29 @@ def test_missing_indexes_are_made_by_a_job_without_gpus_first(
     assert done.returncode == 2 and "finished at step 4" in done.stderr, done.stderr
 
 
-def test_a_job_that_no_node_can_take_is_told_of(chain: Chain, tmp_path: Path) -> None:
-    done = chain.launch(
-        "submit", chain.config, f"run.dir={tmp_path}/run", "slurm.cpus_per_task=64", "--dry-run"
-    )
-    assert done.returncode == 0 and "node configuration is not available" in done.stderr
-    assert "fewer slurm.gpus_per_node, cpus_per_task" in done.stderr
+def test_a_job_that_no_node_can_take_is_told_of(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", chain.cluster.environment["SLURM_CONF"])
+    submit_run(load(chain.config, [f"run.dir={tmp_path}/run", "slurm.cpus_per_task=64"]), dry_run=True)
+    said = capsys.readouterr().err
+    assert "node configuration is not available" in said
+    assert "fewer slurm.gpus_per_node, cpus_per_task" in said
 
 
-def test_a_job_that_will_not_start_as_it_is_is_told_of_at_once(chain: Chain, tmp_path: Path) -> None:
+def test_a_job_that_will_not_start_as_it_is_is_told_of_at_once(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", chain.cluster.environment["SLURM_CONF"])
     chain.cluster.run("scontrol", "update", "PartitionName=high", "MaxTime=10")
+    run = RunDir(tmp_path / "run")
     try:
-        run = tmp_path / "run"
-        done = chain.launch("submit", chain.config, f"run.dir={run}", "slurm.partition=high")
-        status = chain.launch("status", run)
-        chain.launch("stop", run)
+        submit_run(load(chain.config, [f"run.dir={run.path}", "slurm.partition=high"]), dry_run=False)
+        status = chain.launch("status", run.path)
     finally:
+        chain.cluster.run("scancel", *chain_jobs(run))
         chain.cluster.run("scontrol", "update", "PartitionName=high", "MaxTime=UNLIMITED")
-    assert done.returncode == 0, done.stderr
     # Slurm says so at once, and within a second which limit it is.
-    assert re.search("waits: Partition(Config|TimeLimit): .*limit|allowed", done.stderr), done.stderr
+    said = capsys.readouterr().err
+    assert re.search("waits: Partition(Config|TimeLimit): .*limit|allowed", said), said
     assert re.search("waiting: job .*: Partition(Config|TimeLimit): ", status.stdout), status.stdout
