@@ -19,9 +19,12 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DataError
+from configs.load import load
 from configs.run.events import Evaluated, RankFailed, Skipped
 from configs.run.folder import RunDir
+from launch import doctor
+from launch.submit import submit_run
 from tests import refusals
 from tests import shards as small
 from tests.making import ROOT, audit, caption_of, config_values, make_clips, make_model, run_program, sound_of
@@ -412,15 +415,21 @@ def test_doctor_gives_a_verdict(tmp_path: Path, model: Path, shards: str) -> Non
 
 @pytest.mark.parametrize("name", ["whole", "bare"])
 def test_doctor_and_submit_read_of_each_source_as_a_size_alone_tells_little(
-    tmp_path: Path, model: Path, name: str
+    tmp_path: Path,
+    model: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
     content = small.shard(tmp_path / "a.tar", small.clip("one")).read_bytes()
     with refusals.serve(content) as server:
         values = config_values("run", tmp_path, model, f"{server.url}/{name}/a.tar")
         path = write_config(tmp_path, values)
-        done = run_program("launch", "doctor", path, env={"COLUMNS": "1000"})
-        submitted = run_program("launch", "submit", path, "--dry-run")
-    said = {"whole": "this server gives no ranges", "bare": "the server redirects to nowhere"}
-    assert done.returncode == 1 and "verdict: mend source sounds first" in done.stdout
-    assert said[name] in done.stdout
-    assert submitted.returncode == 3 and said[name] in submitted.stderr
+        assert doctor.examine(path) == 1
+        with pytest.raises(DataError) as refused:
+            submit_run(load(path, []), dry_run=True)
+    said = {"whole": "this server gives no ranges", "bare": "the server redirects to nowhere"}[name]
+    told = capsys.readouterr().out
+    assert "verdict: mend source sounds first" in told and said in told
+    assert said in str(refused.value)
