@@ -326,14 +326,15 @@ def test_an_export_is_not_written_over_a_folder(finished, tmp_path: Path) -> Non
 def test_an_export_to_s3_is_the_export_to_a_folder(finished, exported: Path, s3_server) -> None:
     client = s3_server.client()
     client.create_bucket(Bucket="exports")
-    done = run_program("tools.export", finished[0], "s3://exports/out", env=s3_server.environment)
-    assert done.returncode == 0 and "s3://exports/out: step" in done.stdout, done.stderr
+    done = run_program("tools.export", finished[0], "s3://exports/export", env=s3_server.environment)
+    assert done.returncode == 0 and "s3://exports/export: step" in done.stdout, done.stderr
     found = [item["Key"] for item in client.list_objects_v2(Bucket="exports")["Contents"]]
     there = {
-        key.removeprefix("out/"): client.get_object(Bucket="exports", Key=key)["Body"].read() for key in found
+        key.removeprefix("export/"): client.get_object(Bucket="exports", Key=key)["Body"].read()
+        for key in found
     }
     assert there == {path.name: path.read_bytes() for path in exported.iterdir()}
-    refused = run_program("tools.export", finished[0], "s3://exports/out", env=s3_server.environment)
+    refused = run_program("tools.export", finished[0], "s3://exports/export", env=s3_server.environment)
     assert refused.returncode == 2 and "not empty" in refused.stderr
 
 
