@@ -170,7 +170,7 @@ OTHERS = {
     "onnx/encoder_model.onnx": "a model of ONNX",
     "weights.npz": "weights of MLX",
     "checkpoint-500/model.safetensors": "weights in a folder below: name that one",
-    "model.safetensors.1": "call it model.safetensors",
+    "model.safetensors.1": "rename it to model.safetensors",
     "model-00001-of-00002.safetensors": "without their index",
     ".cache/huggingface/download/x.incomplete": "a download that was broken off",
     "adapter_model.safetensors": "an adapter of PEFT",
