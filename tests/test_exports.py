@@ -109,19 +109,18 @@ def test_an_export_trained_at_own_lengths_is_compared_at_full_windows_too(
 def test_an_export_of_turbos_shape_captions_in_transformers_and_faster_whisper(
     windows_of_30_seconds: Path, tmp_path: Path
 ) -> None:
-    """128 mels and windows of 30 s; the captions are those of tools.caption."""
+    """128 mels and windows of 30 s; transformers' captions are those of tools.caption."""
     done = run_program("tools.export", windows_of_30_seconds, tmp_path / "out")
     assert done.returncode == 0 and "asked for a caption" in done.stdout, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert "| sounds | " in card and "| CC0 |" in card and "faster_whisper" in card
     clips = sorted((windows_of_30_seconds.parent / "clips").glob("*.flac"))
-    ways = (
-        *exported.TRANSFORMERS,
-        "faster-whisper float32",
-    )  # others round, and this model is sure of nothing
-    same = dict(exported.agreement(tmp_path / "out", clips, ways))
+    same = dict(exported.agreement(tmp_path / "out", clips, exported.TRANSFORMERS))
     assert all(counts == {"tools.caption": len(clips)} for counts in same.values()), same
+    # This model is sure of nothing, and its captions do not end: test_real.py compares those of base.
+    converted = exported.convert(tmp_path / "out", tmp_path / "converted", "float32")
+    assert all(exported.by_stranger("faster-whisper", converted, clips[:2]))
 
 
 @pytest.mark.slow
