@@ -262,12 +262,15 @@ def _config(path: Path) -> Iterator[Finding]:
 
 
 def _model(config: RunConfig) -> Finding:
-    """Whether the model to start from can be trained."""
+    """Whether the model to start from can be trained; a run with a checkpoint has no need of it."""
     from trainer.hub import is_hub_name
     from trainer.model import examine_base
     from trainer.weights import examine_source
 
     name = config.model.name_or_path
+    run = RunDir(config.run.dir)
+    if run.has_checkpoint:
+        return Finding("model", "ok", f"{run.path} goes on from its own checkpoint")
     if is_hub_name(name):
         return Finding("model", "note", f"{name}: `launch submit` or `launch train` fetches it from the hub")
     try:

@@ -121,7 +121,7 @@ def _remarks_on_queue(config: RunConfig, script: Path, job: str) -> Iterator[str
 def examine_model(config: RunConfig, run: RunDir) -> Pretrained | None:
     """Look over the model as the first start of a run will, and bring it from its hub: compute nodes need no
     network. None for a run that goes on from a checkpoint. Raises ConfigError."""
-    if any(run.checkpoints.iterdir()):  # the run has a base of its own
+    if run.has_checkpoint:  # and so a base of its own
         return None
     # Takes seconds, and a run that goes on is submitted without it.
     from trainer.examine import asked_by

@@ -414,6 +414,16 @@ def test_doctor_gives_a_verdict(tmp_path: Path, model: Path, shards: str) -> Non
     assert done.returncode == 0 and "verdict: ready to train" in done.stdout and "deepspeed" in done.stdout
 
 
+def test_doctor_wants_no_base_model_of_a_run_that_has_a_checkpoint(
+    tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, config_values("run", tmp_path, tmp_path / "gone", shards))
+    assert doctor.examine(path) == 1
+    (tmp_path / "run/checkpoints/step-00000004").mkdir(parents=True)
+    assert doctor.examine(path) == 0
+    assert "verdict: mend model first" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["whole", "bare"])
 def test_doctor_and_submit_read_of_each_source_as_a_size_alone_tells_little(
     tmp_path: Path,

@@ -68,7 +68,7 @@ def export(
         generation = run_generation(base, reader.manifest.caption_tokens)
         write_hub_files(base, output.folder, dtype.torch, generation, run.read_config().data.window)
         check_export(base, weights, generation, output.folder, dtype.torch)
-        write_model_card(run, reader.manifest, Path(out).name, output.folder)
+        write_model_card(run, base, reader.manifest, Path(out).name, output.folder)
         size = sum(file.stat().st_size for file in output.folder.iterdir())
     origin = f"step {reader.manifest.step} of {run.path}"
     print(f"{out}: {origin}, {dtype.value}, {size / 1e6:.0f} MB, loaded, compared and asked for a caption")

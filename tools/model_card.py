@@ -3,7 +3,6 @@ header that the model hub reads."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from transformers import WhisperConfig
 
 from configs.errors import ConfigError
 from configs.run.events import TrainingBegan
@@ -22,10 +20,12 @@ from data.captions import LANGUAGE
 from data.merged import Index
 from tools.hub_files import PIPELINE
 from trainer.checkpoint import Manifest
+from trainer.examine import Pretrained
+from trainer.hub import is_hub_name
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 WHISPER_SECONDS = 30
 """The window that faster-whisper takes for granted."""
+EMPTY_TOKEN = ""
 CARD = """---
 {header}
 ---
@@ -84,6 +84,8 @@ ct2-transformers-converter --model {name} --output_dir {name}-ct2 \\
 ```
 
 ```python
+import json
+
 from faster_whisper import WhisperModel, decode_audio
 from faster_whisper.audio import pad_or_trim
 
@@ -92,8 +94,9 @@ captioner = WhisperModel("{name}-ct2")
 captioner.max_length = 2 * ({positions} - (4 if captioner.model.is_multilingual else 2))
 sound = pad_or_trim(decode_audio("clip.wav"), 480_000)  # 30 s with silence, as it was trained
 greedily = dict(beam_size=1, temperature=0, without_timestamps=True)
-# Captions have quotes and colons, and tell of more than speech.
-as_trained = dict(language="en", suppress_tokens=[], no_speech_threshold=None)
+# Captions may have quotes and colons, and tell of more than speech.
+banned = json.load(open("{name}-ct2/config.json"))["suppress_ids"] or []
+as_trained = dict(language="en", suppress_tokens=banned, no_speech_threshold=None)
 segments, _ = captioner.transcribe(sound, **greedily, **as_trained)
 print("".join(segment.text for segment in segments).strip())
 ```
@@ -115,11 +118,11 @@ class _Amount:
     hours: float | None
 
 
-def write_model_card(run: RunDir, manifest: Manifest, name: str, folder: Path) -> None:
-    """Write README.md. name: of the export."""
+def write_model_card(run: RunDir, model: Pretrained, manifest: Manifest, name: str, folder: Path) -> None:
+    """Write README.md. model: the run's base; name: of the export."""
     config = run.read_config()
-    model = WhisperConfig.from_pretrained(run.base)
-    seconds = model.max_source_positions / 50
+    seconds = model.config.max_source_positions / 50
+    unfit = why_not_in_faster_whisper(model)
     base = _base(config)
     header = {
         "library_name": "transformers",
@@ -129,7 +132,7 @@ def write_model_card(run: RunDir, manifest: Manifest, name: str, folder: Path) -
     }
     if base == config.model.name_or_path:
         header["base_model"] = base
-    use = WITH_TRANSFORMERS + (WITH_FASTER_WHISPER if seconds == WHISPER_SECONDS else "") + WITH_EARWITNESS
+    use = WITH_TRANSFORMERS + ("" if unfit else WITH_FASTER_WHISPER) + WITH_EARWITNESS
     card = CARD.format(
         header=yaml.safe_dump(header, sort_keys=False).strip(),
         name=name,
@@ -139,16 +142,31 @@ def write_model_card(run: RunDir, manifest: Manifest, name: str, folder: Path) -
         data=_data(run, config),
         training=_training(run, config, manifest),
         validation=_validation(manifest),
-        use=use.format(name=name, positions=model.max_target_positions).strip(),
-        limits=_limits(config, seconds),
+        use=use.format(name=name, positions=model.config.max_target_positions).strip(),
+        limits=_limits(config, seconds, unfit),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def why_not_in_faster_whisper(model: Pretrained) -> str:
+    """Why a model cannot be used there; empty if it can."""
+    seconds = model.config.max_source_positions / 50
+    if seconds != WHISPER_SECONDS:
+        return f"it takes windows of {WHISPER_SECONDS} s for granted, and this model's is {seconds:g} s"
+    # By this token CTranslate2 tells models for many languages from those for English, and so what to ask.
+    taken_for_multilingual = EMPTY_TOKEN in model.tokenizer.get_vocab()
+    if taken_for_multilingual == bool(model.generation.get("is_multilingual")):
+        return ""
+    has, kind = ("an", "many languages") if taken_for_multilingual else ("no", "English alone")
+    return (
+        f"the vocabulary has {has} empty token, as published Whispers for {kind}, for which it takes this one"
+    )
 
 
 def _base(config: RunConfig) -> str:
     """What the run began with: a name on the hub, or of a folder, whose path says nothing elsewhere."""
     name = config.model.name_or_path
-    on_hub = HUB_NAME.fullmatch(name) and not Path(name).exists()
+    on_hub = is_hub_name(name) and "/" in name
     return name if on_hub else f"a Whisper of its owner's ({Path(name).name})"
 
 
@@ -231,7 +249,7 @@ def _validation(manifest: Manifest) -> str:
     return f"Loss per token of captions that were held out, at the last evaluation:\n\n{table}"
 
 
-def _limits(config: RunConfig, seconds: float) -> str:
+def _limits(config: RunConfig, seconds: float, unfit: str) -> str:
     lines = [
         "It knows what its data knows (see above), and may be wrong with confidence.",
         f"Of a clip longer than {seconds:g} s, cut off the rest: transformers refuses it. No time stamps were"
@@ -242,11 +260,8 @@ def _limits(config: RunConfig, seconds: float) -> str:
             "`tools.caption` takes each clip at its own length, the other programs pad it: where the model is"
             " undecided, their captions may differ."
         )
-    if seconds != WHISPER_SECONDS:
-        lines.append(
-            f"faster-whisper takes windows of {WHISPER_SECONDS} s for granted, and this model's is"
-            f" {seconds:g} s: it cannot be used there."
-        )
+    if unfit:
+        lines.append(f"faster-whisper cannot use it: {unfit}.")
     else:
         lines.append("faster-whisper by itself ends a caption after 224 tokens: see above.")
     styles = _styles(config.data.sources)

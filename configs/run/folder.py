@@ -72,6 +72,11 @@ class RunDir:
         """Whether a run was ever started or submitted here."""
         return self.ledger.folder.is_dir() or self.slurm.is_dir() or self.config.is_file()
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a start goes on from a checkpoint of its own, as far as names of files say."""
+        return any(self.checkpoints.glob("*"))
+
     def fetched(self, model: str) -> Path:
         """The folder of a model that came from the hub when the run was submitted: compute nodes need no
         network."""

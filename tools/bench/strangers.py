@@ -58,7 +58,8 @@ def faster_whisper(model: str) -> Captions:
     # It ends captions at half of this; with the prefix they then may fill the decoder.
     captioner.max_length = 2 * (448 - (4 if captioner.model.is_multilingual else 2))
     greedily: dict[str, Any] = {"beam_size": 1, "temperature": 0, "without_timestamps": True}
-    as_trained: dict[str, Any] = {"language": "en", "suppress_tokens": [], "no_speech_threshold": None}
+    banned = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["suppress_ids"] or []
+    as_trained: dict[str, Any] = {"language": "en", "suppress_tokens": banned, "no_speech_threshold": None}
 
     def caption(file: str) -> str:
         sound = pad_or_trim(decode_audio(file), 480_000)
