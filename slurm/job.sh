@@ -29,10 +29,12 @@ note() {
 
 state() { sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' "$jobs/$1" 2>/dev/null; }
 
-# Jobs that wait for this one to end. One is enough: all others are cancelled. A submission whose answer was lost may have been taken.
+# Jobs of this chain that wait for this one to end. One is enough: all others are cancelled. A submission whose answer was lost may have been taken.
 successor() {
-  local waiting
-  mapfile -t waiting < <(squeue --noheader --states=PENDING --format='%i %E' 2>/dev/null | sed -n "s/^ *\([0-9]*\) .*afternotok:$me\b.*/\1/p")
+  local id after command waiting=()
+  while read -r id after command; do
+    if [[ $after =~ afternotok:$me([^0-9]|$) && $command == "$script"* ]]; then waiting+=("$id"); fi
+  done < <(squeue --noheader --states=PENDING --format='%i %E %o' 2>/dev/null)
   if ((${#waiting[@]} > 1)); then scancel "${waiting[@]:1}"; fi
   echo "${waiting[0]:-}"
 }

@@ -169,11 +169,15 @@ def test_where_there_is_no_sbatch_a_job_requeues_itself(site: Site) -> None:
 
 
 def test_an_answer_that_was_lost_makes_no_second_successor(site: Site) -> None:
-    """Slurm had taken the job twice, and that of another one."""
+    """Slurm had taken the job twice; what waits for another one, or is no job of the chain, stays."""
     site.sbatch_fails(TIMED_OUT)
-    site.command(
-        "squeue", "echo '46 afternotok:45(unfulfilled)'; echo '47 afternotok:45'; echo '48 afternotok:456'"
-    )
+    queue = [
+        "44 afternotok:45(unfulfilled) /home/me/clean_up.sh",
+        f"46 afternotok:45(unfulfilled) {site.script}",
+        f"47 afternotok:45 {site.script} 45 45",
+        f"48 afternotok:456 {site.script}",
+    ]
+    site.command("squeue", "\n".join(f"echo '{line}'" for line in queue))
     assert "resubmit: chain" in site.job()
     assert (site.run.slurm / "jobs/45.next").read_text(encoding="utf-8") == "46\n"
     assert site.calls("scancel") == ["47"]
