@@ -104,7 +104,7 @@ PASSING = {
     "503, forty times": (Fault("503", times=40), "retries"),
     "500, three times": (Fault("500", times=3), "retries"),
     "expired keys, eight times": (Fault("400", times=8), "retries"),
-    "a late first byte": (Fault("delay", seconds=3), "hedge_won"),
+    "a late first byte": (Fault("delay", seconds=8), "hedge_won"),
     "nobody listens for 2 s": (Fault("refuse", seconds=2), "retries"),
     **(
         {"nobody listens for 20 s": (Fault("refuse", seconds=20), "retries")}
@@ -135,7 +135,10 @@ def in_time(seconds: float, work: Callable[[], T]) -> T:
 def test_what_passes_is_read_through(bucket: Bucket, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault, shows = PASSING[name]
     # It must come whole on a busy machine, too; `in_time` ends a read that goes on for ever.
-    monkeypatch.setattr(retry, "LIMITS", replace(retry.LIMITS, give_up=max(LIMIT, retry.LIMITS.give_up)))
+    patient = replace(retry.LIMITS, give_up=max(LIMIT, retry.LIMITS.give_up))
+    if shows == "hedge_won":  # by a second request that has its time
+        patient = replace(patient, answer=max(10, patient.answer))
+    monkeypatch.setattr(retry, "LIMITS", patient)
     bucket.proxy.set(fault)
     began = time.perf_counter()
     assert in_time(LIMIT, lambda: storage.read(bucket.location(), START, END)) == bucket.content[START:END]
