@@ -138,7 +138,7 @@ def test_tensorboard_shows_curves_and_a_panel_with_audio(finished) -> None:
 
 @pytest.mark.parametrize("procs", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_the_same_run(
-    finished, tmp_path: Path, model: Path, shards: str, procs: int
+    finished, tmp_path: Path, model: Path, shards: str, launch, procs: int
 ) -> None:
     """Ctrl-C saves and exits with 85; the same command goes on with the same samples, and on as many
     processes bit for bit."""
@@ -153,7 +153,7 @@ def test_stopped_and_resumed_is_the_same_run(
     assert process.returncode == 85
     stopped = Reader(find(RunDir(tmp_path / "run").checkpoints)[0]).manifest.step
     assert 4 <= stopped < 40
-    again = train(config, "--procs", procs)
+    again = launch(config, procs=procs)
     assert again.returncode == 0, again.stderr
     assert f"resumes at step {stopped}" in again.stdout
     expected, found = weights(finished[0]), weights(tmp_path / "run")
