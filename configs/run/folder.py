@@ -39,6 +39,8 @@ class RunDir:
         """The samples that could not be used."""
         self.audit = JsonLines(self.path / "audit")
         """With `data.audit`: the samples of every step and rank."""
+        self.evaluations = self.path / "evaluations"
+        """What the model said of clips at each evaluation (configs/run/predictions.py)."""
         self.logs = self.path / "logs"
         self.profiles = Profiles(self.path / "profile")
         """Traces of steps that somebody asked for (`launch profile`)."""
