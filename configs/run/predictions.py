@@ -52,16 +52,16 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 
 def read_predictions(path: Path) -> list[Prediction]:
     """The predictions in a file. Raises ConfigError if it is none of these."""
-    predictions = []
+    predictions: list[Prediction] = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for line in path.read_text(encoding="utf-8").splitlines():
             values = json.loads(line)
             predictions.append(Prediction(**{**values, "sound": Sound(**values["sound"])}))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
         raise ConfigError(
-            f"{path}:{number}: no prediction; files of predictions come from `python -m tools.evaluate ..."
+            f"{path}:{len(predictions) + 1}: no prediction; files of predictions come from `python -m tools.evaluate ..."
             " --predictions FILE`, or from the folder evaluations of a run"
         ) from None
     return predictions
