@@ -61,8 +61,8 @@ def read_predictions(path: Path) -> list[Prediction]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
         raise ConfigError(
-            f"{path}:{len(predictions) + 1}: no prediction; files of predictions come from `python -m tools.evaluate ..."
-            " --predictions FILE`, or from the folder evaluations of a run"
+            f"{path}:{len(predictions) + 1}: no prediction; files of predictions come from"
+            " `python -m tools.evaluate ... --predictions FILE`, or from the folder evaluations of a run"
         ) from None
     return predictions
 
