@@ -445,7 +445,7 @@ class Checkpoint(Section):
 
 
 class Evaluate(Section):
-    """Validation loss per source, and captions of a fixed panel of clips."""
+    """Validation loss per source, and captions of clips of each: scored, and some shown in a panel."""
 
     every_steps: Annotated[int, FREE] = Field(500, ge=1)
     """Optimizer steps between evaluations; there is one at the start and one at the end, too."""
@@ -453,6 +453,12 @@ class Evaluate(Section):
     """Validation samples per source."""
     captions: Annotated[int, FREE] = Field(8, ge=0)
     """Clips in the panel of captions, over all sources."""
+    scored: Annotated[int, FREE] = Field(64, ge=0)
+    """Validation samples of each source whose captions are scored: a choice by seed, of which the panel is a
+    part."""
+    share: Annotated[float, FREE] = Field(0.05, gt=0, le=1)
+    """The most that captions may take of the time of training. Fewer clips are scored where all would take
+    more, and it is said; at the beginning, when that time is not known, the panel alone."""
     best_metric: Annotated[str, FREE] = "validation/loss"
     """Metric whose lowest value marks the best checkpoint: `validation/loss`, or `validation/loss/SOURCE`."""
 

@@ -22,7 +22,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 class Sample:
     """A decoded clip with its caption. waveform: (n,) int16 at 16 kHz; source: number of its source; key:
     SOURCE/SHARD/KEY; frames: mel frames that the encoder takes, an even number; what the clip does not fill
-    is silence."""
+    is silence; references: all captions that the clip has."""
 
     waveform: npt.NDArray[np.int16]
     tokens: Tokens
@@ -30,6 +30,7 @@ class Sample:
     source: int
     key: str
     frames: int
+    references: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:

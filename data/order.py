@@ -29,7 +29,7 @@ EMPTY = -1
 """Slot without a sample."""
 READ_TOGETHER = 64
 """Samples of a list whose reads are put together where they are neighbours."""
-SHUFFLE_RUNS, SHUFFLE_LANE, CYCLE, CROP, WHOLE, CAPTION = 1, 2, 3, 4, 5, 6
+SHUFFLE_RUNS, SHUFFLE_LANE, CYCLE, CROP, WHOLE, CAPTION, LISTEN = 1, 2, 3, 4, 5, 6, 7
 """Purposes of random keys."""
 
 

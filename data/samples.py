@@ -122,7 +122,8 @@ class SampleReader:
                     " again with `python -m tools.index`."
                 )
         try:
-            caption = self._chosen(find_captions(text, shard.source.caption_keys), row, epoch)
+            captions = find_captions(text, shard.source.caption_keys)
+            caption = self._chosen(captions, row, epoch)
             tokens = self.encoder.encode(caption, shard.source.style)
             ending = self.index.text("ending", row)
             with self.crash_journal.holding(key, shard.location.url):
@@ -132,7 +133,7 @@ class SampleReader:
         source = int(self._columns["source"][row])
         waveform = whole[: self.max_length]
         frames = int(self.windows.frames([len(waveform)], [row], epoch)[0])
-        return Sample(waveform, tokens, caption, source, key, frames)
+        return Sample(waveform, tokens, caption, source, key, frames, tuple(captions))
 
     def _is_sound(self, row: int, audio: bytes, text: bytes) -> bool:
         """Whether these bytes have the CRC32 that a full index knows; a quick one knows none."""

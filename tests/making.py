@@ -89,7 +89,7 @@ def config_values(
         "data": {"sources": [source], "index_dir": str(folder / "index"), "audit": True, "threads": 1},
         "batch": {"global_size": 8, "micro_seconds": 4},
         "optim": {"lr": 1e-3, "max_steps": 4, "warmup_fraction": 0.0},
-        "evaluate": {"captions": 2, "max_samples": 8},
+        "evaluate": {"captions": 2, "scored": 0, "max_samples": 8},
         "monitor": {"every_steps": 1},
     }
     for name, section in sections.items():

@@ -395,7 +395,7 @@ def test_the_last_the_best_and_every_nth_are_kept(tmp_path: Path) -> None:
         "step-00000006",
     ]
     assert checkpoint.best_of(tmp_path, "validation/loss") == tmp_path / "step-00000002"
-    assert checkpoint.lowest_of(tmp_path, "validation/loss") == 0.3
+    assert checkpoint.lowest_cost(tmp_path, "validation/loss") == 0.3
 
 
 def test_a_loss_that_is_no_number_is_not_the_best_and_damage_does_not_end_the_run(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_a_loss_that_is_no_number_is_not_the_best_and_damage_does_not_end_the_ru
         save(tmp_path, step, metrics={"validation/loss": loss})
     os.truncate(tmp_path / "step-00000003/rank-00000-of-00001.safetensors", 1000)
     assert checkpoint.best_of(tmp_path, "validation/loss") == tmp_path / "step-00000001"
-    assert checkpoint.lowest_of(tmp_path, "validation/loss") == 0.5
+    assert checkpoint.lowest_cost(tmp_path, "validation/loss") == 0.5
 
 
 def test_half_a_deletion_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ class Elastic(Course):
                 "batch": {"global_size": 8, "micro_seconds": 2},
                 "optim": {"max_steps": STEPS, "lr": 1e-3},
                 "checkpoint": {"every_steps": 1, "keep_last": 9},
-                "evaluate": {"every_steps": 1000, "captions": 0, "max_samples": 4},
+                "evaluate": {"every_steps": 1000, "captions": 0, "scored": 0, "max_samples": 4},
                 **more,
                 **sections,
             },

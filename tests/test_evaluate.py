@@ -26,7 +26,7 @@ from tests.making import WINDOW_SECONDS, config_values
 from tools.sandbox import faults, s3
 from tools.sandbox.faults import Proxy
 from trainer import evaluate
-from trainer.evaluate import Evaluator
+from trainer.evaluate import Evaluator, Setup
 from trainer.loaders import Loaders
 from trainer.records import SampleRecords
 
@@ -80,7 +80,8 @@ def opened(model: Path, tmp_path: Path) -> Open:
         loaders = Loaders(config, world, found, encoder, order, windows, journal, frozenset(), shape)
         size = Size(WINDOW_SECONDS * micro, WINDOW_SECONDS, tokens=64)
         records = SampleRecords(config.data, RunDir(config.run.dir), 0, world, torch.zeros(1))
-        return Evaluator(config, world, captioner, loaders, records, size, torch.float32, lambda: None)
+        setup = Setup(config, world, captioner, loaders, records, size, torch.float32)
+        return Evaluator(setup, lambda: None)
 
     return opened
 
@@ -104,7 +105,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
 def evaluated(evaluator: Evaluator) -> list[float]:
     """The sums of one rank: losses and tokens."""
     evaluator.loss(torch.nn.Identity(), next)
-    return evaluator.world.summed
+    return evaluator.setup.world.summed
 
 
 @pytest.mark.parametrize("micro", [1, 4])
@@ -175,6 +176,6 @@ def test_an_error_ends_it_where_all_ranks_learn_of_it(shards: str, opened: Open)
             errors.append(error)
             return None
 
-    evaluator.loaders.__dict__["_read"] = read
+    evaluator.setup.loaders.__dict__["_read"] = read
     assert evaluator.loss(torch.nn.Identity(), take) is None
     assert [str(error) for error in errors] == ["gone"]

@@ -92,7 +92,7 @@ POINTS = {
     "between rename and cleaning": at("pathlib:Path.rename", 2, 1, after=True),
     "while deleting": at("shutil:rmtree"),
     "in the evaluation": at("trainer.evaluate:token_losses", 1, 2),
-    "while captions are made": at("trainer.evaluate:Evaluator.captions"),
+    "while captions are made": at("trainer.listening:Listener.listen"),
     "at any moment": anywhere(1),
     "at any other moment": anywhere(2),
 }

@@ -29,7 +29,7 @@ def course(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str, l
 def values(course: Course, name: str, **sections: dict[str, object]) -> dict[str, Any]:
     own: dict[str, dict[str, object]] = {
         "engine": {"backend": "fsdp2", "dtype": "fp32"},
-        "evaluate": {"every_steps": 1000, "captions": 0, "max_samples": 1},
+        "evaluate": {"every_steps": 1000, "captions": 0, "scored": 0, "max_samples": 1},
         "checkpoint": {"every_steps": 1000, "keep_last": 9},
     }
     return config_values(name, course.folder, course.model, course.shards, **own | sections)
@@ -98,7 +98,7 @@ def losses_as_listed() -> None:
     Training.evaluate = evaluated
 
 
-def test_a_loss_that_is_the_lowest_of_all_attempts_is_saved(course: Course) -> None:
+def test_a_loss_that_is_the_lowest_cost_all_attempts_is_saved(course: Course) -> None:
     """And no other one is, between the ends of two attempts."""
     for steps in (3, 6):
         config = evaluating(course, "best", steps)
@@ -112,13 +112,13 @@ def test_a_loss_that_is_the_lowest_of_all_attempts_is_saved(course: Course) -> N
         (5, "best"),
         (6, "finished"),
     ]
-    assert checkpoint.lowest_of(course.run("best").checkpoints, "validation/loss") == LOSSES[5]
+    assert checkpoint.lowest_cost(course.run("best").checkpoints, "validation/loss") == LOSSES[5]
 
 
 def rank_1_cannot_read_checkpoints_for_the_best() -> None:
     """In a rank: the file system of rank 1 does not answer when it looks for the best loss."""
     if os.environ["RANK"] == "1":
-        for name in ("best_of", "lowest_of"):
+        for name in ("best_of", "lowest_cost"):
             setattr(checkpoint, name, unreadable)
 
 

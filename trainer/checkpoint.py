@@ -30,6 +30,7 @@ import torch
 from xxhash import xxh3_128
 
 from configs.errors import CheckpointError, ConfigError
+from configs.metrics import cost
 from configs.schema import Checkpoint
 
 FORMAT = 2
@@ -155,24 +156,24 @@ def superfluous(manifests: Mapping[str, Manifest], settings: Checkpoint, metric:
 
 
 def best(manifests: Mapping[str, Manifest], metric: str) -> str | None:
-    """The name of the checkpoint with the lowest value of a metric; None if none has one."""
-    values = {name: manifest.metrics.get(metric, math.nan) for name, manifest in manifests.items()}
-    scored = [name for name, value in values.items() if math.isfinite(value)]
-    return min(scored, key=lambda name: (values[name], name), default=None)
+    """The name of the checkpoint with the best value of a metric; None if none has one."""
+    costs = {name: cost(metric, manifest.metrics) for name, manifest in manifests.items()}
+    scored = [name for name, value in costs.items() if value < math.inf]
+    return min(scored, key=lambda name: (costs[name], name), default=None)
 
 
 def best_of(root: Path, metric: str) -> Path | None:
-    """The checkpoint in a folder that has the lowest value of a metric; damaged ones do not count."""
+    """The checkpoint in a folder that has the best value of a metric; damaged ones do not count."""
     name = best(_manifests(root), metric)
     return root / name if name else None
 
 
-def lowest_of(root: Path, metric: str) -> float:
-    """The lowest value of a metric that a checkpoint in a folder has, infinity without one; damaged ones do
-    not count."""
+def lowest_cost(root: Path, metric: str) -> float:
+    """The lowest cost (configs/metrics.py) that a checkpoint in a folder has, infinity without one; damaged
+    ones do not count."""
     manifests = _manifests(root)
     name = best(manifests, metric)
-    return manifests[name].metrics[metric] if name else math.inf
+    return cost(metric, manifests[name].metrics) if name else math.inf
 
 
 def _manifests(root: Path) -> dict[str, Manifest]:

@@ -3,8 +3,7 @@ known."""
 
 from __future__ import annotations
 
-import math
-
+from configs.metrics import cost
 from configs.run.events import CheckpointSaved, SlowSave
 from configs.run.folder import RunDir
 from configs.run.lease import Lease
@@ -36,7 +35,7 @@ class Checkpoints:
         grace_seconds: float | None,
     ) -> None:
         """shapes: of the trained parameters, by name; mirror: on rank 0, if there is one; step: of the
-        checkpoint that this attempt goes on from, 0 without one; best: the lowest value of
+        checkpoint that this attempt goes on from, 0 without one; best: the lowest cost by
         `evaluate.best_metric` yet; grace_seconds: in which a job must save when it is asked to, if that is
         known."""
         self._config, self._run, self._lease, self._world = config, run, lease, world
@@ -67,8 +66,8 @@ class Checkpoints:
         return 0 < step == self._newest
 
     def improve(self, metrics: dict[str, float]) -> bool:
-        """Take note of `evaluate.best_metric`; whether it is lower than ever before."""
-        value = metrics.get(self._config.evaluate.best_metric, math.inf)
+        """Take note of `evaluate.best_metric`; whether it is better than ever before."""
+        value = cost(self._config.evaluate.best_metric, metrics)
         if value >= self._best:
             return False
         self._best = value

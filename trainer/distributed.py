@@ -131,6 +131,13 @@ def start(nodes: Sequence[str], device: torch.device) -> World:
     return World(rank, size, device)
 
 
+def alone(device: torch.device) -> World:
+    """A world of one rank, which no launcher has started."""
+    torch_distributed: Any = dist  # mypy knows no HashStore there
+    dist.init_process_group("gloo", store=torch_distributed.HashStore(), rank=0, world_size=1)
+    return World(0, 1, device)
+
+
 def check_networks(named: str, node: str) -> None:
     """Raise ConfigError if one of the networks of GLOO_SOCKET_IFNAME is not there: it often comes from
     another machine's guide."""

@@ -1,4 +1,4 @@
-"""Validation: loss per source, and captions of a fixed panel of clips."""
+"""Validation: what an evaluation is made with, and the loss by source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from configs.schema import RunConfig
 from data.batch import Sample, Size, collate
 from data.loader import Loader, Step
 from data.samples import Rejected
-from trainer.captioning import Generator
+from trainer.captioning import Generator, Heard
 from trainer.distributed import World
 from trainer.loaders import Loaders
 from trainer.loss import SourceTotals, token_losses
@@ -27,16 +27,8 @@ if one has failed. All ranks call it at the same point."""
 
 
 @dataclass(frozen=True)
-class PanelClip:
-    """A clip of the panel with what the model says of it."""
-
-    sample: Sample
-    caption: str
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """Evaluates a model on a run's validation samples. All ranks call its methods at the same point."""
+class Setup:
+    """What an evaluation is made with, on this rank."""
 
     config: RunConfig
     world: World
@@ -44,73 +36,32 @@ class Evaluator:
     loaders: Loaders
     records: SampleRecords
     size: Size
+    """Of a forward pass."""
     dtype: torch.dtype
     """Type of the weights that compute."""
-    before_leaving: Callable[[], None]
-    """Called by all ranks before they leave together, as nothing of a source could be used."""
 
     @property
-    def samples(self) -> int:
-        """How many clips the loss is of."""
-        return sum(map(len, self.loaders.validation_rows(self.config.evaluate.max_samples)))
+    def names(self) -> list[str]:
+        """Of the sources, by their numbers."""
+        return [source.name for source in self.config.data.sources]
 
-    @torch.no_grad()
-    def loss(self, module: Whisper, fetch: Fetch) -> dict[str, float] | None:
-        """Mean loss of a caption token over all validation samples (`validation/loss`) and by source
-        (`validation/loss/SOURCE`), each clip padded to the whole window, as programs that use the export do;
-        where clips are trained at their own lengths, the same at these (`validation/loss_own`), too.
+    @property
+    def at_own_lengths(self) -> bool:
+        """Whether clips are trained at their own lengths."""
+        return self.config.data.window == "own"
 
-        Empty without validation samples; None where the ranks leave off. Raises UnusableData if none of a
-        source's validation samples can be used.
-        """
-        rows_by_source = self.loaders.validation_rows(self.config.evaluate.max_samples)
-        rows = [row for rows in rows_by_source for row in rows]
-        at_full, at_own = (SourceTotals.zeros(len(self._names), self.world.device) for _ in range(2))
-        rejected: list[Rejected] = []
-        module.eval()
-        with closing(self.loaders.validation(rows, self._windows_at_once)) as loader:
-            for _ in loader.steps:
-                step = fetch(loader)
-                if step is None:
-                    module.train()
-                    return None
-                self.records.quarantine(step.rejected, None)
-                rejected += step.rejected
-                self._add(at_full, module, [replace(clip, frames=self._whole) for clip in step.samples])
-                if self._at_own_lengths:
-                    self._add(at_own, module, step.samples)
-        module.train()
-        at_full, at_own = at_full.over_ranks(self.world), at_own.over_ranks(self.world)
-        self._check_usable(rows_by_source, at_full, rejected)
-        return at_full.means(self._names, "validation/loss") | at_own.means(
-            self._names, "validation/loss_own"
-        )
+    def padded(self, sample: Sample) -> Sample:
+        """The same clip in the model's whole window."""
+        return replace(sample, frames=self.loaders.windows.whole)
 
-    def _add(self, totals: SourceTotals, module: Whisper, samples: list[Sample]) -> None:
-        batch = collate(samples).to(self.world.device)
-        totals.add(batch, token_losses(module, batch, self.captioner.config, self.dtype))
+    def as_captioned(self, sample: Sample) -> Sample:
+        """The same clip in the window that the model captions it in: as it is trained."""
+        return sample if self.at_own_lengths else self.padded(sample)
 
-    @torch.no_grad()
-    def captions(self, module: Whisper, fetch: Fetch) -> list[PanelClip] | None:
-        """Captions of the panel: as many validation clips of each source. Rank 0 gets them, the others an
-        empty list; None where the ranks leave off."""
-        wanted = self.config.evaluate.captions
-        rows_by_source = self.loaders.validation_rows(-(-wanted // len(self._names)))
-        in_turn = [rows[turn] for turn in range(wanted) for rows in rows_by_source if turn < len(rows)]
-        self.records.share_tokens()
-        generator = self.generator(module)
-        module.eval()
-        clips = []
-        with closing(self.loaders.validation(in_turn[:wanted], per_rank=1)) as loader:
-            for _ in loader.steps:
-                step = fetch(loader)
-                if step is None:
-                    module.train()
-                    return None
-                clips += [PanelClip(clip, self.caption(generator, clip)) for clip in step.samples]
-        module.train()
-        by_rank = self.world.gather(clips) or []
-        return [panel[turn] for turn in range(wanted) for panel in by_rank if turn < len(panel)]
+    def heard(self, sample: Sample) -> Heard:
+        """What the model is given of a clip to caption it."""
+        style = self.config.data.sources[sample.source].style
+        return Heard(torch.from_numpy(sample.waveform), sample.frames, self.loaders.encoder.prompts[style])
 
     def generator(self, module: Whisper) -> Generator:
         """Captions clips, without the tokens that Whisper bans and no caption has had."""
@@ -123,40 +74,76 @@ class Evaluator:
         generation.max_length = self.captioner.config.max_target_positions
         return Generator(module, generation)
 
-    def caption(self, generator: Generator, sample: Sample) -> str:
-        """The caption that the model gives a clip, greedily, at the windows that it is trained on."""
-        prompt = self.loaders.encoder.prompts[self.config.data.sources[sample.source].style]
-        frames = sample.frames if self._at_own_lengths else self._whole
-        tokens = generator(torch.from_numpy(sample.waveform), frames, prompt)
-        return self.captioner.decode(tokens)
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures the loss of a run's validation samples. All ranks call it at the same point."""
+
+    setup: Setup
+    before_leaving: Callable[[], None]
+    """Called by all ranks before they leave together, as nothing of a source could be used."""
 
     @property
-    def _at_own_lengths(self) -> bool:
-        return self.config.data.window == "own"
+    def samples(self) -> int:
+        """How many clips the loss is of."""
+        return sum(map(len, self._rows_by_source))
 
     @property
-    def _whole(self) -> int:
-        """Mel frames of the model's window."""
-        return self.loaders.windows.whole
+    def _rows_by_source(self) -> list[list[int]]:
+        return self.setup.loaders.validation_rows(self.setup.config.evaluate.max_samples)
+
+    @torch.no_grad()
+    def loss(self, module: Whisper, fetch: Fetch) -> dict[str, float] | None:
+        """Mean loss of a caption token over all validation samples (`validation/loss`) and by source
+        (`validation/loss/SOURCE`), each clip padded to the whole window, as programs that use the export do;
+        where clips are trained at their own lengths, the same at these (`validation/loss_own`), too.
+
+        Empty without validation samples; None where the ranks leave off. Raises UnusableData if none of a
+        source's validation samples can be used.
+        """
+        setup, rows_by_source = self.setup, self._rows_by_source
+        rows = [row for rows in rows_by_source for row in rows]
+        at_full, at_own = (SourceTotals.zeros(len(setup.names), setup.world.device) for _ in range(2))
+        rejected: list[Rejected] = []
+        module.eval()
+        with closing(setup.loaders.validation(rows, self._windows_at_once)) as loader:
+            for _ in loader.steps:
+                step = fetch(loader)
+                if step is None:
+                    module.train()
+                    return None
+                setup.records.quarantine(step.rejected, None)
+                rejected += step.rejected
+                self._add(at_full, module, [setup.padded(clip) for clip in step.samples])
+                if setup.at_own_lengths:
+                    self._add(at_own, module, step.samples)
+        module.train()
+        at_full, at_own = at_full.over_ranks(setup.world), at_own.over_ranks(setup.world)
+        self._check_usable(rows_by_source, at_full, rejected)
+        return at_full.means(setup.names, "validation/loss") | at_own.means(
+            setup.names, "validation/loss_own"
+        )
+
+    def _add(self, totals: SourceTotals, module: Whisper, samples: list[Sample]) -> None:
+        setup = self.setup
+        batch = collate(samples).to(setup.world.device)
+        totals.add(batch, token_losses(module, batch, setup.captioner.config, setup.dtype))
 
     @property
     def _windows_at_once(self) -> int:
         """Samples of a forward pass of the validation."""
-        return max(1, int(self.size.seconds / self.size.window_seconds))
-
-    @property
-    def _names(self) -> list[str]:
-        return [source.name for source in self.config.data.sources]
+        return max(1, int(self.setup.size.seconds / self.setup.size.window_seconds))
 
     def _check_usable(
         self, rows_by_source: list[list[int]], totals: SourceTotals, rejected: list[Rejected]
     ) -> None:
         """Raise UnusableData, PeerFailed on the ranks but 0, if nothing of a source could be used."""
-        for name, rows, tokens in zip(self._names, rows_by_source, totals.tokens.tolist(), strict=True):
+        by_source = totals.tokens.tolist()
+        for name, rows, tokens in zip(self.setup.names, rows_by_source, by_source, strict=True):
             if rows and not tokens:
                 of_source = [sample for sample in rejected if sample.source == name]
                 self.before_leaving()
-                reasons = self.records.explain(of_source)
+                reasons = self.setup.records.explain(of_source)
                 raise UnusableData(
                     f"source {name}: none of its {len(rows)} validation samples can be used, and a loss of"
                     " nothing is none; mend them, or choose others by"

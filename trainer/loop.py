@@ -11,17 +11,21 @@ from typing import NoReturn, Protocol, TypeVar
 
 import torch
 
+from configs.disk import words_of_disk
 from configs.errors import EarwitnessError, PeerFailed
 from configs.run.events import Evaluated, Skipped, Spike
 from configs.run.goodput import Phase
+from configs.run.predictions import NAME, write_predictions
 from data.batch import Batch, collate
 from data.loader import Loader, Step
 from data.retry import received
+from trainer.allowance import affordable
 from trainer.engines import Update
-from trainer.evaluate import Evaluator, PanelClip
+from trainer.evaluate import Evaluator, Setup
 from trainer.feed import Fed, Feed
 from trainer.flops import step_flops
 from trainer.garbage import collected_between_steps
+from trainer.listening import Listener, Said
 from trainer.loss import token_losses
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
@@ -146,7 +150,7 @@ class Training:
         self.state, self.records, self.checkpoints = session.state, session.records, session.checkpoints
         self.sources = [source.name for source in session.config.data.sources]
         captioner = session.captioner
-        self.evaluator = Evaluator(
+        setup = Setup(
             session.config,
             session.world,
             captioner,
@@ -154,8 +158,9 @@ class Training:
             session.records,
             session.size,
             session.engine.dtype,
-            session.checkpoints.finish,
         )
+        self.evaluator = Evaluator(setup, session.checkpoints.finish)
+        self.listener = Listener(setup)
         self.monitor = Monitor(
             session.config,
             session.run,
@@ -289,21 +294,41 @@ class Training:
         self.profiler.step(self.state.step)
 
     def evaluate(self) -> dict[str, float] | None:
-        """Validation loss and the panel of captions. Returns the metrics; None if a stop was requested."""
+        """Validation loss, and captions with their scores. Returns the metrics; None if a stop was
+        requested."""
         self.clock.enter(Phase.EVALUATION)
         self.monitor.evaluation_begins(self.evaluator.samples)
         module = self.engine.evaluation_module()
         metrics = self.evaluator.loss(module, self.fetch_for_evaluation)
         if metrics is None:
             return None
-        panel = self.evaluator.captions(module, self.fetch_for_evaluation)
-        if panel is None:
+        began = time.monotonic()
+        said = self.listener.listen(module, self.fetch_for_evaluation, self.clips_to_caption())
+        if said is None:
             return None
-        self.monitor.evaluation(metrics, panel)
+        seconds = time.monotonic() - began
+        metrics |= said.metrics
+        self.monitor.evaluation(metrics, said)
         self.state.evaluated = True
         if self.world.rank == 0 and metrics:
-            self.record_evaluation(metrics, panel)
+            self.record_evaluation(metrics, said, seconds)
         return metrics
+
+    def clips_to_caption(self) -> int:
+        """How many clips this evaluation captions. All ranks call it."""
+        wanted, panel, count = len(self.listener.clips), self.listener.panel, 0
+        if self.world.rank == 0 and wanted:
+            progress = self.clock.progress(
+                self.session.attempt, self.state.step, self.config.batch.global_size
+            )
+            history = self.session.run.ledger.read()
+            count = affordable(self.config, history, progress.samples_per_second, wanted=wanted, panel=panel)
+            if count < wanted and self.state.step:
+                self.monitor.say(
+                    f"step {self.state.step}: captions {count} of {wanted} clips; all of them would take more"
+                    f" than {self.config.evaluate.share:.0%} of the time (evaluate.share)"
+                )
+        return self.world.share(count)
 
     def fetch_for_evaluation(self, loader: Loader) -> Step | None:
         """The next step of an evaluation, once all ranks have theirs; None if they leave off."""
@@ -317,14 +342,26 @@ class Training:
             self.leave_together(error)
         return None if sums.leaving else step
 
-    def record_evaluation(self, metrics: dict[str, float], panel: list[PanelClip]) -> None:
-        """Tell the ledger of an evaluation."""
+    def record_evaluation(self, metrics: dict[str, float], said: Said, seconds: float) -> None:
+        """Keep what was said, and tell the ledger of an evaluation. seconds: that the captions took."""
+        run, step = self.session.run, self.state.step
+        try:
+            write_predictions(run.evaluations / NAME.format(step), said.predictions)
+        except OSError as error:
+            print(f"captions of step {step} are not kept: {words_of_disk(error) or error}", flush=True)
         captions = [
             {"key": clip.sample.key, "reference": clip.sample.caption, "caption": clip.caption}
-            for clip in panel
+            for clip in said.panel
         ]
-        self.session.run.ledger.record(
-            Evaluated(attempt=self.session.attempt, step=self.state.step, metrics=metrics, captions=captions)
+        run.ledger.record(
+            Evaluated(
+                attempt=self.session.attempt,
+                step=step,
+                metrics=metrics,
+                captions=captions,
+                captioned=len(said.predictions),
+                captioning_seconds=round(seconds, 3),
+            )
         )
 
     def save(self, reason: str) -> None:

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,8 @@ from data.retry import STATS
 from data.windows import HOP
 from trainer.distributed import World
 from trainer.engines import Update
-from trainer.evaluate import PanelClip
 from trainer.flops import peak_flops
+from trainer.listening import PanelClip, Said
 from trainer.loss import SourceTotals
 
 if TYPE_CHECKING:
@@ -149,17 +149,17 @@ class Monitor:
         """Say so where an attempt has said nothing of a step yet: it may take minutes."""
         if self._curves and samples and not self.clock.steps:
             captions = min(samples, self._config.evaluate.captions)
-            self._say(f"step {self._step}: evaluates {samples} samples, and captions {captions}, first")
+            self.say(f"step {self._step}: evaluates {samples} samples, and captions {captions}, first")
 
-    def evaluation(self, metrics: dict[str, float], panel: Sequence[PanelClip]) -> None:
+    def evaluation(self, metrics: dict[str, float], said: Said) -> None:
         """Report an evaluation; the time that it took does not count for the speed."""
         if self._curves and metrics:
             self._curves.scalars(metrics, self._step)
-            for number, clip in enumerate(panel):
+            for number, clip in enumerate(said.panel):
                 self._show_clip(self._curves, f"panel/{number}", clip)
             self._curves.flush()
             values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            self._say(f"step {self._step}: {values}")
+            self.say(f"step {self._step}: {values}")
         self._reset()
 
     def close(self) -> None:
@@ -305,7 +305,7 @@ class Monitor:
         shares = {f"goodput/{name}": seconds / sum(spent.values()) for name, seconds in spent.items()}
         self._curves.scalars(shares, self._step)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         """A line on the terminal."""
         if self._progress:
             self._progress.console.print(text)

@@ -35,7 +35,7 @@ class Resumed:
     has_new_epoch: bool = False
     """Whether data or order were changed on purpose, so that a new epoch begins at `step`."""
     best: float = math.inf
-    """The lowest value of `evaluate.best_metric` yet."""
+    """The lowest cost by `evaluate.best_metric` yet (configs/metrics.py)."""
     caption_tokens: list[int] = field(default_factory=list)
     """Tokens among those that generation suppresses which occurred in captions."""
 
@@ -130,7 +130,7 @@ def _go_on(
     # Rank 0 looks for the best one, and tells: ranks that saw different ones would part ways at a save.
     best = math.inf
     if world.rank == 0:
-        best = checkpoint.lowest_of(run.checkpoints, config.evaluate.best_metric)
+        best = checkpoint.lowest_cost(run.checkpoints, config.evaluate.best_metric)
     return Resumed(
         step=manifest.step,
         evaluated=bool(manifest.metrics),

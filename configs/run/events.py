@@ -232,6 +232,10 @@ class Evaluated(Event, name="evaluation"):
     metrics: dict[str, float]
     captions: list[dict[str, str]]
     """`key`, `reference` and `caption` of each clip of the panel."""
+    captioned: int = 0
+    """Clips that were captioned."""
+    captioning_seconds: float = 0.0
+    """That it took."""
 
 
 @dataclass(frozen=True, kw_only=True)

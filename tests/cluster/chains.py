@@ -144,7 +144,7 @@ def make_chain(
         shards,
         **{
             "optim": {"max_steps": steps},
-            "evaluate": {"captions": 0, "every_steps": 10_000},
+            "evaluate": {"captions": 0, "scored": 0, "every_steps": 10_000},
             "checkpoint": {"every_steps": 2},
             "monitor": {"every_steps": 1},
             "engine": {"backend": "fsdp2", "dtype": "fp32"},

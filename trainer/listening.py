@@ -1,0 +1,237 @@
+"""What a model says of validation clips: captions of a choice of each source, their scores, and whether it
+listens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from statistics import fmean
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from configs.run.predictions import Prediction, Sound
+from data.batch import Sample, collate
+from data.captions import IGNORED, Tokens
+from data.decode import SAMPLE_RATE
+from data.order import EMPTY, LISTEN, Ints, hashed
+from data.windows import HOP
+from trainer.captioning import Generator
+from trainer.evaluate import Fetch, Setup
+from trainer.loss import token_losses
+from trainer.scores import repetition_rate, score
+from trainer.whisper import Whisper
+
+GROUP = 8
+"""Clips that are captioned together."""
+SECONDS_WITHOUT_CONTENT = (3, 10)
+"""Lengths of the silence and of the noise that a model is tried on."""
+NOISE = 0.05
+"""Standard deviation of that noise; full scale is 1."""
+
+
+@dataclass(frozen=True)
+class PanelClip:
+    """A clip of the panel with what the model says of it."""
+
+    sample: Sample
+    caption: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model said of clips: on rank 0 of all of them, on the others nothing but the metrics."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """`validation/METRIC` of all clips, and `validation/METRIC/SOURCE`; empty if only the panel was heard."""
+    predictions: list[Prediction] = field(default_factory=list)
+    panel: list[PanelClip] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Of a rank: a clip, by its row in the index, with what the model says of it."""
+
+    row: int
+    prediction: Prediction
+    sample: Sample | None
+    """Of a clip in the panel."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Captions a run's validation clips. All ranks call `listen` at the same point.
+
+    Each group of clips is of one source and of like length, and is heard by one rank. Groups do not depend on
+    how many ranks there are, so neither does what a model says, to the last bit of its rounding.
+    """
+
+    setup: Setup
+
+    @cached_property
+    def clips(self) -> list[int]:
+        """Rows of the clips that may be captioned, source by source in turn: each source's in an order that
+        depends on the seed alone. The panel comes first."""
+        index, settings = self.setup.loaders.dataset.validation, self.setup.config.evaluate
+        sources, of_caption = index.column("source"), index.column("caption")
+        by_source = []
+        for number in range(len(self.setup.names)):
+            rows = np.flatnonzero((sources == number) & (of_caption <= 0))  # a clip with 5 captions once
+            by_source.append(rows[hashed(rows, self.setup.config.run.seed, LISTEN).argsort(kind="stable")])
+        in_turn = _in_turn(by_source)
+        panel = in_turn[: settings.captions]
+        scored = _in_turn([rows[: settings.scored] for rows in by_source])
+        return list(dict.fromkeys([*panel, *scored]))
+
+    @property
+    def panel(self) -> int:
+        """Clips of the panel."""
+        return min(self.setup.config.evaluate.captions, len(self.clips))
+
+    @torch.no_grad()
+    def listen(self, module: Whisper, fetch: Fetch, count: int) -> Said | None:
+        """What the model says of the first `count` of the clips, and of silence and noise; None where the
+        ranks leave off."""
+        rows = self.clips[:count]
+        if not rows:
+            return Said()
+        setup = self.setup
+        setup.records.share_tokens()
+        generator = setup.generator(module)
+        panel = set(rows[: self.panel])
+        identities = {setup.loaders.dataset.validation.identity(row): row for row in rows}
+        module.eval()
+        answers: list[_Answer] = []
+        with closing(setup.loaders.validation(self._grouped(rows), GROUP)) as loader:
+            for _ in loader.steps:
+                step = fetch(loader)
+                if step is None:
+                    module.train()
+                    return None
+                setup.records.quarantine(step.rejected, None)
+                group = [identities[sample.key] for sample in step.samples]
+                predictions = self._hear(module, generator, step.samples, group)
+                for row, sample, prediction in zip(group, step.samples, predictions, strict=True):
+                    answers.append(_Answer(row, prediction, sample if row in panel else None))
+        without_content = {}
+        if setup.world.rank == 0 and len(rows) > self.panel:
+            without_content = self._of_nothing(generator)
+        module.train()
+        by_rank = setup.world.gather(answers)
+        said = self._sum_up(by_rank, rows, without_content) if by_rank is not None else Said()
+        return replace(said, metrics=setup.world.share(said.metrics))
+
+    def _grouped(self, rows: Sequence[int]) -> list[int]:
+        """Rows in groups of GROUP, each of one source and of like length; a source's last group is filled up
+        with EMPTY."""
+        index = self.setup.loaders.dataset.validation
+        of_source, seconds = index.column("source")[rows], np.nan_to_num(index.column("seconds")[rows])
+        grouped: list[int] = []
+        for source in np.unique(of_source):
+            own = np.flatnonzero(of_source == source)
+            by_length: Ints = np.asarray(rows)[own[seconds[own].argsort(kind="stable")]]
+            grouped += [*by_length.tolist(), *[EMPTY] * (-len(by_length) % GROUP)]
+        return grouped
+
+    def _hear(
+        self, module: Whisper, generator: Generator, samples: Sequence[Sample], rows: Sequence[int]
+    ) -> list[Prediction]:
+        """What the model says of a group of clips of one source, and how likely it finds their captions."""
+        if not samples:
+            return []
+        clips = [self.setup.as_captioned(sample) for sample in samples]
+        tokens = generator([self.setup.heard(clip) for clip in clips])
+        losses = self._losses(module, clips)
+        exchanged = [_with_caption_of_another(clips, number) for number in range(len(clips))]
+        of_others = iter(self._losses(module, [clip for clip in exchanged if clip]))
+        predictions = []
+        for clip, row, said, loss, other in zip(clips, rows, tokens, losses, exchanged, strict=True):
+            scores = {"discrimination": float(loss < next(of_others))} if other else {}
+            predictions.append(
+                Prediction(
+                    key=clip.key,
+                    source=self.setup.names[clip.source],
+                    seconds=clip.seconds,
+                    references=list(clip.references or (clip.caption,)),
+                    caption=self.setup.captioner.decode(said),
+                    loss=loss,
+                    sound=self._sound(row),
+                    scores=scores,
+                )
+            )
+        return predictions
+
+    def _losses(self, module: Whisper, clips: Sequence[Sample]) -> list[float]:
+        """Mean loss of a token of each clip's caption."""
+        setup, means = self.setup, []
+        for part in setup.size.cut(clips):
+            batch = collate(part).to(setup.world.device)
+            losses = token_losses(module, batch, setup.captioner.config, setup.dtype).double()
+            sums = losses.new_zeros(2, len(part))
+            sums.index_add_(1, batch.text.owners, torch.stack([losses, (batch.labels != IGNORED).double()]))
+            means += (sums[0] / sums[1]).tolist()
+        return means
+
+    def _of_nothing(self, generator: Generator) -> dict[str, float]:
+        """Words and repetition rate of what the model says of silence and of noise."""
+        window = self.setup.loaders.windows.whole * HOP / SAMPLE_RATE
+        lengths = [round(min(seconds, window) * SAMPLE_RATE) for seconds in SECONDS_WITHOUT_CONTENT]
+        random = np.random.default_rng(0)
+        sounds = {
+            "silence": [np.zeros(length, np.int16) for length in lengths],
+            "noise": [
+                (random.normal(0, NOISE, length) * 32768).clip(-32768, 32767).astype(np.int16)
+                for length in lengths
+            ],
+        }
+        metrics = {}
+        for name, waveforms in sounds.items():
+            clips = [self.setup.as_captioned(_without_caption(waveform)) for waveform in waveforms]
+            tokens = generator([self.setup.heard(clip) for clip in clips])
+            captions = [self.setup.captioner.decode(said) for said in tokens]
+            metrics[f"{name}_words"] = fmean(len(caption.split()) for caption in captions)
+            metrics[f"{name}_repetition_rate"] = fmean(map(repetition_rate, captions))
+        return metrics
+
+    def _sum_up(
+        self, by_rank: Sequence[Sequence[_Answer]], rows: Sequence[int], without_content: dict[str, float]
+    ) -> Said:
+        """Scores and panel of all ranks' answers, in the order of the clips."""
+        answers = {answer.row: answer for of_rank in by_rank for answer in of_rank}
+        in_order = [answers[row] for row in rows if row in answers]
+        scored = score([answer.prediction for answer in in_order])
+        panel = [PanelClip(answer.sample, answer.prediction.caption) for answer in in_order if answer.sample]
+        if len(rows) <= self.panel:
+            return Said({}, scored.predictions, panel)
+        metrics = {f"validation/{name}": value for name, value in (scored.means | without_content).items()}
+        return Said(metrics, scored.predictions, panel)
+
+    def _sound(self, row: int) -> Sound:
+        index = self.setup.loaders.dataset.validation
+        shard = index.shards[int(index.column("shard")[row])]
+        start, size = (int(index.column(name)[row]) for name in ("audio_offset", "audio_size"))
+        return Sound(shard.location.url, start, start + size, index.text("ending", row))
+
+
+def _in_turn(by_source: Sequence[Ints]) -> list[int]:
+    """The first of each, then the second of each, and so on."""
+    longest = max(map(len, by_source), default=0)
+    return [int(rows[turn]) for turn in range(longest) for rows in by_source if turn < len(rows)]
+
+
+def _without_caption(waveform: npt.NDArray[np.int16]) -> Sample:
+    """A clip of the first source that nobody has captioned."""
+    frames = 2 * max(1, len(waveform) // (2 * HOP))
+    return Sample(waveform, Tokens([], []), "", source=0, key="", frames=frames)
+
+
+def _with_caption_of_another(clips: Sequence[Sample], number: int) -> Sample | None:
+    """A clip with the caption of the next one that has another; None if there is none."""
+    clip = clips[number]
+    for other in [*clips[number + 1 :], *clips[:number]]:
+        if other.caption != clip.caption:
+            return replace(clip, tokens=other.tokens)
+    return None
