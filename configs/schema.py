@@ -456,9 +456,10 @@ class Evaluate(Section):
     scored: Annotated[int, FREE] = Field(64, ge=0)
     """Validation samples of each source whose captions are scored: a choice by seed, of which the panel is a
     part."""
-    share: Annotated[float, FREE] = Field(0.05, gt=0, le=1)
+    share: Annotated[float, FREE] = Field(0.05, gt=0, allow_inf_nan=True)
     """The most that captions may take of the time of training. Fewer clips are scored where all would take
-    more, and it is said; at the beginning, when that time is not known, the panel alone."""
+    more, and it is said; at the beginning, when that time is not known, the panel alone. `.inf`: always
+    all."""
     best_metric: Annotated[str, FREE] = "validation/loss"
     """Metric whose lowest value marks the best checkpoint: `validation/loss`, or `validation/loss/SOURCE`."""
 

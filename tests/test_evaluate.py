@@ -3,85 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, GenerationConfig, WhisperProcessor
 
-from configs.load import validate
-from configs.run.crash_journal import CrashJournal
-from configs.run.folder import RunDir
-from data import dataset, location
-from data.batch import Batch, Size
-from data.captions import CaptionEncoder, prefix_tokens
+from data import location
+from data.batch import Batch
 from data.loader import Loader, Step
-from data.windows import Windows
-from tests.making import WINDOW_SECONDS, config_values
+from tests.evaluators import open_setup
 from tools.sandbox import faults, s3
 from tools.sandbox.faults import Proxy
 from trainer import evaluate
-from trainer.evaluate import Evaluator, Setup
-from trainer.loaders import Loaders
-from trainer.records import SampleRecords
-
-HELD_OUT = 0.9
-"""Share of the clips that is for validation."""
-
-
-@dataclass
-class Rank:
-    """A rank by itself: what it would sum over all is kept."""
-
-    rank: int
-    size: int
-    summed: list[float] = field(default_factory=list)
-    device = torch.device("cpu")
-
-    def sum(self, values: list[float]) -> list[float]:
-        self.summed = values
-        return values
-
+from trainer.evaluate import Evaluator
 
 Open = Callable[..., Evaluator]
 
 
 @pytest.fixture
 def opened(model: Path, tmp_path: Path) -> Open:
-    """Evaluators of some shards; keyword arguments are settings of `data`."""
+    """Evaluators of some shards; keyword arguments as those of `open_setup`."""
 
-    def opened(shards: str, rank: int = 0, ranks: int = 1, micro: int = 4, **data: object) -> Evaluator:
-        source = {"name": "sounds", "shards": shards, "validation": HELD_OUT}
-        values = config_values(
-            "run",
-            tmp_path,
-            model,
-            shards,
-            data={"sources": [source], "max_seconds": 0.6, "overlong": "crop", "window": "full", **data},
-            evaluate={"max_samples": 1000},
-        )
-        config = validate(values, "test")
-        for shard in dataset.list_shards(config):
-            dataset.index_shard(shard, config.data.index_dir, full=False)
-        dataset.build(config, config.run.dir, WINDOW_SECONDS)
-        found = dataset.open_dataset(config, config.run.dir)
-        tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
-        prefix = prefix_tokens(tokenizer.backend_tokenizer, GenerationConfig.from_pretrained(model).to_dict())
-        world: Any = Rank(rank, ranks)
-        captioner: Any = types.SimpleNamespace(config=AutoConfig.from_pretrained(model))
-        encoder = CaptionEncoder(tokenizer.backend_tokenizer, prefix, positions=64, long_caption="truncate")
-        order, windows = found.order(config), Windows.of(config, 100 * WINDOW_SECONDS)
-        journal, shape = CrashJournal(8), captioner.config
-        loaders = Loaders(config, world, found, encoder, order, windows, journal, frozenset(), shape)
-        size = Size(WINDOW_SECONDS * micro, WINDOW_SECONDS, tokens=64)
-        records = SampleRecords(config.data, RunDir(config.run.dir), 0, world, torch.zeros(1))
-        setup = Setup(config, world, captioner, loaders, records, size, torch.float32)
-        return Evaluator(setup, lambda: None)
+    def opened(shards: str, *rank: int, **settings: Any) -> Evaluator:
+        return Evaluator(open_setup(model, tmp_path, shards, *rank, **settings), lambda: None)
 
     return opened
 

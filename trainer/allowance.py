@@ -3,6 +3,8 @@ training takes."""
 
 from __future__ import annotations
 
+import math
+
 from configs.run.events import Evaluated, Progress
 from configs.run.ledger import History
 from configs.schema import RunConfig
@@ -22,6 +24,8 @@ def affordable(
     captioned = [event for event in history.of(Evaluated) if event.captioned]
     speeds = [event.samples_per_second for event in history.of(Progress) if event.samples_per_second]
     speed = samples_per_second or next(reversed(speeds), None)
+    if config.evaluate.share == math.inf:
+        return wanted
     if not captioned or not speed:
         return min(wanted, panel or FIRST)
     between = config.evaluate.every_steps * config.batch.global_size / speed

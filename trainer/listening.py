@@ -42,7 +42,7 @@ class PanelClip:
 
 
 @dataclass(frozen=True)
-class Said:
+class Listening:
     """What a model said of clips: on rank 0 of all of them, on the others nothing but the metrics."""
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -92,12 +92,12 @@ class Listener:
         return min(self.setup.config.evaluate.captions, len(self.clips))
 
     @torch.no_grad()
-    def listen(self, module: Whisper, fetch: Fetch, count: int) -> Said | None:
+    def listen(self, module: Whisper, fetch: Fetch, count: int) -> Listening | None:
         """What the model says of the first `count` of the clips, and of silence and noise; None where the
         ranks leave off."""
         rows = self.clips[:count]
         if not rows:
-            return Said()
+            return Listening()
         setup = self.setup
         setup.records.share_tokens()
         generator = setup.generator(module)
@@ -121,7 +121,7 @@ class Listener:
             without_content = self._of_nothing(generator)
         module.train()
         by_rank = setup.world.gather(answers)
-        said = self._sum_up(by_rank, rows, without_content) if by_rank is not None else Said()
+        said = self._sum_up(by_rank, rows, without_content) if by_rank is not None else Listening()
         return replace(said, metrics=setup.world.share(said.metrics))
 
     def _grouped(self, rows: Sequence[int]) -> list[int]:
@@ -198,16 +198,16 @@ class Listener:
 
     def _sum_up(
         self, by_rank: Sequence[Sequence[_Answer]], rows: Sequence[int], without_content: dict[str, float]
-    ) -> Said:
+    ) -> Listening:
         """Scores and panel of all ranks' answers, in the order of the clips."""
         answers = {answer.row: answer for of_rank in by_rank for answer in of_rank}
         in_order = [answers[row] for row in rows if row in answers]
         scored = score([answer.prediction for answer in in_order])
         panel = [PanelClip(answer.sample, answer.prediction.caption) for answer in in_order if answer.sample]
         if len(rows) <= self.panel:
-            return Said({}, scored.predictions, panel)
+            return Listening({}, scored.predictions, panel)
         metrics = {f"validation/{name}": value for name, value in (scored.means | without_content).items()}
-        return Said(metrics, scored.predictions, panel)
+        return Listening(metrics, scored.predictions, panel)
 
     def _sound(self, row: int) -> Sound:
         index = self.setup.loaders.dataset.validation

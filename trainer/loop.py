@@ -25,7 +25,7 @@ from trainer.evaluate import Evaluator, Setup
 from trainer.feed import Fed, Feed
 from trainer.flops import step_flops
 from trainer.garbage import collected_between_steps
-from trainer.listening import Listener, Said
+from trainer.listening import Listener, Listening
 from trainer.loss import token_losses
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
@@ -342,7 +342,7 @@ class Training:
             self.leave_together(error)
         return None if sums.leaving else step
 
-    def record_evaluation(self, metrics: dict[str, float], said: Said, seconds: float) -> None:
+    def record_evaluation(self, metrics: dict[str, float], said: Listening, seconds: float) -> None:
         """Keep what was said, and tell the ledger of an evaluation. seconds: that the captions took."""
         run, step = self.session.run, self.state.step
         try:

@@ -29,7 +29,7 @@ from data.windows import HOP
 from trainer.distributed import World
 from trainer.engines import Update
 from trainer.flops import peak_flops
-from trainer.listening import PanelClip, Said
+from trainer.listening import Listening, PanelClip
 from trainer.loss import SourceTotals
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Monitor:
             captions = min(samples, self._config.evaluate.captions)
             self.say(f"step {self._step}: evaluates {samples} samples, and captions {captions}, first")
 
-    def evaluation(self, metrics: dict[str, float], said: Said) -> None:
+    def evaluation(self, metrics: dict[str, float], said: Listening) -> None:
         """Report an evaluation; the time that it took does not count for the speed."""
         if self._curves and metrics:
             self._curves.scalars(metrics, self._step)
