@@ -13,7 +13,7 @@ from configs.schema import RunConfig
 from data.batch import Sample, Size, collate
 from data.loader import Loader, Step
 from data.samples import Rejected
-from trainer.captioning import Generator
+from trainer.captioning import Generator, Heard
 from trainer.distributed import World
 from trainer.loaders import Loaders
 from trainer.loss import SourceTotals, token_losses
@@ -127,7 +127,7 @@ class Evaluator:
         """The caption that the model gives a clip, greedily, at the windows that it is trained on."""
         prompt = self.loaders.encoder.prompts[self.config.data.sources[sample.source].style]
         frames = sample.frames if self._at_own_lengths else self._whole
-        tokens = generator(torch.from_numpy(sample.waveform), frames, prompt)
+        (tokens,) = generator([Heard(torch.from_numpy(sample.waveform), frames, prompt)])
         return self.captioner.decode(tokens)
 
     @property
