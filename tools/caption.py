@@ -18,9 +18,12 @@ from configs.errors import ConfigError, DataError, run_command
 from data.decode import AUDIO_ENDINGS, SAMPLE_RATE, BadSample, decode, in_words
 from data.ffmpeg import ffmpeg_would_win, needs_ffmpeg
 from data.windows import HOP, Windows
-from trainer.captioning import Generator
+from trainer.captioning import Generator, Heard
 from trainer.examine import examine, processor
 from trainer.whisper import AUDIO_WINDOW
+
+AT_ONCE = 8
+"""Files that are captioned at the same time."""
 
 
 class Window(StrEnum):
@@ -55,31 +58,30 @@ def caption(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     captioner = _Captioner(model, style, window)
+    files = _files(paths)
     failed = for_ffmpeg = 0
-    for path in _files(paths):
-        try:
-            clip = _read(path, captioner.seconds)
-        except (BadSample, OSError) as error:
-            failed += 1
-            for_ffmpeg += needs_ffmpeg(str(error))
+    for begin in range(0, len(files), AT_ONCE):
+        for path, clip, text in _captioned(captioner, files[begin : begin + AT_ONCE]):
+            if isinstance(clip, Exception):
+                failed += 1
+                for_ffmpeg += needs_ffmpeg(str(clip))
+                if as_json:
+                    _print_json(path=str(path), error=str(clip))
+                else:
+                    print(f"{path}: {clip}", file=sys.stderr)
+                continue
+            if clip.seconds > captioner.seconds:
+                length = in_words(clip.seconds, captioner.seconds)
+                notice = f"{path}: has {length} s; its first {captioner.seconds:g} s are captioned"
+                print(notice, file=sys.stderr)
             if as_json:
-                _print_json(path=str(path), error=str(error))
+                _print_json(path=str(path), caption=text, seconds=round(clip.seconds, 3))
             else:
-                print(f"{path}: {error}", file=sys.stderr)
-            continue
-        if clip.seconds > captioner.seconds:
-            length = in_words(clip.seconds, captioner.seconds)
-            notice = f"{path}: has {length} s; its first {captioner.seconds:g} s are captioned"
-            print(notice, file=sys.stderr)
-        text = captioner(clip.waveform)
-        if as_json:
-            _print_json(path=str(path), caption=text, seconds=round(clip.seconds, 3))
-        else:
-            print(f"{path}\t{text}", flush=True)
+                print(f"{path}\t{text}", flush=True)
     if failed:
         won = f"; {for_ffmpeg:,} of them {ffmpeg_would_win(for_ffmpeg)}" if for_ffmpeg else ""
-        files = "1 file" if failed == 1 else f"{failed:,} files"
-        raise DataError(f"{files} could not be captioned{won}")
+        some = "1 file" if failed == 1 else f"{failed:,} files"
+        raise DataError(f"{some} could not be captioned{won}")
 
 
 class _Clip(NamedTuple):
@@ -102,12 +104,29 @@ def _read(path: Path, most: float) -> _Clip:
     return _Clip(waveform, stated if stated > most else len(waveform) / SAMPLE_RATE)
 
 
+def _captioned(
+    captioner: _Captioner, paths: list[Path]
+) -> Iterator[tuple[Path, _Clip | BadSample | OSError, str]]:
+    """Each file with its clip and caption, or with the reason why it cannot be read."""
+    clips = [_try_to_read(path, captioner.seconds) for path in paths]
+    captions = iter(captioner([clip.waveform for clip in clips if isinstance(clip, _Clip)]))
+    for path, clip in zip(paths, clips, strict=True):
+        yield path, clip, next(captions) if isinstance(clip, _Clip) else ""
+
+
+def _try_to_read(path: Path, most: float) -> _Clip | BadSample | OSError:
+    try:
+        return _read(path, most)
+    except (BadSample, OSError) as error:
+        return error
+
+
 def _print_json(**values: object) -> None:
     print(json.dumps(values, ensure_ascii=False), flush=True)
 
 
 class _Captioner:
-    """An exported model that captions one clip at a time."""
+    """An exported model that captions clips."""
 
     def __init__(self, folder: Path, style: str | None, window: Window | None) -> None:
         found = examine(str(folder), "MODEL", needs_weights=True)
@@ -121,14 +140,17 @@ class _Captioner:
         self.seconds = self.windows.whole * HOP / SAMPLE_RATE
         self.prompt = self.processor.get_prompt_ids(style).tolist() if style else []
         self.generator = Generator(model, GenerationConfig.from_dict(found.generation))
+        if self.generator.beyond:
+            asked = f"{found.folder / 'generation_config.json'}: asks for {', '.join(self.generator.beyond)}"
+            print(f"{asked}: clips are captioned one at a time, which takes longer", file=sys.stderr)
 
-    def __call__(self, waveform: torch.Tensor) -> str:
-        """(n,) int16 at 16 kHz -> caption."""
-        clip = waveform[: self.windows.whole * HOP]
-        frames = int(self.windows.frames([len(clip)], [0], 0)[0])
-        tokens = self.generator(clip, frames, self.prompt)
-        text: str = self.processor.decode(tokens, skip_special_tokens=True)
-        return text.strip()
+    def __call__(self, waveforms: list[torch.Tensor]) -> list[str]:
+        """(n,) int16 at 16 kHz of each clip -> their captions."""
+        clips = [waveform[: self.windows.whole * HOP] for waveform in waveforms]
+        frames = self.windows.frames([len(clip) for clip in clips], [0] * len(clips), 0).tolist()
+        heard = [Heard(clip, wanted, self.prompt) for clip, wanted in zip(clips, frames, strict=True)]
+        texts = [self.processor.decode(tokens, skip_special_tokens=True) for tokens in self.generator(heard)]
+        return [text.strip() for text in texts]
 
 
 def trained_window(config: Any) -> Window:
@@ -139,17 +161,18 @@ def trained_window(config: Any) -> Window:
     return Window(said)
 
 
-def _files(paths: list[Path]) -> Iterator[Path]:
+def _files(paths: list[Path]) -> list[Path]:
+    """The audio files among paths, and in folders among them. Raises ConfigError."""
+    found: list[Path] = []
     for path in paths:
         if not path.exists():
             raise ConfigError(f"{path}: does not exist")
-        if not path.is_dir():
-            yield path
-            continue
-        files = sorted(file for file in path.rglob("*") if _ending(file) in AUDIO_ENDINGS)
+        inside = (file for file in path.rglob("*") if _ending(file) in AUDIO_ENDINGS)
+        files = sorted(inside) if path.is_dir() else [path]
         if not files:
             raise ConfigError(f"{path}: holds no audio file")
-        yield from files
+        found += files
+    return found
 
 
 def _ending(path: Path) -> str:

@@ -16,7 +16,7 @@ from configs.errors import CheckpointError, ConfigError
 from data.captions import prefix_tokens
 from data.decode import SAMPLE_RATE
 from tools.hub_files import PIPELINE
-from trainer.captioning import Generator
+from trainer.captioning import Generator, Heard
 from trainer.examine import Pretrained, examine
 from trainer.weights import Weights
 from trainer.whisper import from_transformers
@@ -102,7 +102,8 @@ def _sound(seconds: float) -> torch.Tensor:
 def _run_tokens(model: Any, generation: dict[str, Any], sound: torch.Tensor) -> torch.Tensor:
     """Tokens of the caption that the run gives a sound, at the whole window, (n,), without their prefix."""
     generator = Generator(from_transformers(model), GenerationConfig.from_dict(generation))
-    return generator(sound, 2 * model.config.max_source_positions, [])
+    (tokens,) = generator([Heard(sound, 2 * model.config.max_source_positions, [])])
+    return tokens
 
 
 @torch.no_grad()
