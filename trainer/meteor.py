@@ -29,7 +29,7 @@ def check(folder: Path) -> None:
     java = shutil.which("java")
     if java is None or subprocess.run([java, "-version"], capture_output=True, check=False).returncode:
         raise ConfigError(
-            f"evaluate.parts.meteor: METEOR needs Java, and {f'{java} fails' if java else 'there is none'} here:"
+            f"evaluate.parts.meteor: METEOR needs Java, and {f'{java} fails' if java else 'there is none'}:"
             " `apt-get install default-jre-headless`, or `module load java` on a cluster; or leave"
             " evaluate.parts.meteor out"
         )

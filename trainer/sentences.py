@@ -98,10 +98,10 @@ def _check_modules(folder: Path) -> None:
     if modules[:2] != ["Transformer", "Pooling"] or modules[2:] not in ([], ["Normalize"]):
         raise ValueError(f"it is made of {', '.join(modules)}, and only Transformer and Pooling are known")
     pooling = _read(folder / "1_Pooling" / "config.json")
-    modes = [name.removeprefix("pooling_mode_") for name, used in pooling.items() if used is True]
-    mode = pooling.get("pooling_mode") or next((name for name in modes if name.endswith("_tokens")), "none")
-    if mode not in ("mean", "mean_tokens"):
-        raise ValueError(f"it pools tokens by {mode}, and only mean is known")
+    settings = {name: value for name, value in pooling.items() if name.startswith("pooling_mode")}
+    modes = [settings.get("pooling_mode") or name for name, value in settings.items() if value]
+    if modes not in (["mean"], ["pooling_mode_mean_tokens"]):
+        raise ValueError(f"it pools tokens by {', '.join(map(str, modes))}, and only their mean is known")
 
 
 def _longest(folder: Path) -> int:
