@@ -55,7 +55,7 @@ class Finding:
 
 def examine(config: Path | None) -> int:
     """Print the findings; 0 if nothing is bad, 1 otherwise."""
-    checks: list[Callable[[], Iterator[Finding]]] = [_packages, _device, _programs, _credentials]
+    checks: list[Callable[[], Iterator[Finding]]] = [_packages, _metrics, _device, _programs, _credentials]
     findings: list[Finding] = []
     for check in checks:
         try:
@@ -79,6 +79,15 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "ok", importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             yield Finding(name, "bad", "not installed: pip install -r requirements.txt")
+
+
+def _metrics() -> Iterator[Finding]:
+    """Whether captions can be scored by all metrics that need no more than a library."""
+    from trainer.aac import METRICS
+    from trainer.parts import remark
+
+    missing = remark()
+    yield Finding("metrics of captions", "note" if missing else "ok", missing or ", ".join(METRICS))
 
 
 def _device() -> Iterator[Finding]:
