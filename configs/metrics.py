@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 HIGHER_IS_BETTER = {
     "loss": False,
@@ -19,6 +20,10 @@ HIGHER_IS_BETTER = {
     "distinct_2": True,
     "repetition_rate": False,
     "empty_rate": False,
+    "silence_words": False,
+    "silence_repetition_rate": False,
+    "noise_words": False,
+    "noise_repetition_rate": False,
     "meteor": True,
     "sbert_sim": True,
 }
@@ -31,6 +36,15 @@ CURVES = "validation/"
 def name_of(curve: str) -> str:
     """The name of a metric, of the name of its curve: `cider_d` of `validation/cider_d/SOURCE`."""
     return curve.removeprefix(CURVES).partition("/")[0]
+
+
+def cost(curve: str, metrics: Mapping[str, float]) -> float:
+    """The value of a curve, its negative where higher is better: the best has the lowest cost. Infinity if
+    there is no such value."""
+    value = metrics.get(curve, math.nan)
+    if not math.isfinite(value):
+        return math.inf
+    return -value if HIGHER_IS_BETTER.get(name_of(curve)) else value
 
 
 def is_higher_better(curve: str, sources: Sequence[str]) -> bool:

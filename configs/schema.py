@@ -25,6 +25,7 @@ from pydantic import (
 
 from configs import sbatch, srun
 from configs.deepspeed import DECIDED, DECIDED_IN_ZERO
+from configs.metrics import is_higher_better
 
 T = TypeVar("T")
 
@@ -460,8 +461,11 @@ class Evaluate(Section):
     """The most that captions may take of the time of training. Fewer clips are scored where all would take
     more, and it is said; at the beginning, when that time is not known, the panel alone. `.inf`: always
     all."""
+    parts: Annotated[dict[str, str], FREE] = {}
+    """Folders of metrics that need more than a library, by metric: `meteor`, `sbert_sim` (evaluation.md)."""
     best_metric: Annotated[str, FREE] = "validation/loss"
-    """Metric whose lowest value marks the best checkpoint: `validation/loss`, or `validation/loss/SOURCE`."""
+    """Metric whose best value marks the best checkpoint: `validation/loss`, `validation/cider_d` (or another
+    of evaluation.md), or that of one source, `validation/loss/SOURCE`. Which way is better is known."""
 
 
 class Monitor(Section):
@@ -583,3 +587,11 @@ class RunConfig(Section):
     evaluate: Evaluate = Evaluate()
     monitor: Monitor = Monitor()
     slurm: Slurm = Slurm()
+
+    @model_validator(mode="after")
+    def _best_metric_is_one(self) -> RunConfig:
+        try:
+            is_higher_better(self.evaluate.best_metric, [source.name for source in self.data.sources])
+        except ValueError as error:
+            raise ValueError(f"evaluate.best_metric: {error}") from None
+        return self

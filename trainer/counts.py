@@ -39,11 +39,12 @@ def distinct(n: int) -> Metric:
 
 def repetition_rate(clips: Sequence[Said]) -> Figures:
     """Share of the n-grams of a caption that have come before in it."""
-    return Figures.averaged([_repeated(PIECE.findall(clip.caption)) for clip in clips])
+    return Figures.averaged([repeated(clip.caption) for clip in clips])
 
 
-def _repeated(words: list[str]) -> float:
-    ngrams = list(_ngrams(words, LOOP_WORDS))
+def repeated(caption: str) -> float:
+    """The share of its n-grams that have come before in it."""
+    ngrams = list(_ngrams(PIECE.findall(caption), LOOP_WORDS))
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 

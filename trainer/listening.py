@@ -3,6 +3,7 @@ listens."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from configs.metrics import CURVES
 from configs.run.predictions import Prediction, Sound
 from data.batch import Sample, collate
 from data.captions import IGNORED, Tokens
@@ -20,13 +22,17 @@ from data.decode import SAMPLE_RATE
 from data.order import EMPTY, LISTEN, Ints, hashed
 from data.windows import HOP
 from trainer.captioning import Generator
+from trainer.counts import repeated
 from trainer.evaluate import Fetch, Setup
 from trainer.loss import token_losses
-from trainer.scores import repetition_rate, score
+from trainer.said import words_of
+from trainer.scores import score
 from trainer.whisper import Whisper
 
 GROUP = 8
 """Clips that are captioned together."""
+DISCRIMINATION = "discrimination"
+"""Whether a clip's own caption is likelier than that of another clip of its source."""
 SECONDS_WITHOUT_CONTENT = (3, 10)
 """Lengths of the silence and of the noise that a model is tried on."""
 NOISE = 0.05
@@ -49,6 +55,8 @@ class Listening:
     """`validation/METRIC` of all clips, and `validation/METRIC/SOURCE`; empty if only the panel was heard."""
     predictions: list[Prediction] = field(default_factory=list)
     panel: list[PanelClip] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Metrics that broke, and why."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ class Listener:
         of_others = iter(self._losses(module, [clip for clip in exchanged if clip]))
         predictions = []
         for clip, row, said, loss, other in zip(clips, rows, tokens, losses, exchanged, strict=True):
-            scores = {"discrimination": float(loss < next(of_others))} if other else {}
+            scores = {DISCRIMINATION: float(loss < next(of_others))} if other else {}
             predictions.append(
                 Prediction(
                     key=clip.key,
@@ -191,9 +199,9 @@ class Listener:
         for name, waveforms in sounds.items():
             clips = [self.setup.as_captioned(_without_caption(waveform)) for waveform in waveforms]
             tokens = generator([self.setup.heard(clip) for clip in clips])
-            captions = [self.setup.captioner.decode(said) for said in tokens]
-            metrics[f"{name}_words"] = fmean(len(caption.split()) for caption in captions)
-            metrics[f"{name}_repetition_rate"] = fmean(map(repetition_rate, captions))
+            said = [" ".join(words_of(self.setup.captioner.decode(each))) for each in tokens]
+            metrics[f"{name}_words"] = fmean(len(words.split()) for words in said)
+            metrics[f"{name}_repetition_rate"] = fmean(map(repeated, said))
         return metrics
 
     def _sum_up(
@@ -202,18 +210,29 @@ class Listener:
         """Scores and panel of all ranks' answers, in the order of the clips."""
         answers = {answer.row: answer for of_rank in by_rank for answer in of_rank}
         in_order = [answers[row] for row in rows if row in answers]
-        scored = score([answer.prediction for answer in in_order])
+        scored = score([answer.prediction for answer in in_order], folders=self.setup.config.evaluate.parts)
         panel = [PanelClip(answer.sample, answer.prediction.caption) for answer in in_order if answer.sample]
         if len(rows) <= self.panel:
-            return Listening({}, scored.predictions, panel)
-        metrics = {f"validation/{name}": value for name, value in (scored.means | without_content).items()}
-        return Listening(metrics, scored.predictions, panel)
+            return Listening({}, scored.predictions, panel, scored.failed)
+        metrics = scored.means | _discrimination(scored.predictions) | without_content
+        curves = {f"{CURVES}{name}": value for name, value in metrics.items()}
+        return Listening(curves, scored.predictions, panel, scored.failed)
 
     def _sound(self, row: int) -> Sound:
         index = self.setup.loaders.dataset.validation
         shard = index.shards[int(index.column("shard")[row])]
         start, size = (int(index.column(name)[row]) for name in ("audio_offset", "audio_size"))
         return Sound(shard.location.url, start, start + size, index.text("ending", row))
+
+
+def _discrimination(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The share of clips, and of each source's, whose own caption is likelier than another one."""
+    by_name: defaultdict[str, list[float]] = defaultdict(list)
+    for prediction in predictions:
+        if DISCRIMINATION in prediction.scores:
+            for name in (DISCRIMINATION, f"{DISCRIMINATION}/{prediction.source}"):
+                by_name[name].append(prediction.scores[DISCRIMINATION])
+    return {name: fmean(values) for name, values in by_name.items()}
 
 
 def _in_turn(by_source: Sequence[Ints]) -> list[int]:

@@ -308,6 +308,8 @@ class Training:
             return None
         seconds = time.monotonic() - began
         metrics |= said.metrics
+        for name, why in said.failed.items():
+            self.monitor.say(f"step {self.state.step}: no {name}: {why}")
         self.monitor.evaluation(metrics, said)
         self.state.evaluated = True
         if self.world.rank == 0 and metrics:
