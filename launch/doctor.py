@@ -247,6 +247,7 @@ def _config(path: Path) -> Iterator[Finding]:
         yield from _cores(config)
         yield from _balance(config)
         yield _model(config)
+        yield _scores(config)
         shards = list_shards(config)
         sources = [
             _source(source.name, [shard.location for shard in shards if shard.source is source])
@@ -268,6 +269,17 @@ def _config(path: Path) -> Iterator[Finding]:
             yield Finding("index", "ok", "complete")
     except EarwitnessError as error:
         yield Finding("config", "bad", str(error))
+
+
+def _scores(config: RunConfig) -> Finding:
+    """Whether captions can be scored as a config asks for it."""
+    from trainer.parts import check
+
+    try:
+        check(config.evaluate.parts, config.evaluate.best_metric)
+    except EarwitnessError as error:
+        return Finding("evaluation", "bad", str(error))
+    return Finding("evaluation", "ok", f"the best checkpoint is that of {config.evaluate.best_metric}")
 
 
 def _model(config: RunConfig) -> Finding:

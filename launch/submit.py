@@ -27,6 +27,7 @@ from slurm.chain import chain_jobs
 from slurm.sayings import IMPOSSIBLE, advice
 from slurm.shell import SECRETS, heed
 from slurm.submit import index_script, look_ahead, submit, write_script
+from trainer import parts
 
 if TYPE_CHECKING:
     from trainer.examine import Pretrained
@@ -47,6 +48,7 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
     _check_idle(run)
     _check_finished(config, run)
     _check_credentials(config)
+    parts.check(config.evaluate.parts, config.evaluate.best_metric)
     shards = list_shards(config)
     missing = _look_at_shards(config, shards)
 

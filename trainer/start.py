@@ -20,7 +20,7 @@ from data.batch import Size
 from data.captions import CaptionEncoder
 from data.dataset import Dataset
 from data.windows import Windows
-from trainer import model
+from trainer import model, parts
 from trainer.changes import pinned
 from trainer.checkpoints import Checkpoints
 from trainer.distributed import World, has_bf16
@@ -59,6 +59,9 @@ class Start:
         would not be the same run, CheckpointError if no checkpoint of the run is sound.
         """
         config, run, world = self.config, self.run, self.world
+        parts.check(config.evaluate.parts, config.evaluate.best_metric)
+        if world.rank == 0 and (missing := parts.remark()):
+            print(missing, flush=True)
         self._check_stop()
         mirror = None
         if world.rank == 0 and config.checkpoint.mirror:
