@@ -41,19 +41,19 @@ class Embedder:
             lacking = [name for name in found["missing_keys"] if not name.startswith("pooler.")]
             if lacking:
                 raise ValueError(f"its weights lack {lacking[0]}")
+            positions = model.config.max_position_embeddings - 2  # RoBERTa's begin at 2
+            self._longest = min(_longest(folder), self._tokenizer.model_max_length, positions)
         except Exception as error:  # of any kind, as the files may hold anything
             raise ConfigError(
                 f"{where} holds no usable model of sentence-transformers ({error}); {GET}"
             ) from None
         self._model: Any = model.eval()
-        positions = model.config.max_position_embeddings - 2  # RoBERTa's begin at 2
-        self._longest = min(_longest(folder), self._tokenizer.model_max_length, positions)
 
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
         """Embeddings of length 1, (n, width)."""
         import torch
 
-        new = sorted(set(captions) - self._known.keys(), key=len)
+        new = sorted(set(captions) - self._known.keys(), key=lambda caption: (len(caption), caption))
         for first in range(0, len(new), BATCH):
             batch = new[first : first + BATCH]
             self._known |= zip(batch, self._embed(batch), strict=True)
