@@ -47,9 +47,9 @@ def listen(model: Path, tmp_path: Path, shards: str) -> Listen:
 
 
 def test_captions_losses_and_metrics_are_the_same_on_any_number_of_ranks(listen: Listen) -> None:
-    settings = {"evaluate": {"captions": 3, "scored": 20}, "window": "own", "max_seconds": None}
+    settings = {"evaluate": {"captions": 3, "scored": 10}, "window": "own", "max_seconds": None}
     alone = listen(**settings)
-    assert len(alone.predictions) == 20 and len(alone.panel) == 3
+    assert len(alone.predictions) == 10 and len(alone.panel) == 3
     assert len({clip.caption for clip in alone.predictions}) > 1
     for ranks in (2, 3):
         together = listen(ranks, **settings)
@@ -104,7 +104,7 @@ def test_a_fault_stands_out_in_the_figure_that_is_made_for_it(
     high: float,
 ) -> None:
     monkeypatch.setattr(Setup, "generator", lambda setup, module: Planted(setup, captions))
-    assert low <= listen(evaluate={"captions": 0, "scored": 24}).metrics[f"validation/{metric}"] <= high
+    assert low <= listen(evaluate={"captions": 0, "scored": 16}).metrics[f"validation/{metric}"] <= high
 
 
 @pytest.mark.parametrize(("hears", "least", "most"), [(1.0, 1.0, 1.0), (0.0, 0.0, 0.0)])
@@ -123,7 +123,7 @@ def test_discrimination_is_the_share_of_clips_whose_own_caption_is_likelier_than
         return torch.cat(out)
 
     monkeypatch.setattr(listening, "token_losses", losses)
-    metrics = listen(evaluate={"captions": 0, "scored": 24}).metrics
+    metrics = listen(evaluate={"captions": 0, "scored": 16}).metrics
     assert least <= metrics["validation/discrimination"] <= most
 
 
