@@ -30,6 +30,8 @@ class SourceReport:
     """Left out, as the index knows that something is wrong with them."""
     too_long: int | None = None
     """Left out, as the index knows their length."""
+    passes: float | None = None
+    """Over those for training, per epoch."""
     met_unusable: int = 0
     """Of those for training and validation, what attempts could not use when it came up."""
     met_reasons: dict[str, int] = field(default_factory=dict)
@@ -64,25 +66,32 @@ class SamplesReport:
 
     def table(self) -> Table:
         """A row for each source."""
-        columns = ("samples", "training", "validation", "unusable", "too long", "met unusable")
+        columns = ("samples", "training", "passes", "validation", "unusable", "too long", "met unusable")
         table = Table("source", *columns, "", box=None)
         for source in self.sources:
             reasons = [f"{count:,} x {reason}" for reason, count in source.met_reasons.items()]
             counts = (
                 source.samples,
                 source.training,
+                source.passes,
                 source.validation,
                 source.unusable,
                 source.too_long,
                 source.met_unusable,
             )
-            in_words = ["?" if count is None else f"{count:,}" for count in counts]
+            in_words = [_in_words(count) for count in counts]
             table.add_row(source.source, *in_words, "; ".join(_some(reasons)))
         return table
 
     def lines(self) -> Iterator[str]:
         """Some of what the last start told."""
         yield from (f"left out: {line}" for line in _some(self.left_out))
+
+
+def _in_words(count: float | None) -> str:
+    if count is None:
+        return "?"
+    return f"{count:,}" if isinstance(count, int) else f"{count:.3g}"
 
 
 def _some(lines: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from configs.schema import RunConfig, Source
 from data import dataset
 from data.captions import LANGUAGE
 from data.merged import Index
+from data.passes import passes
 from tools.hub_files import PIPELINE
 from trainer.checkpoint import Manifest
 from trainer.examine import Pretrained
@@ -112,10 +113,12 @@ python -m tools.caption {name} clip.wav
 
 @dataclass(frozen=True)
 class _Amount:
-    """How much of a source was there to train on. hours: None if its index does not know."""
+    """How much of a source was there to train on, and how often it came in an epoch. hours: None if its index
+    does not know."""
 
     clips: int
     hours: float | None
+    passes: float
 
 
 def write_model_card(run: RunDir, model: Pretrained, manifest: Manifest, name: str, folder: Path) -> None:
@@ -177,7 +180,8 @@ def _data(run: RunDir, config: RunConfig) -> str:
         amount = amounts.get(source.name)
         clips = f"{amount.clips:,}" if amount else "unknown"
         hours = f"{amount.hours:,.1f}" if amount and amount.hours is not None else "unknown"
-        rows.append([source.name, clips, hours, f"{source.weight:g}", source.licence or "not stated"])
+        passes = f"{amount.passes:.4g}" if amount else "unknown"
+        rows.append([source.name, clips, hours, passes, source.licence or "not stated"])
     return _table(["source", "clips to train on", "hours", "passes per epoch", "licence"], rows)
 
 
@@ -187,14 +191,18 @@ def _amounts(run: RunDir, config: RunConfig) -> dict[str, _Amount]:
         training = dataset.open_dataset(config, run.path).training
     except (OSError, KeyError):
         return {}
-    return {source.name: _amount(training, number) for number, source in enumerate(config.data.sources)}
+    of_epoch = passes(config.data, training.samples_by_source())
+    return {
+        source.name: _amount(training, number, of_epoch[number])
+        for number, source in enumerate(config.data.sources)
+    }
 
 
-def _amount(training: Index, source: int) -> _Amount:
+def _amount(training: Index, source: int, of_epoch: float) -> _Amount:
     is_clip = (training.column("source") == source) & (training.column("caption") <= 0)
     seconds = training.column("seconds")[is_clip]
     hours = float(seconds.sum(dtype=np.float64)) / 3600
-    return _Amount(int(is_clip.sum()), None if np.isnan(hours) else hours)
+    return _Amount(int(is_clip.sum()), None if np.isnan(hours) else hours, of_epoch)
 
 
 def _training(run: RunDir, config: RunConfig, manifest: Manifest) -> str:
