@@ -11,6 +11,8 @@ from rich.table import Table
 from configs.run.events import LeftOut, Samples
 from configs.run.ledger import History
 from configs.run.quarantine import Quarantined
+from configs.schema import RunConfig
+from data.passes import passes_in_words
 
 SHOWN = 3
 """Reasons, and lines, that are printed; `--json` has all."""
@@ -86,6 +88,21 @@ class SamplesReport:
     def lines(self) -> Iterator[str]:
         """Some of what the last start told."""
         yield from (f"left out: {line}" for line in _some(self.left_out))
+
+
+def passes_of(config: RunConfig) -> str:
+    """What temperature makes of the weights, as far as it is known: the run has an index from its first start
+    on."""
+    from data import dataset  # takes a second
+
+    try:
+        sizes = dataset.open_dataset(config, config.run.dir).training.samples_by_source()
+    except (OSError, KeyError):  # there is none, or one of other sources
+        return (
+            "passes per epoch with data.temperature depend on the numbers of samples: the first start prints"
+            " them, and `python -m tools.inspect CONFIG` what they will be, about"
+        )
+    return passes_in_words(config.data, sizes)
 
 
 def _in_words(count: float | None) -> str:
