@@ -259,17 +259,15 @@ class Source(Section):
         return value
 
 
-Range = tuple[float, float]
-
-
-def ordered(value: Range | None) -> Range | None:
+def ordered(value: tuple[float, float] | None) -> tuple[float, float] | None:
     """The same range. Raises ValueError if it ends before it begins."""
     if value and value[0] > value[1]:
         raise ValueError(f"a range is written [low, high]; {value[0]:g} is more than {value[1]:g}")
     return value
 
 
-Ordered = AfterValidator(ordered)
+Decibels = Annotated[float, Field(ge=-20, le=100)]
+Speed = Annotated[float, Field(ge=0.5, le=2)]
 
 
 class SpecAugment(Section):
@@ -286,36 +284,21 @@ class SpecAugment(Section):
 
 
 class Augment(Section):
-    """Clips that are changed by chance while they are trained on, never for validation; all off. What a clip
-    gets depends on seed, epoch and sample alone."""
+    """Clips changed by chance, in training only; by seed, epoch and sample alone. All is off by default."""
 
     gain_db: Annotated[float, ON_PURPOSE] = Field(0.0, ge=0, le=60)
     """Each clip is made louder or quieter by up to so many dB; what exceeds full scale is clipped."""
-    noise_snr_db: Annotated[Range | None, Ordered, ON_PURPOSE] = None
-    """White noise, the clip louder than it by so many dB: a range, as `[10, 40]`."""
+    noise_snr_db: Annotated[tuple[Decibels, Decibels] | None, AfterValidator(ordered), ON_PURPOSE] = None
+    """White noise, below the clip by so many dB: a range, as `[10, 40]`, from -20 to 100."""
     noise_share: Annotated[float, ON_PURPOSE] = Field(0.5, gt=0, le=1)
-    """Share of the samples that get noise, where `noise_snr_db` says which."""
-    speed: Annotated[Range | None, Ordered, ON_PURPOSE] = None
-    """Speed of playback, and so pitch: a range, as `[0.9, 1.1]`. A clip is not played so slowly that it would
-    exceed `max_seconds`."""
+    """Share of the samples that get noise, where `noise_snr_db` says how much."""
+    speed: Annotated[tuple[Speed, Speed] | None, AfterValidator(ordered), ON_PURPOSE] = None
+    """Speed of playback, and so pitch: a range, as `[0.9, 1.1]`, from 0.5 to 2. No clip is played so slowly
+    that it would exceed `max_seconds`."""
     mix: Annotated[float, ON_PURPOSE] = Field(0.0, ge=0, le=1)
     """Share of the samples that another clip of the same source is mixed into; captions are joined: `A ...
     and b ...`. For sounds that may well occur together."""
     spec_augment: Annotated[SpecAugment, ON_PURPOSE] = SpecAugment()
-
-    @field_validator("speed")
-    @classmethod
-    def _is_moderate(cls, value: Range | None) -> Range | None:
-        if value and not 0.5 <= value[0] <= value[1] <= 2:
-            raise ValueError("speeds are from 0.5 (half) to 2 (double)")
-        return value
-
-    @field_validator("noise_snr_db")
-    @classmethod
-    def _is_a_ratio(cls, value: Range | None) -> Range | None:
-        if value and not -20 <= value[0] <= value[1] <= 100:
-            raise ValueError("ratios are from -20 dB (noise drowns the clip) to 100 dB (it cannot be heard)")
-        return value
 
 
 class Data(Section):

@@ -355,8 +355,8 @@ def test_a_partner_that_cannot_be_used_or_says_too_much_leaves_the_clip_as_it_is
 def test_ranges_that_cannot_be_meant_are_refused() -> None:
     for settings, words in (
         ({"speed": [1.1, 0.9]}, "[low, high]"),
-        ({"speed": [0.1, 1]}, "from 0.5"),
-        ({"noise_snr_db": [10, 300]}, "to 100 dB"),
+        ({"speed": [0.1, 1]}, "greater than or equal to 0.5"),
+        ({"noise_snr_db": [10, 300]}, "less than or equal to 100"),
     ):
         values = config_values("run", Path("x"), Path("x"), "*.tar")
         values["data"] |= {"augment": settings}
