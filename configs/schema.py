@@ -201,6 +201,9 @@ class Source(Section):
     style: Annotated[str | None, ON_PURPOSE] = None
     """Prompt text that says which style of caption is wanted; it stands before the start token and is not
     learnt."""
+    loss_weight: Annotated[float, ON_PURPOSE] = Field(1.0, gt=0)
+    """How much a token of its captions counts in what is learnt, beside one of a source with 1. Curves and
+    validation losses do not weigh."""
     validation: Annotated[Validation, SEEN_IN_INDEX] = Validation()
     """Share held out for validation (`0.01`), or `{fraction, group}`, or `{shards: [...]}`."""
     licence: Annotated[str | None, FREE] = None
@@ -257,11 +260,60 @@ class Source(Section):
         return value
 
 
+def ordered(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The same range. Raises ValueError if it ends before it begins."""
+    if value and value[0] > value[1]:
+        raise ValueError(f"a range is written [low, high]; {value[0]:g} is more than {value[1]:g}")
+    return value
+
+
+Decibels = Annotated[float, Field(ge=-20, le=100)]
+Speed = Annotated[float, Field(ge=0.5, le=2)]
+
+
+class SpecAugment(Section):
+    """Stretches of time, and bands of mel, that are hidden: they take the clip's mean. Off with no masks."""
+
+    time_masks: Annotated[int, ON_PURPOSE] = Field(0, ge=0, le=20)
+    """Stretches of each clip that are hidden."""
+    time_share: Annotated[float, ON_PURPOSE] = Field(0.1, gt=0, le=1)
+    """Longest of them, as a share of the clip (its padding does not count)."""
+    band_masks: Annotated[int, ON_PURPOSE] = Field(0, ge=0, le=20)
+    """Bands of each clip that are hidden."""
+    band_share: Annotated[float, ON_PURPOSE] = Field(0.15, gt=0, le=1)
+    """Widest of them, as a share of the mel bands."""
+
+
+class Augment(Section):
+    """Clips changed by chance, in training only; by seed, epoch and sample alone. All is off by default."""
+
+    gain_db: Annotated[float, ON_PURPOSE] = Field(0.0, ge=0, le=60)
+    """Each clip is made louder or quieter by up to so many dB; what exceeds full scale is clipped."""
+    noise_snr_db: Annotated[tuple[Decibels, Decibels] | None, AfterValidator(ordered), ON_PURPOSE] = None
+    """White noise, below the clip by so many dB: a range, as `[10, 40]`, from -20 to 100."""
+    noise_share: Annotated[float, ON_PURPOSE] = Field(0.5, gt=0, le=1)
+    """Share of the samples that get noise, where `noise_snr_db` says how much."""
+    speed: Annotated[tuple[Speed, Speed] | None, AfterValidator(ordered), ON_PURPOSE] = None
+    """Speed of playback, and so pitch: a range, as `[0.9, 1.1]`, from 0.5 to 2. No clip is played so slowly
+    that it would exceed `max_seconds`."""
+    mix: Annotated[float, ON_PURPOSE] = Field(0.0, ge=0, le=1)
+    """Share of the samples that another clip of the same source is mixed into; captions are joined: `A ...
+    and b ...`. For sounds that may well occur together."""
+    spec_augment: Annotated[SpecAugment, ON_PURPOSE] = SpecAugment()
+
+
 class Data(Section):
     """From shards to batches."""
 
     sources: Annotated[list[Source], NEW_EPOCH] = Field(min_length=1)
     """The data sets; each epoch passes over all of them."""
+    temperature: Annotated[float, NEW_EPOCH] = Field(1.0, gt=0, allow_inf_nan=True)
+    """Evens sources out, beside their weights: a source's share of an epoch is proportional to (samples x
+    weight)^(1/temperature), and the epoch keeps its size. 1 changes nothing, `.inf` gives equal shares."""
+    style_drop: Annotated[float, ON_PURPOSE] = Field(0.0, ge=0, le=1)
+    """Share of samples, others in each epoch, that are trained without their source's `style`, so that the
+    model works without one, too. Validation keeps it."""
+    augment: Annotated[Augment, ON_PURPOSE] = Augment()
     index_dir: Annotated[str, AS_MEANT, AfterValidator(public), FREE] = "index"
     """Where the shards' indexes are kept, which runs may share: a folder, `s3://BUCKET/PREFIX`, or `beside`:
     the shards, in a folder `index`."""

@@ -19,10 +19,23 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Masks:
+    """What is hidden of a clip's log-mel: stretches of time, (m, 2) float32, and bands of mel, (k, 2). Of
+    each its width, as a share of the frames with sound (the bands) that there are, and its place, as a share
+    of the room that is left."""
+
+    time: npt.NDArray[np.float32]
+    bands: npt.NDArray[np.float32]
+
+
+NO_MASKS = Masks(np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32))
+
+
+@dataclass(frozen=True)
 class Sample:
     """A decoded clip with its caption. waveform: (n,) int16 at 16 kHz; source: number of its source; key:
     SOURCE/SHARD/KEY; frames: mel frames that the encoder takes, an even number; what the clip does not fill
-    is silence; references: all captions that the clip has."""
+    is silence; masks: what is hidden of it; references: all captions that the clip has."""
 
     waveform: npt.NDArray[np.int16]
     tokens: Tokens
@@ -30,6 +43,7 @@ class Sample:
     source: int
     key: str
     frames: int
+    masks: Masks = NO_MASKS
     references: tuple[str, ...] = ()
 
     @property
@@ -95,8 +109,9 @@ class Batch:
 
     waveforms: (N,) int16 at 16 kHz, and `sound` where each lies in it; audio: the encoder's positions of each
     clip, half its mel frames; decoder_input_ids, labels: (T,) int64, -100 where nothing is to be learnt, and
-    `text` where each caption lies in them; source: (B,) source numbers; keys: of the B samples (none in a
-    batch that only keeps a rank in step).
+    `text` where each caption lies in them; source: (B,) source numbers; time_masks, band_masks: (B, m, 2) and
+    (B, k, 2) float32, `Masks` of each clip; keys: of the B samples (none in a batch that only keeps a rank in
+    step).
     """
 
     waveforms: torch.Tensor
@@ -106,6 +121,8 @@ class Batch:
     labels: torch.Tensor
     text: Segments
     source: torch.Tensor
+    time_masks: torch.Tensor
+    band_masks: torch.Tensor
     keys: tuple[str, ...]
 
     def to(self, device: torch.device) -> Batch:
@@ -116,7 +133,14 @@ class Batch:
         """The same batch with each of its tensors changed."""
         tensors: dict[str, Any] = {
             name: change(getattr(self, name))
-            for name in ("waveforms", "decoder_input_ids", "labels", "source")
+            for name in (
+                "waveforms",
+                "decoder_input_ids",
+                "labels",
+                "source",
+                "time_masks",
+                "band_masks",
+            )
         }
         segments = {name: getattr(self, name).map(change) for name in ("sound", "audio", "text")}
         return replace(self, **tensors, **segments)
@@ -138,6 +162,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         labels=torch.tensor([label for clip in clips for label in clip.tokens.labels]),
         text=Segments.of([len(clip.tokens.labels) for clip in clips]),
         source=torch.tensor([clip.source for clip in clips]),
+        time_masks=torch.from_numpy(np.stack([clip.masks.time for clip in clips])),
+        band_masks=torch.from_numpy(np.stack([clip.masks.bands for clip in clips])),
         keys=tuple(sample.key for sample in samples),
     )
 

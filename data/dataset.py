@@ -23,6 +23,7 @@ from data.index import VERSION, Sidecar, index_shard, load_sidecar, origin, side
 from data.lengths import tell_lengths
 from data.merged import LAYOUT, TRAINING, VALIDATION, Index, merge, read_metadata
 from data.order import Order, cut_runs
+from data.passes import passes, passes_in_words
 from data.sources import Shard, expand
 from data.tolerance import too_many_bad
 
@@ -42,7 +43,7 @@ class Dataset:
         return Order(
             runs=runs,
             run_source=self.training.column("source")[runs[:-1]].astype(np.int64),
-            weights=[source.weight for source in config.data.sources],
+            weights=passes(config.data, self.training.samples_by_source()),
             seed=config.run.seed,
             global_batch=config.batch.global_size,
             shuffle_window=config.data.shuffle_window,
@@ -97,6 +98,8 @@ class Overview:
     lines: list[str]
     """What is left out or cut, and why."""
     sources: list[SourceSamples]
+    passes: str
+    """Over each source in an epoch, where its weight alone does not say it; else empty."""
 
 
 def left_out(config: RunConfig, shards: Sequence[Shard], sidecars: Sequence[Sidecar]) -> list[str]:
@@ -199,18 +202,19 @@ def _overview(config: RunConfig, folder: Path, noted: dict[str, Any]) -> Overvie
     used = open_dataset(config, folder)
     by_part = (used.training.samples_by_source(), used.validation.samples_by_source())
     sources, lines = [], list(noted["lines"])
-    for source, counts, training, validation in zip(
-        config.data.sources, noted["counts"], *by_part, strict=True
+    in_epoch = passes(config.data, by_part[0])
+    for source, counts, training, validation, of_epoch in zip(
+        config.data.sources, noted["counts"], *by_part, in_epoch, strict=True
     ):
         samples = training + validation + sum(counts.values())
-        sources.append(SourceSamples(source.name, samples, training, validation, **counts))
+        sources.append(SourceSamples(source.name, samples, training, validation, **counts, passes=of_epoch))
         if source.validation.fraction and not validation:
             lines.append(
                 f"source {source.name}: data.sources.{source.name}.validation="
                 f"{source.validation.fraction:g} chooses none of its {samples:,} samples, so there is no"
                 " validation loss of it; a larger share would"
             )
-    return Overview(lines, sources)
+    return Overview(lines, sources, passes_in_words(config.data, by_part[0]))
 
 
 def _origins(config: RunConfig, shards: Sequence[Shard]) -> list[str]:

@@ -40,6 +40,41 @@ def log_mel(
     )
 
 
+def hide(
+    mel: torch.Tensor, sound: Segments, audio: Segments, time_masks: torch.Tensor, band_masks: torch.Tensor
+) -> torch.Tensor:
+    """Log-mel of clips that lie end to end, (mels, F), with the mean of a clip in place of what its masks
+    hide. sound, audio: as for `log_mel`; time_masks, band_masks: of `Batch`.
+
+    Only frames that hold sound are hidden, and make the mean: padding stays as it is.
+    """
+    if not time_masks.numel() and not band_masks.numel():
+        return mel
+    frames = Segments.of([2 * positions for positions in audio.lengths]).to(mel.device)
+    hearing = [
+        min(wanted, 2 * -(-length // (2 * HOP)))
+        for wanted, length in zip(frames.lengths, sound.lengths, strict=True)
+    ]
+    heard = torch.tensor(hearing, device=mel.device)
+    clip, place = frames.owners, frames.positions
+    is_heard = place < heard[clip]
+    first, end = _stretches(time_masks, heard)
+    in_time = ((place[:, None] >= first[clip]) & (place[:, None] < end[clip])).any(1)
+    first, end = _stretches(band_masks, torch.full_like(heard, len(mel)))
+    band = torch.arange(len(mel), device=mel.device)[:, None, None]
+    in_bands = ((band >= first) & (band < end)).any(2)  # (mels, B)
+    is_hidden = (in_time | in_bands[:, clip]) & is_heard
+    means = mel.new_zeros(len(heard)).index_add_(0, clip, mel.mean(0) * is_heard) / heard
+    return torch.where(is_hidden, means[clip], mel)
+
+
+def _stretches(masks: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, m, 2) shares of the room of each clip, (B,) -> first place and place after the last one, (B, m)."""
+    width = (masks[..., 0] * room[:, None]).long()
+    first = (masks[..., 1] * (room[:, None] - width + 1)).long()
+    return first, first + width
+
+
 def _of_clip(waveform: torch.Tensor, seeing: int, wanted: int, mels: int, window: int) -> torch.Tensor:
     """(n,) int16 -> (mels, wanted). seeing: frames that see sound."""
     half = WINDOW // 2

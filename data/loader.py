@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from data.balance import Balance
 from data.batch import Sample
 from data.location import Location
 from data.order import EMPTY, RUN_BYTES, Ints, Plan
-from data.samples import Place, Rejected, SampleReader, Stretch
+from data.samples import Content, Partner, Place, Rejected, SampleReader, Stretch
 
 READERS = 8
 """Ranged reads under way at a time, per rank."""
@@ -64,22 +64,39 @@ class _Reads:
     audio: _Span
     text: _Span
 
+    def content(self, place: Place) -> Content:
+        """Wait for them, and cut the sample out."""
+        return Content(self.audio.cut(place.audio), self.text.cut(place.text))
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A clip on its way. row: its number in the index."""
+
+    row: int
+    place: Place
+    reads: _Reads
+
+    def content(self) -> Content:
+        """Wait for its bytes."""
+        return self.reads.content(self.place)
+
 
 @dataclass(eq=False)
 class _Slot:
-    """A sample of a step on its way."""
+    """A sample of a step on its way. partner: the clip that is mixed into it."""
 
     lane: int
-    row: int
     epoch: int
-    place: Place
-    reads: _Reads
+    clip: _Clip
+    partner: _Clip | None
     sample: Future[Sample | Rejected] | None = None
 
     @property
-    def spans(self) -> tuple[_Span, _Span]:
+    def spans(self) -> list[_Span]:
         """One for each member."""
-        return self.reads.audio, self.reads.text
+        clips = [self.clip, self.partner] if self.partner else [self.clip]
+        return [span for clip in clips for span in (clip.reads.audio, clip.reads.text)]
 
 
 @dataclass
@@ -136,6 +153,8 @@ class Loader(Iterator[Step]):
         """Steps of the epoch whose reads are planned."""
         self._rows: Ints
         """Samples of the window, (planned lanes, steps); EMPTY where another rank takes one."""
+        self._partners: Ints
+        """The clip that is mixed into each, EMPTY where none is."""
         self._reads: dict[int, _Reads] = {}
         """Those of the window's samples, by row; none where each sample is read by itself."""
 
@@ -199,8 +218,8 @@ class Loader(Iterator[Step]):
                 span.content = self._readers.submit(self._read, span.location, span.start, span.end)
 
     def _build(self, slot: _Slot, step: int) -> Sample | Rejected:
-        audio, text = slot.reads.audio.cut(slot.place.audio), slot.reads.text.cut(slot.place.text)
-        return self.reader.build(slot.row, audio, text, step, slot.epoch)
+        partner = Partner(slot.partner.row, slot.partner.content()) if slot.partner else None
+        return self.reader.build(slot.clip.row, slot.clip.content(), step, slot.epoch, partner)
 
     def _plan_step(self) -> bool:
         """Plan one more step; False at the end."""
@@ -213,18 +232,23 @@ class Loader(Iterator[Step]):
         if self._in_epoch not in self._window:
             self._enter_window()
         slots = []
-        rows = self._rows[:, self._in_epoch - self._window.start]
-        for lane, row in zip(self._planned_lanes, rows.tolist(), strict=True):
+        place = self._in_epoch - self._window.start
+        rows, partners = self._rows[:, place].tolist(), self._partners[:, place].tolist()
+        for lane, row, partner in zip(self._planned_lanes, rows, partners, strict=True):
             if row == EMPTY:
                 continue
-            place = self.reader.place(row)
-            has_neighbours = lane in self.lanes and row in self._reads
-            reads = self._reads[row] if has_neighbours else _alone(place)
-            slots.append(_Slot(lane, row, self._epoch, place, reads))
+            planned = self._reads if lane in self.lanes else {}
+            mixed_in = None if partner == EMPTY else self._clip(partner, planned)
+            slots.append(_Slot(lane, self._epoch, self._clip(row, planned), mixed_in))
         self._planned.append(_Coming(self._next, slots))
         self._next += 1
         self._in_epoch += 1
         return True
+
+    def _clip(self, row: int, planned: Mapping[int, _Reads]) -> _Clip:
+        """A clip, and the reads that bring it: planned ones, else one of its own."""
+        place = self.reader.place(row)
+        return _Clip(row, place, planned.get(row) or _alone(place))
 
     def _enter_window(self) -> None:
         """Find out what this rank takes in (the rest of) a window, and plan its reads."""
@@ -233,13 +257,17 @@ class Loader(Iterator[Step]):
         self._rows = self.plan.lanes(self._epoch, self._planned_lanes, self._window)
         if self.balance:
             self._rows[~self.balance.is_taken(self._rows, self._epoch)] = EMPTY
+        self._partners = self.reader.partners(self._rows, self._epoch)
         own = self._own(self._rows)
         own = own[own != EMPTY]
+        partners = self._own(self._partners)
+        partners = partners[partners != EMPTY]
         # Spans of a whole window stay in memory until their last sample is used; where that is too much,
         # samples are read singly.
         some = [self.reader.place(row) for row in own[:: -(-len(own) // 1000) or 1].tolist()]
         size = float(np.mean([place.end - place.start for place in some])) if some else 0.0
-        self._reads = {} if size * len(own) > self.budget else self._plan_reads(own)
+        is_too_much = size * len(own) > self.budget  # partners lie among them
+        self._reads = {} if is_too_much else self._plan_reads(np.append(own, partners))
 
     def _own(self, rows: Ints) -> Ints:
         """Of the rows of all planned lanes those of this rank's."""

@@ -136,6 +136,13 @@ def merge(
         _write(merged.replace_schema_metadata(metadata), folder / file)
 
 
+def training_samples(shard: Shard, sidecar: Sidecar, longest: float) -> int:
+    """How many samples of a shard `merge` takes for training."""
+    samples = _samples(shard, sidecar)
+    usable = pc.equal(samples["problem"], "").to_numpy() & ~(samples["seconds"].to_numpy() > longest)
+    return int((usable & ~_held_out(shard, samples)).sum())
+
+
 def _write(merged: pa.Table, path: Path) -> None:
     """Write an Arrow file whose columns are in one piece each; it is on disk before it takes the place of
     another one."""

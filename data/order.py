@@ -29,7 +29,8 @@ EMPTY = -1
 """Slot without a sample."""
 READ_TOGETHER = 64
 """Samples of a list whose reads are put together where they are neighbours."""
-SHUFFLE_RUNS, SHUFFLE_LANE, CYCLE, CROP, WHOLE, CAPTION, LISTEN = 1, 2, 3, 4, 5, 6, 7
+SHUFFLE_RUNS, SHUFFLE_LANE, CYCLE, CROP, WHOLE, CAPTION, STYLE = 1, 2, 3, 4, 5, 6, 7
+GAIN, NOISE, NOISE_SNR, NOISE_BITS, SPEED, MIX, PARTNER, MASKS, LISTEN = 8, 9, 10, 11, 12, 13, 14, 15, 16
 """Purposes of random keys."""
 
 
@@ -50,6 +51,22 @@ def hashed(rows: npt.ArrayLike, seed: int, *purpose: int) -> Keys:
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return keys ^ (keys >> np.uint64(31))
+
+
+def is_chosen(rows: npt.ArrayLike, share: float, seed: int, *purpose: int) -> npt.NDArray[np.bool_]:
+    """Whether a row is one of a share of all, (n,): by `seed`, `purpose` and the row alone."""
+    keys = hashed(rows, seed, *purpose)
+    return (keys < np.uint64(min(share * 2.0**64, 2**64 - 1))) | (share >= 1)
+
+
+def uniform(rows: npt.ArrayLike, seed: int, *purpose: int) -> npt.NDArray[np.float64]:
+    """A random number from 0 to (but not) 1 for each row, (n,): by `seed`, `purpose` and the row alone."""
+    return fractions(hashed(rows, seed, *purpose))
+
+
+def fractions(keys: Keys) -> npt.NDArray[np.float64]:
+    """Random keys -> random numbers from 0 to (but not) 1."""
+    return (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def cut_runs(shard: npt.ArrayLike, size: npt.ArrayLike, global_batch: int) -> Ints:

@@ -6,15 +6,18 @@ import zlib
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from configs.errors import DataError
 from configs.run.crash_journal import POISONED, CrashJournal
 from data import storage
-from data.batch import Sample
-from data.captions import CaptionEncoder, find_captions
+from data.augment import Augmentation, Waveform, joined, mixed
+from data.batch import NO_MASKS, Sample
+from data.captions import CaptionEncoder, Tokens, find_captions
 from data.decode import SAMPLE_RATE, BadSample, Skipped, decode, in_words
 from data.location import Location
 from data.merged import Index
-from data.order import CAPTION, CROP, hashed, random_keys
+from data.order import CAPTION, CROP, EMPTY, STYLE, Ints, hashed, is_chosen, random_keys
 from data.retry import STATS
 from data.windows import Windows
 
@@ -61,6 +64,29 @@ class Place:
         return max(self.audio.end, self.text.end)
 
 
+class Content(NamedTuple):
+    """The members of a sample."""
+
+    audio: bytes
+    text: bytes
+
+
+class Partner(NamedTuple):
+    """The clip that is mixed into a sample."""
+
+    row: int
+    content: Content
+
+
+class _Clip(NamedTuple):
+    """A clip that was decoded, its caption, the tokens of that, and all captions that it has."""
+
+    waveform: Waveform
+    caption: str
+    tokens: Tokens
+    references: tuple[str, ...]
+
+
 class SampleReader:
     """Reads the samples of an index. Safe to use from several threads."""
 
@@ -76,12 +102,16 @@ class SampleReader:
         crash_journal: CrashJournal,
         poisoned: frozenset[str] = frozenset(),
         always_alike: bool = False,
+        style_drop: float = 0.0,
+        augmentation: Augmentation | None = None,
     ) -> None:
         """crash_journal: notes what is being decoded; poisoned: keys of samples whose decoder must not be
-        tried again; always_alike: a crop, and a caption chosen at random, are the same at all steps."""
+        tried again; always_alike: a crop, and a caption chosen at random, are the same at all steps;
+        style_drop: share of the samples that come without their source's style."""
         self.index, self.encoder, self.overlong, self.seed = index, encoder, overlong, seed
         self.windows = windows
         self.always_alike = always_alike
+        self.style_drop, self.augmentation = style_drop, augmentation
         self.crash_journal, self.poisoned = crash_journal, poisoned
         self.max_length = round(max_seconds * SAMPLE_RATE)
         names = ("shard", "source", "audio_offset", "audio_size", "text_offset", "text_size", "crc32")
@@ -96,49 +126,95 @@ class SampleReader:
 
     def load(self, row: int, step: int = 0, epoch: int = 0) -> Sample | Rejected:
         """Read and decode one sample by itself."""
-        return self.build(row, *self._read(row), step, epoch)
+        (partner,) = self.partners(np.array([row]), epoch).tolist()
+        mixed_in = None if partner == EMPTY else Partner(partner, self._read(partner))
+        return self.build(row, self._read(row), step, epoch, mixed_in)
 
-    def _read(self, row: int) -> tuple[bytes, bytes]:
+    def partners(self, rows: Ints, epoch: int) -> Ints:
+        """The clip that is mixed into each sample, by its row; EMPTY where none is, and where there is no
+        sample."""
+        if self.augmentation is None:
+            return np.full_like(rows, EMPTY)
+        partners = self.augmentation.partners(rows, epoch)
+        offset = self._columns["audio_offset"]  # a clip with several captions may stand in several rows
+        return np.where(offset[partners] == offset[rows], EMPTY, partners)
+
+    def _read(self, row: int) -> Content:
         place = self.place(row)
-        return storage.read(place.location, *place.audio), storage.read(place.location, *place.text)
+        return Content(storage.read(place.location, *place.audio), storage.read(place.location, *place.text))
 
-    def build(self, row: int, audio: bytes, text: bytes, step: int, epoch: int) -> Sample | Rejected:
-        """Decode a sample from its bytes. A random crop depends on seed, step and sample alone, whether it is
-        padded, and which caption it has, on seed, epoch and sample.
+    def build(
+        self, row: int, content: Content, step: int, epoch: int, partner: Partner | None = None
+    ) -> Sample | Rejected:
+        """Decode a sample from its bytes. A random crop depends on seed, step and sample alone; whether it is
+        padded, which caption it has, whether that has a style, and what augmentation makes of it, on seed,
+        epoch and sample.
 
-        Raises DataError if the bytes are not those that were indexed.
+        partner: of `self.partners`. Raises DataError if the bytes are not those that were indexed.
         """
+        key, source = self.index.identity(row), int(self._columns["source"][row])
+        style: str | None = self.index.shards[int(self._columns["shard"][row])].source.style
+        if is_chosen([row], self.style_drop, self.seed, STYLE, epoch):
+            style = None
+        try:
+            clip = self._clip(row, content, step, epoch, style)
+        except BadSample as error:
+            return Rejected(key, str(error), bad=not isinstance(error, Skipped))
+        if partner:
+            clip = self._mixed(clip, partner, step, epoch, style)
+        waveform, masks = clip.waveform, NO_MASKS
+        if self.augmentation:
+            waveform = self.augmentation.waveform(waveform, row, epoch)
+            masks = self.augmentation.masks(row, epoch)
+        frames = int(self.windows.frames([len(waveform)], [row], epoch)[0])
+        return Sample(waveform, clip.tokens, clip.caption, source, key, frames, masks, clip.references)
+
+    def _clip(self, row: int, content: Content, step: int, epoch: int, style: str | None) -> _Clip:
+        """A clip as it was recorded, or the stretch of it that fits. Raises BadSample."""
         shard = self.index.shards[int(self._columns["shard"][row])]
         key = self.index.identity(row)
         if key in self.poisoned:
-            return Rejected(key, POISONED, bad=True)
-        if not self._is_sound(row, audio, text):
-            audio, text = self._read(row)  # a bit may have flipped on its way
-            STATS["reread"] += 1
-            if not self._is_sound(row, audio, text):
-                raise DataError(
-                    f"{shard.location.url}: sample {self.index.text('key', row)!r} is not what was indexed"
-                    " (CRC32 differs, read twice). The shard was changed or damaged: restore it, or index it"
-                    " again with `python -m tools.index`."
-                )
-        try:
-            captions = find_captions(text, shard.source.caption_keys)
-            caption = self._chosen(captions, row, epoch)
-            tokens = self.encoder.encode(caption, shard.source.style)
-            ending = self.index.text("ending", row)
-            with self.crash_journal.holding(key, shard.location.url):
-                whole = decode(audio, ending, lambda seconds: self._fit(seconds, row, step))
-        except BadSample as error:
-            return Rejected(key, str(error), bad=not isinstance(error, Skipped))
-        source = int(self._columns["source"][row])
-        waveform = whole[: self.max_length]
-        frames = int(self.windows.frames([len(waveform)], [row], epoch)[0])
-        return Sample(waveform, tokens, caption, source, key, frames, tuple(captions))
+            raise BadSample(POISONED)
+        audio, text = self._sound(row, content)
+        captions = find_captions(text, shard.source.caption_keys)
+        caption = self._chosen(captions, row, epoch)
+        tokens = self.encoder.encode(caption, style)
+        ending = self.index.text("ending", row)
+        with self.crash_journal.holding(key, shard.location.url):
+            whole = decode(audio, ending, lambda seconds: self._fit(seconds, row, step))
+        return _Clip(whole[: self.max_length], caption, tokens, tuple(captions))
 
-    def _is_sound(self, row: int, audio: bytes, text: bytes) -> bool:
+    def _mixed(self, clip: _Clip, partner: Partner, step: int, epoch: int, style: str | None) -> _Clip:
+        """A clip with another one in it; as it is where that cannot be used, cannot be heard beside it, or
+        says more than fits."""
+        try:
+            other = self._clip(partner.row, partner.content, step, epoch, style)
+            caption = joined(clip.caption, other.caption)
+            tokens = self.encoder.encode(caption, style)
+        except BadSample:
+            return clip
+        waveform = mixed(clip.waveform, other.waveform)
+        return clip if waveform is None or tokens.cut else _Clip(waveform, caption, tokens, (caption,))
+
+    def _sound(self, row: int, content: Content) -> Content:
+        """The bytes of a sample, read again if they are not what was indexed. Raises DataError."""
+        if self._is_sound(row, content):
+            return content
+        again = self._read(row)  # a bit may have flipped on its way
+        STATS["reread"] += 1
+        if not self._is_sound(row, again):
+            url = self.index.shards[int(self._columns["shard"][row])].location.url
+            raise DataError(
+                f"{url}: sample {self.index.text('key', row)!r} is not what was indexed (CRC32 differs, read"
+                " twice). The shard was changed or damaged: restore it, or index it again with `python -m"
+                " tools.index`."
+            )
+        return again
+
+    def _is_sound(self, row: int, content: Content) -> bool:
         """Whether these bytes have the CRC32 that a full index knows; a quick one knows none."""
         indexed = int(self._columns["crc32"][row])
-        return indexed < 0 or zlib.crc32(text, zlib.crc32(audio)) == indexed
+        return indexed < 0 or zlib.crc32(content.text, zlib.crc32(content.audio)) == indexed
 
     def _chosen(self, captions: list[str], row: int, epoch: int) -> str:
         """The caption that this sample is about. A random one depends on seed, epoch and sample alone."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.schema import RunConfig
-from data.order import WHOLE, Ints, hashed
+from data.order import WHOLE, Ints, is_chosen
 
 HOP = 160
 """Samples at 16 kHz from one mel frame to the next: 10 ms."""
@@ -35,5 +35,4 @@ class Windows:
         """Mel frames of samples, (n,), an even number. lengths: (n,) in samples at 16 kHz; rows: (n,) theirs
         in the index. The samples that are padded are others in each epoch, whatever the number of ranks."""
         own = np.clip(-(-np.asarray(lengths, np.int64) // (2 * HOP)), 1, self.whole // 2) * 2
-        is_padded = hashed(rows, self.seed, WHOLE, epoch) < np.uint64(min(self.share * 2.0**64, 2**64 - 1))
-        return np.where(is_padded | (self.share >= 1), self.whole, own)
+        return np.where(is_chosen(rows, self.share, self.seed, WHOLE, epoch), self.whole, own)

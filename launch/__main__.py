@@ -146,7 +146,12 @@ def config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved settings."""
     from configs.load import dump, load
 
-    print(dump(load(config, overrides or [])), end="")
+    resolved = load(config, overrides or [])
+    print(dump(resolved), end="")
+    if resolved.data.temperature != 1:
+        from launch.samples import passes_of
+
+        print(f"# {passes_of(resolved)}")
 
 
 @app.command()

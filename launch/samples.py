@@ -11,6 +11,8 @@ from rich.table import Table
 from configs.run.events import LeftOut, Samples
 from configs.run.ledger import History
 from configs.run.quarantine import Quarantined
+from configs.schema import RunConfig
+from data.passes import passes_in_words
 
 SHOWN = 3
 """Reasons, and lines, that are printed; `--json` has all."""
@@ -30,6 +32,8 @@ class SourceReport:
     """Left out, as the index knows that something is wrong with them."""
     too_long: int | None = None
     """Left out, as the index knows their length."""
+    passes: float | None = None
+    """Over those for training, per epoch."""
     met_unusable: int = 0
     """Of those for training and validation, what attempts could not use when it came up."""
     met_reasons: dict[str, int] = field(default_factory=dict)
@@ -64,25 +68,47 @@ class SamplesReport:
 
     def table(self) -> Table:
         """A row for each source."""
-        columns = ("samples", "training", "validation", "unusable", "too long", "met unusable")
+        columns = ("samples", "training", "passes", "validation", "unusable", "too long", "met unusable")
         table = Table("source", *columns, "", box=None)
         for source in self.sources:
             reasons = [f"{count:,} x {reason}" for reason, count in source.met_reasons.items()]
             counts = (
                 source.samples,
                 source.training,
+                source.passes,
                 source.validation,
                 source.unusable,
                 source.too_long,
                 source.met_unusable,
             )
-            in_words = ["?" if count is None else f"{count:,}" for count in counts]
+            in_words = [_in_words(count) for count in counts]
             table.add_row(source.source, *in_words, "; ".join(_some(reasons)))
         return table
 
     def lines(self) -> Iterator[str]:
         """Some of what the last start told."""
         yield from (f"left out: {line}" for line in _some(self.left_out))
+
+
+def passes_of(config: RunConfig) -> str:
+    """What temperature makes of the weights, as far as it is known: the run has an index from its first start
+    on."""
+    from data import dataset  # takes a second
+
+    try:
+        sizes = dataset.open_dataset(config, config.run.dir).training.samples_by_source()
+    except (OSError, KeyError):  # there is none, or one of other sources
+        return (
+            "passes per epoch with data.temperature depend on the numbers of samples: the first start prints"
+            " them, and `python -m tools.inspect CONFIG` what they will be, about"
+        )
+    return passes_in_words(config.data, sizes)
+
+
+def _in_words(count: float | None) -> str:
+    if count is None:
+        return "?"
+    return f"{count:,}" if isinstance(count, int) else f"{count:.3g}"
 
 
 def _some(lines: list[str]) -> list[str]:

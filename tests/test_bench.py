@@ -46,6 +46,14 @@ def positive(figures: dict[str, float]) -> bool:
 
 
 @pytest.mark.slow
+def test_augmentation_is_measured_part_by_part() -> None:
+    done = run_program("tools.bench", "augment", "--rounds", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)["augment"]["milliseconds a clip"]["median"]
+    assert {"gain_db", "noise_snr_db", "speed", "spec_augment", "mix"} < set(figures) and positive(figures)
+
+
+@pytest.mark.slow
 def test_saving_and_loading_are_measured(tmp_path: Path) -> None:
     result = bench(tmp_path, "checkpoint", "--model", "sandbox")
     saves, loads = result["save"], result["load"]

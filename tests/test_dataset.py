@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from transformers import WhisperProcessor
 
 from configs.errors import ConfigError, DataError
 from configs.load import validate
 from configs.run.crash_journal import CrashJournal
-from configs.schema import RunConfig
+from configs.schema import Data, RunConfig
 from data import dataset
 from data.batch import Sample
 from data.captions import CaptionEncoder
@@ -21,8 +23,11 @@ from data.index import index_shard
 from data.merged import TRAINING, VALIDATION
 from data.samples import SampleReader
 from data.windows import Windows
+from launch.samples import passes_of
 from tests import shards as small
 from tests.making import config_values
+from tools.card_styles import on_styles
+from tools.inspect import inspect
 
 
 def test_a_cut_off_shard_is_told_at_the_start(tmp_path: Path, model: Path, shards: str) -> None:
@@ -163,3 +168,71 @@ def test_a_sample_is_prompted_with_the_style_of_its_own_source(model: Path, tmp_
         prompt = tokenizer.get_prompt_ids(style).tolist() if style else []
         assert sample.tokens.input_ids[: len(prompt) + 1] == [*prompt, 7], sample.key
     assert len(index) == len(styles)
+
+
+def test_a_share_of_the_samples_comes_without_the_style_of_their_source(model: Path, tmp_path: Path) -> None:
+    """Others in each epoch, by seed, epoch and sample alone."""
+    tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
+    members = [member for number in range(100) for member in small.clip(f"{number:03}", number % 10)]
+    source = small.source(small.shard(tmp_path / "a.tar", members), style="In a few words.")
+    index = small.merged(tmp_path / "index", source)
+    encoder = CaptionEncoder(
+        tokenizer.backend_tokenizer, [7], positions=64, long_caption="truncate", styles=[source.style]
+    )
+
+    def styled(share: float, epoch: int, rows: Iterable[int] = range(100)) -> list[bool]:
+        samples = SampleReader(
+            index,
+            encoder,
+            windows=Windows(200, share=0.0, seed=0),
+            max_seconds=2.0,
+            overlong="skip",
+            seed=0,
+            crash_journal=CrashJournal(1),
+            style_drop=share,
+        )
+        return [samples.load(row, step=row, epoch=epoch).tokens.input_ids[0] != 7 for row in rows]
+
+    assert all(styled(0.0, 0)) and not any(styled(1.0, 0))
+    first, second = styled(0.3, 0), styled(0.3, 1)
+    assert np.mean(first) == pytest.approx(0.7, abs=0.15) and first != second
+    assert styled(0.3, 0, [99, 5]) == [first[99], first[5]]
+
+
+def test_what_temperature_makes_of_the_weights_is_told_wherever_sources_are(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a start, by `launch config` once there was one, and by `tools.inspect` before."""
+    many = [member for number in range(9) for member in small.clip(f"{number}", number)]
+    few, many = small.shard(tmp_path / "few.tar", small.clip("a")), small.shard(tmp_path / "many.tar", many)
+    values = config_values("run", tmp_path, tmp_path, "")
+    values["data"]["sources"] = [{"name": path.stem, "shards": [str(path)]} for path in (few, many)]
+    values["data"]["temperature"] = float("inf")
+    config = validate(values, "test")
+    told = "passes per epoch with data.temperature=inf: few 5 (weight 1), many 0.556 (weight 1)"
+    assert "tools.inspect CONFIG" in passes_of(config)
+    overview = dataset.build(config, config.run.dir, 2.0)
+    assert overview.passes == passes_of(config) == told
+    assert [source.passes for source in overview.sources] == pytest.approx([5, 5 / 9])
+    values["model"]["name_or_path"] = str(model)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    inspect([str(tmp_path / "mine.yaml")])
+    assert told in capsys.readouterr().out.splitlines()
+
+
+def test_a_model_card_names_styles_and_whether_captions_without_one_were_trained() -> None:
+    def card(dropped: float, *styles: str | None) -> str:
+        sources = [
+            {"name": f"source{number}", "shards": ["x"], "style": style}
+            for number, style in enumerate(styles)
+        ]
+        return on_styles(Data.model_validate({"sources": sources, "style_drop": dropped}), "mine")
+
+    assert card(0.1, None, None) == ""
+    both = card(0.0, "In short.", "In short.", "At length.")
+    assert "- `In short.`: source0, source1\n- `At length.`: source2\n" in both
+    assert "tools.caption mine clip.wav --style 'In short.'" in both
+    assert "Captions without a style were not trained (data.style_drop was 0)" in both
+    assert "were trained, too: on 10% of the samples." in card(0.1, "In short.")
+    assert "were trained, too: on source1 and 10% of the others." in card(0.1, "In short.", None)
+    assert "were trained, too: on source1." in card(0.0, "In short.", None)

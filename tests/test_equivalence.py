@@ -303,3 +303,47 @@ def test_checkpoints_say_where_every_element_is(trained) -> None:
             ends = sorted((start, end) for start, end, _ in about["fragments"])
             assert ends[0][0] == 0 and ends[-1][1] == math.prod(about["shape"]), name
             assert all(before[1] == after[0] for before, after in itertools.pairwise(ends)), name
+
+
+@pytest.mark.slow
+def test_sources_count_as_their_loss_weights_say_on_any_ranks_and_curves_do_not_weigh(
+    tmp_path: Path, model: Path, launch: Launcher
+) -> None:
+    sources = []
+    for name, numbers in (("one", range(14)), ("other", range(14, 28))):
+        table = make_clips(tmp_path / f"{name}-clips", numbers)
+        assert run_program("tools.pack", table, tmp_path / name).returncode == 0
+        index_in_full(tmp_path, f"{tmp_path}/{name}/*.tar")
+        sources.append({"name": name, "shards": [f"{tmp_path}/{name}/*.tar"], "validation": 0.2})
+
+    def run(name: str, weights: tuple[float, float], procs: int, micro: float, backend: str) -> RunDir:
+        config = config_values(
+            name,
+            tmp_path,
+            model,
+            "",
+            batch={"global_size": GLOBAL, "micro_seconds": micro},
+            optim={"lr": 1e-4, "max_steps": 2, "clip_grad_norm": CLIP["fp32"]},
+            engine={"backend": backend, "dtype": "fp32"},
+        )
+        config["data"]["sources"] = [
+            {**source, "loss_weight": weight} for source, weight in zip(sources, weights, strict=True)
+        ]
+        assert launch(config, procs=procs).returncode == 0
+        return RunDir(Path(config["run"]["dir"]))
+
+    plain = run("plain", (1, 1), 1, 4, "zero2")
+    weighted = [run("weighted", (1, 4), 1, 4, "zero2"), run("scaled", (0.5, 2), 3, 1, "fsdp2")]
+    expected = Plain(weighted[0], "fp32")
+    samples = expected.load(expected.dataset.training, expected.order.lanes(0, range(GLOBAL))[:, 0])
+    parts = [[sample for sample in samples if sample.source == source] for source in range(2)]
+    total = learnt_tokens(parts[0]) + 4 * learnt_tokens(parts[1])
+    ((expected.loss(parts[0]) + 4 * expected.loss(parts[1])) / total).backward()
+    gradient = {name: p.grad for name, p in expected.network.named_parameters() if name in expected.masters}
+    for name in ("loss", "loss/one", "loss/other", "validation/loss"):
+        first = [curve(of.path, name)[0] for of in (plain, *weighted)]
+        assert first == pytest.approx([first[0]] * 3, rel=1e-6), f"{name} does not weigh"
+    for of in weighted:
+        assert curve(of.path, "grad_norm")[0] == pytest.approx(norm(gradient), rel=1e-4)
+        assert losses(of.path)[1] == pytest.approx(losses(weighted[0].path)[1], rel=1e-5)
+    assert curve(plain.path, "grad_norm")[0] != pytest.approx(norm(gradient), rel=1e-2)

@@ -17,6 +17,8 @@ from trainer.feed import Feed
 
 SIZE = Size(seconds=2.5, window_seconds=30, tokens=448)
 CPU = torch.device("cpu")
+EVEN = torch.ones(1)
+"""Loss weights of the one source."""
 
 
 class Steps:
@@ -48,7 +50,7 @@ class Steps:
 
 
 def test_a_step_comes_as_micro_batches_with_its_tokens() -> None:
-    feed = Feed(Steps(2), SIZE, CPU)
+    feed = Feed(Steps(2), SIZE, CPU, EVEN)
     for number in range(2):
         fed = next(feed)
         assert fed.step.number == number and fed.tokens == 3
@@ -60,7 +62,7 @@ def test_a_step_comes_as_micro_batches_with_its_tokens() -> None:
 
 def test_the_next_step_is_prepared_while_this_one_is_taken() -> None:
     steps = Steps(3)
-    feed = Feed(steps, SIZE, CPU)
+    feed = Feed(steps, SIZE, CPU, EVEN)
     next(feed)
     assert steps.asked.acquire(timeout=30) and steps.asked.acquire(timeout=30), "nobody has asked for it yet"
     assert threading.get_ident() not in steps.threads
@@ -68,7 +70,7 @@ def test_the_next_step_is_prepared_while_this_one_is_taken() -> None:
 
 def test_what_the_training_waits_for_is_all_that_counts_as_waiting() -> None:
     """Planning, reading, collating and copying alike: the loader alone has waited 7 s."""
-    feed = Feed(Steps(2), SIZE, CPU)
+    feed = Feed(Steps(2), SIZE, CPU, EVEN)
     next(feed)
     assert feed.ready(None)
     assert next(feed).step.waited < 5
@@ -76,7 +78,7 @@ def test_what_the_training_waits_for_is_all_that_counts_as_waiting() -> None:
 
 def test_an_error_comes_in_place_of_the_step_that_it_spoils() -> None:
     steps = Steps(1, DataError("gone"))
-    feed = Feed(steps, SIZE, CPU)
+    feed = Feed(steps, SIZE, CPU, EVEN)
     assert next(feed).step.number == 0
     assert feed.ready(30)
     with pytest.raises(DataError, match="gone"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from configs.errors import ConfigError
 from configs.load import validate
+from configs.schema import Data
 from data.order import (
     EMPTY,
     ORDER_VERSION,
@@ -23,6 +26,7 @@ from data.order import (
     random_keys,
     rank_lanes,
 )
+from data.passes import passes
 from tests.making import config_values
 from trainer.changes import begins_new_epoch, check_changes, pinned
 
@@ -195,6 +199,70 @@ def test_a_run_of_a_version_with_another_order_is_told_and_goes_on_when_allowed(
         assert "run.allow_change=[order]' (a new epoch begins then)" in said
         check_changes(before, now, ["order"], tmp_path)
     assert begins_new_epoch(["order"])
+
+
+def tempered(temperature: float, *weights: float) -> Data:
+    sources = [{"name": f"source{n}", "shards": ["x"], "weight": weight} for n, weight in enumerate(weights)]
+    return Data.model_validate({"temperature": temperature, "sources": sources})
+
+
+def test_temperature_evens_sources_out_in_an_epoch_of_the_same_size() -> None:
+    sizes = [1000, 100, 50]
+    assert passes(tempered(1.0, 0.3, 1.0, 1.1), sizes) == [0.3, 1.0, 1.1], "bit for bit"
+    in_epoch = 1000 + 200 + 50
+    assert passes(tempered(math.inf, 1, 2, 1), sizes) == pytest.approx([in_epoch / 3 / n for n in sizes])
+    for temperature in (0.1, 0.5, 2.0, 5.0):
+        counts = np.array(passes(tempered(temperature, 1, 2, 1), sizes)) * sizes
+        expected = np.array([1000, 200, 50]) ** (1 / temperature)
+        assert counts == pytest.approx(in_epoch * expected / expected.sum())
+    coldest = passes(tempered(1e-6, 1, 2, 1), sizes)
+    assert coldest == pytest.approx([1.25, 0, 0]), "nothing overflows"
+
+
+def test_the_passes_that_temperature_makes_come_out_exactly_over_epochs() -> None:
+    """Of 400, 100 and 20 samples equal shares are 173.3: 0.433, 1.733 and 8.667 passes."""
+    sizes, epochs = [400, 100, 20], 30
+    source = np.repeat(np.arange(3), sizes)
+    runs = cut_runs(source, np.full(len(source), 1_000), 8)
+    order = Order(runs, source[runs[:-1]], passes(tempered(math.inf, 1, 1, 1), sizes), 3, 8, 16)
+    seen = np.concatenate([order.lanes(epoch, range(8)).ravel() for epoch in range(epochs)])
+    counts = np.bincount(seen[seen != EMPTY], minlength=len(source))
+    for number, size in enumerate(sizes):
+        assert set(counts[source == number]) == {round(epochs * sum(sizes) / 3 / size)}
+    by_epoch = [order.samples_in(epoch) for epoch in range(epochs)]
+    assert sum(by_epoch) == epochs * sum(sizes)
+    assert all(abs(count - sum(sizes)) <= 3 * np.diff(runs).max() for count in by_epoch)
+
+
+CHANGED = {
+    "data.temperature": {"temperature": 3},
+    "data.style_drop": {"style_drop": 0.1},
+    "data.augment.mix": {"augment": {"mix": 0.2}},
+    "data.augment.spec_augment.time_masks": {"augment": {"spec_augment": {"time_masks": 2}}},
+    "data.sources.captions": {"sources": [{"name": "sounds", "shards": ["*.tar"], "loss_weight": 2}]},
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), CHANGED.items(), ids=CHANGED)
+def test_a_run_does_not_go_on_with_samples_changed_or_weighed_otherwise(
+    tmp_path: Path, name: str, settings: dict[str, object]
+) -> None:
+    """Unless that is allowed by name. A checkpoint that does not name these settings yet had none of them."""
+    values = config_values("run", tmp_path, tmp_path, "*.tar")
+    before = pinned(validate(values, "test"), "digest")
+    now = pinned(validate(values | {"data": values["data"] | settings}, "test"), "digest")
+    earlier = {key: value for key, value in before.items() if "augment" not in key}
+    earlier = {
+        key: value for key, value in earlier.items() if key not in ("data.temperature", "data.style_drop")
+    }
+    earlier["data.sources.captions"] = [source[:3] for source in before["data.sources.captions"]]
+    check_changes(earlier, before, [], tmp_path)
+    for checkpoint in (before, earlier):
+        with pytest.raises(ConfigError, match=re.escape(f"run.allow_change=[{name}]")) as caught:
+            check_changes(checkpoint, now, [], tmp_path)
+        assert f"  {name}: " in str(caught.value)
+        assert ("a new epoch begins" in str(caught.value)) == (name == "data.temperature")
+        check_changes(checkpoint, now, [name], tmp_path)
 
 
 def test_an_epoch_mixes_the_sources_from_the_start() -> None:

@@ -15,7 +15,7 @@ from data.captions import IGNORED, Tokens
 from data.decode import decode
 from tests import stock
 from trainer.captioning import Generator
-from trainer.loss import token_losses
+from trainer.loss import token_losses, token_weights
 from trainer.whisper import Whisper, as_transformers, from_transformers
 
 WINDOW = 200
@@ -92,6 +92,31 @@ def test_a_clip_alone_or_among_others_first_or_last_has_the_same_loss(ours) -> N
         alone = of_each(ours, [sample])[sample.key].sum().item()
         assert together[sample.key].sum().item() == pytest.approx(alone, rel=1e-6)
         assert turned[sample.key].sum().item() == pytest.approx(alone, rel=1e-6)
+
+
+def test_tokens_count_as_the_weights_of_their_sources_say_in_any_micro_batches(ours) -> None:
+    """And two of a weight of 2 as two of 1."""
+    clips = [noise(seconds, seed) for seed, seconds in enumerate(SECONDS)]
+    clips = [replace(clip, source=number % 2) for number, clip in enumerate(clips)]
+
+    def gradient(weights: list[float], *groups: list[Sample]) -> torch.Tensor:
+        ours.zero_grad()
+        by_source = torch.tensor(weights)
+        batches = [collate(group) for group in groups]
+        total = sum(token_weights(batch, by_source).sum() for batch in batches)
+        for batch in batches:
+            losses = token_losses(ours, batch, ours.config, torch.float32)
+            ((losses * token_weights(batch, by_source)).sum() / total).backward()
+        return torch.cat([p.grad.flatten() for p in ours.parameters() if p.grad is not None])
+
+    even, weighted = gradient([1, 1], clips), gradient([1, 3], clips)
+    size = even.norm()
+    assert (gradient([2, 2], clips[:2], clips[2:]) - even).norm() < 1e-6 * size
+    assert (gradient([2, 6], clips[3:], clips[:3]) - weighted).norm() < 1e-6 * size
+    learnt = [sum(label != IGNORED for clip in clips[n::2] for label in clip.tokens.labels) for n in range(2)]
+    alone = [gradient([1, 1], clips[n::2]) for n in range(2)]
+    expected = (learnt[0] * alone[0] + 3 * learnt[1] * alone[1]) / (learnt[0] + 3 * learnt[1])
+    assert (weighted - expected).norm() < 1e-5 * size and (weighted - even).norm() > 0.01 * size
 
 
 def test_a_pack_holds_no_padding_and_an_empty_one_has_no_gradient(ours) -> None:

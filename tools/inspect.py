@@ -3,6 +3,8 @@ whether they are sound."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,11 +24,15 @@ from data import storage
 from data.captions import find_captions
 from data.decode import AudioInfo, BadSample, decode, probe
 from data.index import Sidecar, ignored_in_words, index_shard, load_sidecar
+from data.merged import training_samples
+from data.passes import passes_in_words
 from data.sources import Shard, expand
 from tools.arguments import CaptionKeys, StorageOptions, named_data
 from trainer import checkpoint
 
 EXAMPLES = 3
+WHISPER_SECONDS = 30.0
+"""The window of a published Whisper: longer clips are not trained on."""
 DECODED_SECONDS = 60.0
 """Seconds of each sample that are decoded: this bounds the memory for clips of hours."""
 
@@ -61,8 +67,13 @@ def inspect(
     if tokenizer is None and config is not None:
         tokenizer = config.model.name_or_path
     ruler = _caption_ruler(tokenizer)
-    for source in data.sources:
-        _show_source(source, data.index_dir, samples, ruler)
+    longest = data.max_seconds or WHISPER_SECONDS
+    sizes = [
+        _show_source(source, data.index_dir, samples, ruler, longest if data.overlong == "skip" else math.inf)
+        for source in data.sources
+    ]
+    if data.temperature != 1:
+        print(passes_in_words(data, sizes))
 
 
 class _Ruler(NamedTuple):
@@ -107,8 +118,9 @@ class _Problem:
     reason: str
 
 
-def _show_source(source: Source, index_dir: str, limit: int, ruler: _Ruler) -> None:
-    """Print what a source holds; at most `limit` samples are opened, with 0 all."""
+def _show_source(source: Source, index_dir: str, limit: int, ruler: _Ruler, longest: float) -> int:
+    """Print what a source holds; at most `limit` samples are opened, with 0 all. Returns how many there are
+    to train on, without those that the index knows to be longer than `longest` seconds."""
     shards = expand(source)
     with ThreadPoolExecutor(8) as pool:
         sidecars = _sidecars(shards, index_dir, pool)
@@ -137,6 +149,7 @@ def _show_source(source: Source, index_dir: str, limit: int, ruler: _Ruler) -> N
     _show_problems(problems)
     for sample in sound[:: max(1, len(sound) // EXAMPLES)][:EXAMPLES]:
         _line("example", f"{sample.key} ({sample.info.seconds:.1f} s): {sample.captions[0]}")
+    return sum(map(training_samples, shards, sidecars, itertools.repeat(longest)))
 
 
 def _sidecars(shards: Sequence[Shard], index_dir: str, pool: ThreadPoolExecutor) -> list[Sidecar]:

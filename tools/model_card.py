@@ -14,10 +14,12 @@ import yaml
 from configs.errors import ConfigError
 from configs.run.events import TrainingBegan
 from configs.run.folder import RunDir
-from configs.schema import RunConfig, Source
+from configs.schema import Augment, RunConfig
 from data import dataset
 from data.captions import LANGUAGE
 from data.merged import Index
+from data.passes import passes
+from tools.card_styles import on_styles
 from tools.hub_files import PIPELINE
 from trainer.checkpoint import Manifest
 from trainer.examine import Pretrained
@@ -112,10 +114,12 @@ python -m tools.caption {name} clip.wav
 
 @dataclass(frozen=True)
 class _Amount:
-    """How much of a source was there to train on. hours: None if its index does not know."""
+    """How much of a source was there to train on, and how often it came in an epoch. hours: None if its index
+    does not know."""
 
     clips: int
     hours: float | None
+    passes: float
 
 
 def write_model_card(run: RunDir, model: Pretrained, manifest: Manifest, name: str, folder: Path) -> None:
@@ -133,6 +137,7 @@ def write_model_card(run: RunDir, model: Pretrained, manifest: Manifest, name: s
     if base == config.model.name_or_path:
         header["base_model"] = base
     use = WITH_TRANSFORMERS + ("" if unfit else WITH_FASTER_WHISPER) + WITH_EARWITNESS
+    use = use.format(name=name, positions=model.config.max_target_positions) + on_styles(config.data, name)
     card = CARD.format(
         header=yaml.safe_dump(header, sort_keys=False).strip(),
         name=name,
@@ -142,7 +147,7 @@ def write_model_card(run: RunDir, model: Pretrained, manifest: Manifest, name: s
         data=_data(run, config),
         training=_training(run, config, manifest),
         validation=_validation(manifest),
-        use=use.format(name=name, positions=model.config.max_target_positions).strip(),
+        use=use.strip(),
         limits=_limits(config, seconds, unfit),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -177,7 +182,8 @@ def _data(run: RunDir, config: RunConfig) -> str:
         amount = amounts.get(source.name)
         clips = f"{amount.clips:,}" if amount else "unknown"
         hours = f"{amount.hours:,.1f}" if amount and amount.hours is not None else "unknown"
-        rows.append([source.name, clips, hours, f"{source.weight:g}", source.licence or "not stated"])
+        passes = f"{amount.passes:.4g}" if amount else "unknown"
+        rows.append([source.name, clips, hours, passes, source.licence or "not stated"])
     return _table(["source", "clips to train on", "hours", "passes per epoch", "licence"], rows)
 
 
@@ -187,14 +193,18 @@ def _amounts(run: RunDir, config: RunConfig) -> dict[str, _Amount]:
         training = dataset.open_dataset(config, run.path).training
     except (OSError, KeyError):
         return {}
-    return {source.name: _amount(training, number) for number, source in enumerate(config.data.sources)}
+    of_epoch = passes(config.data, training.samples_by_source())
+    return {
+        source.name: _amount(training, number, of_epoch[number])
+        for number, source in enumerate(config.data.sources)
+    }
 
 
-def _amount(training: Index, source: int) -> _Amount:
+def _amount(training: Index, source: int, of_epoch: float) -> _Amount:
     is_clip = (training.column("source") == source) & (training.column("caption") <= 0)
     seconds = training.column("seconds")[is_clip]
     hours = float(seconds.sum(dtype=np.float64)) / 3600
-    return _Amount(int(is_clip.sum()), None if np.isnan(hours) else hours)
+    return _Amount(int(is_clip.sum()), None if np.isnan(hours) else hours, of_epoch)
 
 
 def _training(run: RunDir, config: RunConfig, manifest: Manifest) -> str:
@@ -209,6 +219,11 @@ def _training(run: RunDir, config: RunConfig, manifest: Manifest) -> str:
         f"computed in {config.engine.dtype}; master weights and optimizer in fp32",
         f"seed {config.run.seed}",
     ]
+    if data.augment != Augment():
+        changed = data.augment.model_dump(mode="json", exclude_defaults=True)
+        lines.append(
+            f"clips changed by chance: {', '.join(f'{key} {value}' for key, value in changed.items())}"
+        )
     if config.model.init_from:
         lines.append(f"the weights of an earlier run, {Path(config.model.init_from).name}, to begin with")
     if config.model.freeze:
@@ -264,17 +279,7 @@ def _limits(config: RunConfig, seconds: float, unfit: str) -> str:
         lines.append(f"faster-whisper cannot use it: {unfit}.")
     else:
         lines.append("faster-whisper by itself ends a caption after 224 tokens: see above.")
-    styles = _styles(config.data.sources)
-    if styles:
-        lines.append(
-            f"It was trained with styles: {styles}. One is chosen by `generate(features,"
-            " prompt_ids=processor.get_prompt_ids(STYLE, return_tensors='pt'))`."
-        )
     return _list(lines)
-
-
-def _styles(sources: Sequence[Source]) -> str:
-    return ", ".join(dict.fromkeys(f'"{source.style}"' for source in sources if source.style))
 
 
 def _list(lines: Sequence[str]) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import PydanticUndefined
+
 from configs.errors import ConfigError
-from configs.schema import Change, Data, RunConfig, Section, Source
+from configs.schema import Change, RunConfig, Section, Source
 from data.order import ORDER_VERSION
 
 SOURCES = {Change.NEW_EPOCH: "data.sources", Change.ON_PURPOSE: "data.sources.captions"}
@@ -28,17 +31,14 @@ EXPLAINED = {
         " wrote the checkpoint, with which the run goes on as it was)"
     ),
 }
-UNNAMED = {ORDER: 1, "data.window": "full", "data.full_share": Data.model_fields["full_share"].default}
-"""Values in checkpoints that do not name them yet: there, every clip was padded."""
 
 
 def pinned(config: RunConfig, index_digest: str) -> dict[str, Any]:
     """What must stay as it is, by name; JSON values. A manifest keeps it as `identity`."""
     values: dict[str, Any] = {}
-    for name, change in _settings(RunConfig):
+    for name, change, _ in _settings(RunConfig):
         if change in PINNED and name != SOURCES[Change.NEW_EPOCH]:
-            section, _, key = name.partition(".")
-            values[name] = getattr(getattr(config, section), key)
+            values[name] = reduce(getattr, name.split("."), config)
     for change, name in SOURCES.items():
         keys = [key for key, of_key in marks(Source).items() if of_key is change]
         values[name] = [[getattr(source, key) for key in keys] for source in config.data.sources]
@@ -59,31 +59,51 @@ def marks(section: type[Section]) -> dict[str, Change]:
     return changes
 
 
-def _settings(config: type[RunConfig]) -> Iterator[tuple[str, Change]]:
-    """Names as `optim.lr`, and what a change of them means."""
-    for section, field in config.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        for name, change in marks(field.annotation).items():
-            yield f"{section}.{name}", change
+def _settings(section: type[Section], at: str = "") -> Iterator[tuple[str, Change, Any]]:
+    """Names as `optim.lr` and `data.augment.mix`, what a change of them means, and their defaults."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from _settings(inner, f"{at}{name}.")
+        else:
+            yield f"{at}{name}", marks(section)[name], field.default
 
 
+def _unnamed() -> dict[str, Any]:
+    defaults = {name: default for name, change, default in _settings(RunConfig) if change in PINNED}
+    named = {name: default for name, default in defaults.items() if default is not PydanticUndefined}
+    return dict(json.loads(json.dumps(named))) | {ORDER: 1, "data.window": "full"}
+
+
+UNNAMED = _unnamed()
+"""Values in checkpoints that do not name them yet: the defaults, but that every clip was padded."""
 OF_THE_ORDER = {
-    *(name for name, change in _settings(RunConfig) if change is Change.NEW_EPOCH),
+    *(name for name, change, _ in _settings(RunConfig) if change is Change.NEW_EPOCH),
     SOURCES[Change.NEW_EPOCH],
     INDEX,
     ORDER,
 }
 """On these the order of the samples depends. If one was changed on purpose, a new epoch begins at the step of
 the checkpoint."""
-FIXED = {name for name, change in _settings(RunConfig) if change is Change.NEVER}
+FIXED = {name for name, change, _ in _settings(RunConfig) if change is Change.NEVER}
 """Never allowed to change."""
 
 
 def _completed(before: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint pins, with the values that it does not name yet."""
     captions = SOURCES[Change.ON_PURPOSE]
-    of_sources = [[key, "first", style] for key, *others, style in before.get(captions, []) if not others]
+    of_sources = [_completed_source(*values) for values in before.get(captions, [])]
     return UNNAMED | before | ({captions: of_sources} if of_sources else {})
+
+
+def _completed_source(key: Any, *others: Any) -> list[Any]:
+    """Caption key, captions, style and loss weight of a source; the second and the last came later."""
+    match others:
+        case (style,):
+            return [key, "first", style, 1.0]
+        case (captions, style):
+            return [key, captions, style, 1.0]
+    return [key, *others]
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

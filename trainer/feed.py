@@ -11,22 +11,23 @@ import torch
 
 from data.batch import Batch, Size, collate
 from data.loader import Loader, Step
-from trainer.loss import count_tokens
+from trainer.loss import count_tokens, token_weights
 
 
 @dataclass(frozen=True)
 class Fed:
-    """What a rank has for a step: its samples, the same as micro-batches on its device, and their caption
-    tokens."""
+    """What a rank has for a step: its samples, the same as micro-batches on its device, their caption tokens,
+    and the sum of what these count in what is learnt."""
 
     step: Step
     batches: list[Batch]
     tokens: int
+    weight: float
 
     @classmethod
     def nothing(cls, number: int) -> Fed:
         """Of step `number`."""
-        return cls(Step(number, [], [], 0.0), [], 0)
+        return cls(Step(number, [], [], 0.0), [], 0, 0.0)
 
 
 class Feed(Iterator[Fed]):
@@ -36,8 +37,10 @@ class Feed(Iterator[Fed]):
     kinds of memory come from torch's caching allocators, which use it again.) What fails surfaces in `next`.
     """
 
-    def __init__(self, loader: Loader, size: Size, device: torch.device) -> None:
+    def __init__(self, loader: Loader, size: Size, device: torch.device, loss_weights: torch.Tensor) -> None:
+        """loss_weights: (sources,) float32, on the CPU."""
         self._loader, self._size, self._device = loader, size, device
+        self._loss_weights = loss_weights
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._worker = ThreadPoolExecutor(1, "feed")
         self._waited = 0.0
@@ -77,10 +80,12 @@ class Feed(Iterator[Fed]):
             return None
         batches = [collate(samples) for samples in self._size.cut(step.samples)]
         tokens = sum(map(count_tokens, batches))
+        weights = [token_weights(batch, self._loss_weights) for batch in batches]
+        weight = sum(float(of_batch.sum(dtype=torch.float64)) for of_batch in weights)
         if self._stream:
             with torch.cuda.stream(self._stream):  # makes its device this thread's, too
                 batches = [batch.map(torch.Tensor.pin_memory).to(self._device) for batch in batches]
-        return Fed(step, batches, tokens)
+        return Fed(step, batches, tokens, weight)
 
 
 def _used_on(stream: torch.cuda.Stream, tensor: torch.Tensor) -> torch.Tensor:

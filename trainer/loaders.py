@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from configs.cores import decoding_threads
 from configs.run.crash_journal import CrashJournal
-from configs.schema import RunConfig
+from configs.schema import Augment, RunConfig
 from data import storage
+from data.augment import Augmentation
 from data.balance import Balance, Work, is_possible
 from data.cache import Cache
 from data.captions import CaptionEncoder
@@ -37,7 +38,11 @@ CAPTION_TOKENS = 32
 
 
 def sample_work(
-    model: WhisperConfig, windows: Windows, seconds: npt.NDArray[np.float32], longest: float
+    model: WhisperConfig,
+    windows: Windows,
+    seconds: npt.NDArray[np.float32],
+    longest: float,
+    augmentation: Augmentation | None = None,
 ) -> Work:
     """The work of samples in FLOPs. seconds: (n,) of all samples of the index; longest: seconds that are used
     of a clip."""
@@ -46,8 +51,12 @@ def sample_work(
         np.int64,
     )
 
+    def length_of(rows: Ints) -> Ints:
+        used = np.minimum(seconds[rows].astype(np.float64), longest)
+        return np.rint(used * SAMPLE_RATE).astype(np.int64)
+
     def work(rows: Ints, epoch: int) -> Ints:
-        lengths = np.rint(np.minimum(seconds[rows].astype(np.float64), longest) * SAMPLE_RATE)
+        lengths = augmentation.lengths(length_of, rows, epoch) if augmentation else length_of(rows)
         return by_positions[windows.frames(lengths, rows, epoch) // 2]
 
     return work
@@ -109,7 +118,7 @@ class Loaders:
                     flush=True,
                 )
             return None
-        work = sample_work(self.model, self.windows, seconds, self._longest)
+        work = sample_work(self.model, self.windows, seconds, self._longest, self._augmentation)
         return Balance(work, self.world.rank, self.world.size, self.config.batch.global_size)
 
     @property
@@ -117,6 +126,15 @@ class Loaders:
         """Seconds of a clip that are used, at most."""
         window_seconds = self.windows.whole / 100
         return min(window_seconds, self.config.data.max_seconds or window_seconds)
+
+    @property
+    def _augmentation(self) -> Augmentation | None:
+        """Of training; None where it is off."""
+        settings = self.config.data.augment
+        if settings == Augment():
+            return None
+        shard = self.dataset.training.column("shard")
+        return Augmentation(settings, self.config.run.seed, shard, round(self._longest * SAMPLE_RATE))
 
     def _reader(self, *, validation: bool) -> SampleReader:
         data = self.config.data
@@ -130,6 +148,8 @@ class Loaders:
             crash_journal=self.crash_journal,
             poisoned=self.poisoned,
             always_alike=validation,
+            style_drop=0.0 if validation else data.style_drop,
+            augmentation=None if validation else self._augmentation,
         )
 
     def _loader(

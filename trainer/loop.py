@@ -26,7 +26,7 @@ from trainer.feed import Fed, Feed
 from trainer.flops import step_flops
 from trainer.garbage import collected_between_steps
 from trainer.listening import Listener, Listening
-from trainer.loss import token_losses
+from trainer.loss import token_losses, token_weights
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
 from trainer.profiling import StepProfiler
@@ -75,6 +75,8 @@ class StepSums:
     """Ranks whose last save is more than `checkpoint.every_minutes` ago."""
     tokens: float
     """Caption tokens of the global batch."""
+    weight: float
+    """The same, but each counts as its source's `loss_weight` says."""
     usable: tuple[float, ...]
     """Samples of the step, by source."""
     unusable: tuple[float, ...]
@@ -177,7 +179,9 @@ class Training:
         self.clock = self.monitor.clock
         self.profiler = StepProfiler(session.run.profiles, session.world.rank, session.world.device)
         steps = range(session.state.step, session.total_steps)
-        self.feed = Feed(session.loaders.training(steps), session.size, session.world.device)
+        loss_weights = torch.tensor([source.loss_weight for source in session.config.data.sources])
+        self.loss_weights = loss_weights.to(session.world.device)
+        self.feed = Feed(session.loaders.training(steps), session.size, session.world.device, loss_weights)
         self.spikes = SpikeWindow(session.config.monitor.spike_sigma)
         self.tally = Tally(
             session.config,
@@ -233,7 +237,7 @@ class Training:
             # Engines want as many micro-batches of all ranks: empty ones are added.
             missing = most_batches - len(fed.batches)
             empty = [collate([]).to(self.world.device) for _ in range(missing)]
-            self.take(fed.step, fed.batches + empty, sums.tokens)
+            self.take(fed.step, fed.batches + empty, sums)
             collect(self.state.step)
 
     def is_every(self, steps: int) -> bool:
@@ -256,6 +260,7 @@ class Training:
             stopping=self.stop.requested,
             overdue=every_minutes is not None and minutes > every_minutes,
             tokens=fed.tokens,
+            weight=fed.weight,
             usable=self.by_source(sample.source for sample in fed.step.samples),
             unusable=self.by_source(self.sources.index(sample.source) for sample in fed.step.rejected),
             bad=sum(1 for sample in fed.step.rejected if sample.bad),
@@ -271,16 +276,17 @@ class Training:
         counts = Counter(sources)
         return tuple(float(counts[number]) for number in range(len(self.sources)))
 
-    def take(self, step: Step, batches: list[Batch], tokens: float) -> None:
-        """Take a step: forward, backward, update. tokens: caption tokens of the global batch."""
+    def take(self, step: Step, batches: list[Batch], sums: StepSums) -> None:
+        """Take a step: forward, backward, update."""
         losses_of_step = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(batches):
             is_last = number == len(batches) - 1
             losses = token_losses(self.engine, batch, self.session.captioner.config, self.engine.dtype)
             losses_of_step += losses.detach().sum()
             if is_last:
-                self.taken = TakenStep(step, OnItsWay(losses_of_step), tokens)
-            self.engine.backward(losses.sum() / max(1.0, tokens), last=is_last)
+                self.taken = TakenStep(step, OnItsWay(losses_of_step), sums.tokens)
+            weighted = losses * token_weights(batch, self.loss_weights)
+            self.engine.backward(weighted.sum() / (sums.weight or 1.0), last=is_last)
             self.monitor.add(batch, losses)
         lr = learning_rate(self.config.optim, self.state.step, self.session.total_steps)
         self.clock.enter(Phase.SAVING)

@@ -1,5 +1,5 @@
 """The loss of captions: cross-entropy in fp32, summed over tokens and divided by the tokens of the GLOBAL
-batch."""
+batch; in what is learnt (not in what is told), each token counts as its source's `loss_weight` says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from data.batch import Batch
 from data.captions import IGNORED
-from data.features import log_mel
+from data.features import hide, log_mel
 from trainer.distributed import World
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def token_losses(
     micro-batches or ranks (to 1e-6 in fp32, 2e-4 in BF16).
     """
     window = 2 * config.max_source_positions
-    mel = log_mel(batch.waveforms, batch.sound, batch.audio, config.num_mel_bins, window).to(dtype)
+    mel = log_mel(batch.waveforms, batch.sound, batch.audio, config.num_mel_bins, window)
+    mel = hide(mel, batch.sound, batch.audio, batch.time_masks, batch.band_masks).to(dtype)
     logits = forward(mel=mel, audio=batch.audio, tokens=batch.decoder_input_ids, text=batch.text)
     return torch.nn.functional.cross_entropy(
         logits.float(), batch.labels, ignore_index=IGNORED, reduction="none"
@@ -40,9 +41,16 @@ def count_tokens(batch: Batch) -> int:
     return int((batch.labels != IGNORED).sum())
 
 
+def token_weights(batch: Batch, loss_weights: torch.Tensor) -> torch.Tensor:
+    """How much each token counts in what is learnt: (T,) float32, 0 where nothing is. loss_weights:
+    (sources,) float32."""
+    return loss_weights[batch.source[batch.text.owners]] * (batch.labels != IGNORED)
+
+
 @dataclass
 class SourceTotals:
-    """Sums by source, each (sources,) float64. losses: of token losses; tokens: caption tokens."""
+    """Sums by source, each (sources,) float64, without loss weights. losses: of token losses; tokens: caption
+    tokens."""
 
     losses: torch.Tensor
     tokens: torch.Tensor

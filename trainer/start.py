@@ -187,6 +187,8 @@ class Start:
             for line in overview.lines:
                 print(line, flush=True)
                 self.run.ledger.record(LeftOut(attempt=self.lease.attempt, what=line))
+            if overview.passes:
+                print(overview.passes, flush=True)
             self.run.ledger.record(Samples(attempt=self.lease.attempt, sources=overview.sources))
         self.world.barrier()
         return dataset.open_dataset(self.config, self.run.path)

@@ -57,7 +57,7 @@ class Tally:
         self._config, self._order = config, order
         self._steps_left, self._is_whole_run = total_steps - first_step, first_step == 0
         self._passes = [
-            size * math.ceil(source.weight) for source, size in zip(config.data.sources, sizes, strict=True)
+            size * max(1, math.ceil(passes)) for passes, size in zip(order.weights, sizes, strict=True)
         ]
         """By source: samples from the beginning of an epoch on, among which each comes once at least."""
         self._epoch, steps_before = order.locate(first_step)

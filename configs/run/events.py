@@ -166,6 +166,8 @@ class SourceSamples:
     """Left out, as something is wrong with them."""
     too_long: int
     """Left out for their length; a quick index does not know it."""
+    passes: float | None = None
+    """Over those for training, per epoch; None in what earlier versions have told."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""`python -m tools.bench step|scaling|compare|checkpoint|export|exports|data|index|balance|start|trace`:
-measures here what steps, saves, exports, data and the start of a run cost, in turn with what the same costs
-with other programs.
+"""`python -m tools.bench step|scaling|compare|checkpoint|export|exports|data|index|balance|augment|start|
+trace`: measures here what steps, saves, exports, data and the start of a run cost, in turn with what the same
+costs with other programs.
 
 `step`: `launch train` on a Whisper with random weights in the shape of a published one, and clips of the
 reference's mix of lengths, made here; with `--window full` the same clips, padded to 30 s. The figures are
@@ -94,6 +94,10 @@ mix of lengths, for whisper-large-v3-turbo. Nothing is read, and no second proce
     milliseconds  CPU time of planning on one rank: of a step, all steps taken together, and until the first
                   one is planned
 
+`augment`: CPU time of one thread that each part of `data.augment` takes for a clip of 10 s (noise), in
+milliseconds; for comparison, that of decoding it from FLAC, and of its log-mel. What it costs to read the
+clips that are mixed into others, `balance --mix 0.3` tells in requests.
+
 `start`: `launch train` on a run of a Whisper with random weights, which goes on from its checkpoint for one
 step; as the run itself tells it of rank 0 (event `first_step`, docs/status.md). Code and files are in the
 page cache.
@@ -124,7 +128,7 @@ import typer
 from configs.errors import EarwitnessError, run_command
 from configs.ports import free_ports
 from configs.schema import RunConfig
-from tools.bench import balance, compare, data, exported, restarts, starts, step, trace
+from tools.bench import augment, balance, compare, data, exported, restarts, starts, step, trace
 from tools.bench.data import Form, Pipeline, Store
 from tools.bench.ranks import SECONDS
 from tools.bench.report import ROOT, Figures, Summary, aims, describe, environment, report, say, summary
@@ -364,6 +368,9 @@ def bench_balance(
     full_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the samples that are padded to the whole window.")
     ] = 0.2,
+    mix: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the samples that another clip is mixed into.")
+    ] = 0.0,
     rounds: Rounds = 3,
     as_json: Json = False,
 ) -> None:
@@ -373,7 +380,11 @@ def bench_balance(
         "model": {"name_or_path": "none"},
         "optim": {"max_steps": steps},
         "batch": {"global_size": global_size},
-        "data": {"sources": [{"name": "made", "shards": "none"}], "full_share": full_share},
+        "data": {
+            "sources": [{"name": "made", "shards": "none"}],
+            "full_share": full_share,
+            "augment": {"mix": mix},
+        },
     }
     config = RunConfig.model_validate(sections)
     course = balance.Course(samples, steps, config)
@@ -390,10 +401,12 @@ def bench_balance(
         "steps": steps,
         "global_size": global_size,
         "full_share": full_share,
+        "mix": mix,
     }
     report(conditions, {"balance": summaries}, {}, as_json=as_json)
 
 
+app.command("augment")(augment.bench_augment)
 app.command("step")(step.bench_step)
 app.command("scaling")(step.bench_scaling)
 app.command("compare")(compare.bench_compare)

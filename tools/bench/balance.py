@@ -12,7 +12,9 @@ import numpy.typing as npt
 from transformers import WhisperConfig
 
 from configs.schema import RunConfig
+from data.augment import Augmentation
 from data.balance import Balance, Work, deal, is_possible
+from data.decode import SAMPLE_RATE
 from data.loader import Loader
 from data.location import Location
 from data.order import Ints, Order, cut_runs, rank_lanes
@@ -128,6 +130,9 @@ class Course:
         clips = Clips(samples, seed=0)
         index: Any = clips
         windows = Windows.of(config, FRAMES)
+        augmentation = Augmentation(
+            config.data.augment, 0, clips.column("shard"), round(LONGEST * SAMPLE_RATE)
+        )
         self.reader = SampleReader(
             index,
             NOT_NEEDED,
@@ -136,6 +141,7 @@ class Course:
             overlong="skip",
             seed=0,
             crash_journal=NOT_NEEDED,
+            augmentation=augmentation,
         )
         runs = cut_runs(clips.column("shard"), clips.column("audio_size"), self.lanes)
         self.order = Order(
@@ -146,7 +152,7 @@ class Course:
             global_batch=self.lanes,
             shuffle_window=config.data.shuffle_window,
         )
-        self.work: Work = sample_work(TURBO, windows, clips.column("seconds"), LONGEST)
+        self.work: Work = sample_work(TURBO, windows, clips.column("seconds"), LONGEST, augmentation)
         rows = self.order.lanes(0, range(self.lanes))[:, :steps]
         self._work_of_steps: Ints = self.work(rows.ravel(), 0).reshape(rows.shape)
 
