@@ -20,6 +20,7 @@ from configs.cores import remark_on_cores
 from configs.errors import EarwitnessError
 from configs.run.folder import RunDir
 from configs.schema import RunConfig
+from configs.trackers import check_network, check_trackers
 from data.balance import remark_on_balance
 from data.location import Location
 from slurm import cluster
@@ -237,6 +238,7 @@ def _config(path: Path) -> Iterator[Finding]:
         yield from _job(config)
         yield from _cores(config)
         yield from _balance(config)
+        yield from _trackers(config)
         yield _model(config)
         shards = list_shards(config)
         sources = [
@@ -259,6 +261,18 @@ def _config(path: Path) -> Iterator[Finding]:
             yield Finding("index", "ok", "complete")
     except EarwitnessError as error:
         yield Finding("config", "bad", str(error))
+
+
+def _trackers(config: RunConfig) -> Iterator[Finding]:
+    """Whether each tracker is there, and whom it speaks to."""
+    for name in config.monitor.trackers:
+        try:
+            check_trackers([name])
+            check_network([name])
+        except EarwitnessError as error:
+            yield Finding("trackers", "bad", str(error))
+        else:
+            yield Finding("trackers", "ok", f"{name} {importlib.metadata.version(name)}")
 
 
 def _model(config: RunConfig) -> Finding:

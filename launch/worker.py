@@ -49,6 +49,7 @@ from configs.run.events import (
 from configs.run.folder import RunDir
 from configs.run.lease import Lease
 from configs.run.stopwatch import Stopwatch
+from configs.trackers import check_trackers
 from launch import snapshot
 from launch.failures import diagnose
 from launch.last_words import speak
@@ -83,6 +84,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     stopwatch = Stopwatch()
     snapshot.check(run.code if in_job() else snapshot.ROOT)
     config = run.proposal.read()
+    check_trackers(config.monitor.trackers)
     slots = 2 * decoding_threads(config.data)  # of training's loader, and of an evaluation's
     journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
     nodes = _node_of_each_rank(run, lease.attempt)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from configs.disk import naming, words_of_disk
+from trainer.layout import LAYOUT
 
 NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.(.*)")
 """Of a file: the second in which it was made, and by whom."""
@@ -50,6 +51,11 @@ class Curves:
         if self._writer:
             self._writer.add_audio(tag, waveform, step, rate)
 
+    def image(self, tag: str, picture: torch.Tensor, step: int) -> None:
+        """Show a picture. picture: (3, height, width) uint8."""
+        if self._writer:
+            self._writer.add_image(tag, picture, step)
+
     def flush(self) -> None:
         """Let others see what was drawn."""
         if self._writer:
@@ -57,6 +63,7 @@ class Curves:
             return
         try:
             self._writer = open_curves(self._folder, self._purge_step, self._trouble)
+            self._writer.add_custom_scalars(LAYOUT)
         except OSError as error:
             self._trouble.begins(error)
         else:

@@ -1,0 +1,126 @@
+"""Weights & Biases and Trackio: one run with one id, whatever attempt tells of it.
+
+Keys, projects and addresses come from the environment (WANDB_*, TRACKIO_*) or from ~/.netrc.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from configs.run.files import write_atomic
+from configs.run.folder import RunDir
+from configs.schema import RunConfig
+from trainer.courier import Row, Service
+
+PROJECT = "earwitness"
+"""Without WANDB_PROJECT or TRACKIO_PROJECT."""
+
+
+class Wandb:
+    """Weights & Biases. Steps of its own (`_step`) number the rows, so that they never go back, and it can
+    say how many it has; the x-axis of all curves is `step`.
+
+    It cannot resume a run offline: a later folder takes the place of an earlier one when it is synced. So
+    each folder that is written offline is told the whole run.
+    """
+
+    def __init__(self, config: RunConfig, run: RunDir) -> None:
+        self._config, self._dir = config, run
+
+    def begin(self, past: list[Row]) -> int:
+        """Take up the run, offline if the server cannot be reached."""
+        import wandb
+
+        self._wandb: Any = wandb
+        arguments = {
+            "id": identity(self._config, self._dir),
+            "project": os.environ.get("WANDB_PROJECT", PROJECT),
+            "name": self._config.run.name,
+            "config": self._config.model_dump(mode="json"),
+            "dir": os.environ.get("WANDB_DIR", str(self._dir.path)),
+            # It would take this process's output apart, which goes to the run's logs.
+            "settings": wandb.Settings(console="off", init_timeout=30),
+        }
+        try:
+            self._run = wandb.init(**arguments, resume="allow")
+        except wandb.errors.Error as error:
+            said = " ".join(str(error).split())
+            print(
+                f"wandb goes on offline: {said}. Later: `wandb sync` of the newest folder that it names",
+                flush=True,
+            )
+            self._run = wandb.init(**arguments, mode="offline")
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        return min(self._run.step, len(past))
+
+    def send(self, number: int, row: Row) -> None:
+        """Tell it a row; texts as a table."""
+        values: dict[str, Any] = {**row.scalars, "step": row.step}
+        if row.texts:
+            values["texts"] = self._wandb.Table(
+                columns=["what", "text"], data=[*map(list, row.texts.items())]
+            )
+        for name, (waveform, rate) in row.audio.items():
+            values[f"{name}/audio"] = self._wandb.Audio(waveform[0].numpy(), sample_rate=rate)
+        for name, picture in row.images.items():
+            values[f"{name}/picture"] = self._wandb.Image(picture.permute(1, 2, 0).numpy())
+        self._run.log(values, step=number, commit=True)
+
+    def finish(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
+class Trackio:
+    """Trackio: a database on this machine, or a Space or a server that it is told of."""
+
+    def __init__(self, config: RunConfig, run: RunDir) -> None:
+        self._config, self._dir = config, run
+
+    def begin(self, past: list[Row]) -> int:
+        """Take up the run, which its name tells from others."""
+        import trackio
+
+        self._trackio: Any = trackio
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            name=identity(self._config, self._dir),
+            config=self._config.model_dump(mode="json"),
+            resume="allow",
+            embed=False,
+        )
+        next_step = self._run._next_step
+        return sum(row.step < next_step for row in past)
+
+    def send(self, number: int, row: Row) -> None:
+        """Tell it a row."""
+        values: dict[str, Any] = dict(row.scalars)
+        values |= {name: self._trackio.Markdown(text) for name, text in row.texts.items()}
+        for name, (waveform, rate) in row.audio.items():
+            values[f"{name}/audio"] = self._trackio.Audio(waveform[0].numpy(), sample_rate=rate)
+        for name, picture in row.images.items():
+            values[f"{name}/picture"] = self._trackio.Image(picture.permute(1, 2, 0).numpy())
+        self._run.log(values, step=row.step)
+
+    def finish(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
+SERVICES: dict[str, Callable[[RunConfig, RunDir], Service]] = {"wandb": Wandb, "trackio": Trackio}
+
+
+def identity(config: RunConfig, run: RunDir) -> str:
+    """The run's id with all services, as NAME-1f2e3d4c, from its first attempt on."""
+    path: Path = run.trackers / "id"
+    if not path.exists():
+        run.trackers.mkdir(exist_ok=True)
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run.name)[:50]
+        write_atomic(path, f"{name}-{secrets.token_hex(4)}")
+    return path.read_text(encoding="utf-8")
