@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Sequence
+
+Chart = list[Sequence[str]]
 AGAINST_REFERENCES = ("cider_d", "spider", "spice", "meteor", "rouge_l", "bleu_4", "bleu_1", "fense", "clap")
-
-
-def _lines(*tags: str) -> list[str | list[str]]:
-    """A chart of all curves whose names are like one of these."""
-    return ["Multiline", [f"^{tag}$" for tag in tags]]
-
-
-LAYOUT = {
+CHARTS: dict[str, dict[str, list[str]]] = {
     "loss": {
-        "training and validation": _lines("loss", "validation/loss", "validation/loss_own"),
-        "training, by source": _lines("loss/.+"),
-        "validation, by source": _lines("validation/loss/.+"),
+        "training and validation": ["loss", "validation/loss", "validation/loss_own"],
+        "training, by source": ["loss/.+"],
+        "validation, by source": ["validation/loss/.+"],
     },
     "captions": {
-        "against what people said": _lines(f"validation/({'|'.join(AGAINST_REFERENCES)})"),
-        "CIDEr-D, by source": _lines("validation/cider_d/.+"),
-        "ROUGE-L, by source": _lines("validation/rouge_l/.+"),
-        "word for word, by source": _lines("validation/exact_match/.+"),
+        "against what people said": [f"validation/({'|'.join(AGAINST_REFERENCES)})"],
+        "CIDEr-D, by source": ["validation/cider_d/.+"],
+        "ROUGE-L, by source": ["validation/rouge_l/.+"],
+        "word for word, by source": ["validation/exact_match/.+"],
     },
     "listening": {
-        "discrimination": _lines("validation/discrimination(/.+)?"),
-        "loops and silence": _lines("validation/(repetition|empty)_rate"),
-        "length against the reference": _lines("validation/length_ratio(/.+)?"),
-        "distinct words and pairs": _lines("validation/distinct_[12]"),
+        "discrimination": ["validation/discrimination(/.+)?"],
+        "loops and silence": ["validation/(repetition|empty)_rate"],
+        "length against the reference": ["validation/length_ratio(/.+)?"],
+        "distinct words and pairs": ["validation/distinct_[12]"],
     },
     "speed": {
-        "samples per second": _lines("speed/samples_per_second"),
-        "seconds of a step": _lines("step_seconds/.+"),
-        "share of the peak (MFU)": _lines("speed/(useful_)?mfu"),
-        "waiting for data": _lines("speed/data_wait_share"),
+        "samples per second": ["speed/samples_per_second"],
+        "seconds of a step": ["step_seconds/.+"],
+        "share of the peak (MFU)": ["speed/(useful_)?mfu"],
+        "waiting for data": ["speed/data_wait_share"],
     },
     "goodput": {
-        "where the time went": _lines("goodput/.+"),
-        "attempt": _lines("attempt"),
+        "where the time went": ["goodput/.+"],
+        "attempt": ["attempt"],
     },
 }
-"""Charts by section and title. One without a curve stays empty."""
+"""Curves by section and title of their chart, as expressions that match the whole name."""
+
+
+def layout(names: Collection[str]) -> dict[str, dict[str, Chart]]:
+    """The charts that have a curve, as TensorBoard wants them. names: of the curves."""
+    sections = {
+        section: {
+            title: ["Multiline", [f"^{pattern}$" for pattern in patterns]]
+            for title, patterns in charts.items()
+            if any(re.fullmatch(pattern, name) for pattern in patterns for name in names)
+        }
+        for section, charts in CHARTS.items()
+    }
+    return {section: charts for section, charts in sections.items() if charts}

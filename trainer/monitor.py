@@ -107,7 +107,7 @@ class Monitor:
         """Of the quarantine that the curves show."""
         if world.rank == 0:
             self._history = run.ledger.read()
-            self._trackers = open_trackers(config, run, first_step)
+            self._trackers = open_trackers(config, run, self._history, first_step)
             self._panel = Panel(self._trackers, self._history, first_step)
             self._mark_restart()
             if sys.stdout.isatty():

@@ -8,9 +8,13 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
 
 from configs.run.files import write_atomic
 from configs.run.folder import RunDir
@@ -19,6 +23,10 @@ from trainer.courier import Row, Service
 
 PROJECT = "earwitness"
 """Without WANDB_PROJECT or TRACKIO_PROJECT."""
+INIT_SECONDS = 30
+"""After which a server that does not answer is taken for gone."""
+NAMING = threading.Lock()
+"""Held while the id is read or made: each service has a thread of its own."""
 
 
 class Wandb:
@@ -44,7 +52,7 @@ class Wandb:
             "config": self._config.model_dump(mode="json"),
             "dir": os.environ.get("WANDB_DIR", str(self._dir.path)),
             # It would take this process's output apart, which goes to the run's logs.
-            "settings": wandb.Settings(console="off", init_timeout=30),
+            "settings": wandb.Settings(console="off", quiet=True, init_timeout=INIT_SECONDS),
         }
         try:
             self._run = wandb.init(**arguments, resume="allow")
@@ -54,6 +62,7 @@ class Wandb:
                 f"wandb goes on offline: {said}. Later: `wandb sync` of the newest folder that it names",
                 flush=True,
             )
+            wandb.teardown()  # which holds the id
             self._run = wandb.init(**arguments, mode="offline")
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -67,7 +76,7 @@ class Wandb:
                 columns=["what", "text"], data=[*map(list, row.texts.items())]
             )
         for name, (waveform, rate) in row.audio.items():
-            values[f"{name}/audio"] = self._wandb.Audio(waveform[0].numpy(), sample_rate=rate)
+            values[f"{name}/audio"] = self._wandb.Audio(_pcm(waveform), sample_rate=rate)
         for name, picture in row.images.items():
             values[f"{name}/picture"] = self._wandb.Image(picture.permute(1, 2, 0).numpy())
         self._run.log(values, step=number, commit=True)
@@ -96,14 +105,14 @@ class Trackio:
             embed=False,
         )
         next_step = self._run._next_step
-        return sum(row.step < next_step for row in past)
+        return next((number for number, row in enumerate(past) if row.step >= next_step), len(past))
 
     def send(self, number: int, row: Row) -> None:
         """Tell it a row."""
         values: dict[str, Any] = dict(row.scalars)
         values |= {name: self._trackio.Markdown(text) for name, text in row.texts.items()}
         for name, (waveform, rate) in row.audio.items():
-            values[f"{name}/audio"] = self._trackio.Audio(waveform[0].numpy(), sample_rate=rate)
+            values[f"{name}/audio"] = self._trackio.Audio(_pcm(waveform), sample_rate=rate)
         for name, picture in row.images.items():
             values[f"{name}/picture"] = self._trackio.Image(picture.permute(1, 2, 0).numpy())
         self._run.log(values, step=row.step)
@@ -118,9 +127,15 @@ SERVICES: dict[str, Callable[[RunConfig, RunDir], Service]] = {"wandb": Wandb, "
 
 def identity(config: RunConfig, run: RunDir) -> str:
     """The run's id with all services, as NAME-1f2e3d4c, from its first attempt on."""
-    path: Path = run.trackers / "id"
-    if not path.exists():
-        run.trackers.mkdir(exist_ok=True)
-        name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run.name)[:50]
-        write_atomic(path, f"{name}-{secrets.token_hex(4)}")
-    return path.read_text(encoding="utf-8")
+    path = run.trackers / "id"
+    with NAMING:
+        if not path.exists():
+            run.trackers.mkdir(exist_ok=True)
+            name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run.name)[:50]
+            write_atomic(path, f"{name}-{secrets.token_hex(4)}")
+        return path.read_text(encoding="utf-8")
+
+
+def _pcm(waveform: torch.Tensor) -> npt.NDArray[np.int16]:
+    """(1, n) float32 -> (n,) int16."""
+    return (waveform[0] * 32767).clamp(-32768, 32767).to(torch.int16).numpy()

@@ -8,7 +8,9 @@ from typing import Protocol
 
 import torch
 
+from configs.run.events import Evaluated
 from configs.run.folder import RunDir
+from configs.run.ledger import History
 from configs.schema import RunConfig
 
 
@@ -71,18 +73,20 @@ class Trackers:
             tracker.close()
 
 
-def open_trackers(config: RunConfig, run: RunDir, first_step: int) -> Trackers:
-    """Those that a run asks for. first_step: steps taken before."""
-    return Trackers([_open(name, config, run, first_step) for name in config.monitor.trackers])
+def open_trackers(config: RunConfig, run: RunDir, history: History, first_step: int) -> Trackers:
+    """Those that a run asks for. history: of the attempts before; first_step: steps taken before."""
+    return Trackers([_open(name, config, run, history, first_step) for name in config.monitor.trackers])
 
 
-def _open(name: str, config: RunConfig, run: RunDir, first_step: int) -> Tracker:
+def _open(name: str, config: RunConfig, run: RunDir, history: History, first_step: int) -> Tracker:
     if name == "tensorboard":
         from trainer.curves import Curves  # TensorBoard, which the other ranks do without
 
         # What the attempts before have drawn and this one draws anew is taken back; step 0 is evaluated
         # again, as it is never saved.
-        return Curves(run.tensorboard, purge_step=first_step + 1 if first_step else 0)
+        purge_step = first_step + 1 if first_step else 0
+        evaluated = history.last(Evaluated)
+        return Curves(run.tensorboard, purge_step, evaluated.metrics if evaluated else ())
     from trainer.courier import Courier
     from trainer.services import SERVICES
 
