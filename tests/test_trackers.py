@@ -88,6 +88,9 @@ def wandb_files(run: RunDir) -> list[Path]:
 
 
 def wandb_rows(path: Path) -> list[dict[str, Any]]:
+    import wandb
+
+    wandb.teardown()  # its own process may still be writing
     return [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for record in records(path)

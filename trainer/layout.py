@@ -17,7 +17,7 @@ CHARTS: dict[str, dict[str, list[str]]] = {
         "against what people said": [f"validation/({'|'.join(AGAINST_REFERENCES)})"],
         "CIDEr-D, by source": ["validation/cider_d/.+"],
         "ROUGE-L, by source": ["validation/rouge_l/.+"],
-        "word for word, by source": ["validation/exact_match/.+"],
+        "word for word": ["validation/exact_match(/.+)?"],
     },
     "listening": {
         "discrimination": ["validation/discrimination(/.+)?"],
