@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from configs.cores import remark_on_cores
@@ -67,7 +68,7 @@ def examine(config: Path | None) -> int:
         findings += _config(config)
     table = Table("what", "", "found", title="earwitness doctor", title_justify="left")
     for finding in findings:
-        table.add_row(finding.what, f"[{COLORS[finding.verdict]}]{finding.verdict}", finding.details)
+        table.add_row(finding.what, f"[{COLORS[finding.verdict]}]{finding.verdict}", escape(finding.details))
     Console().print(table)
     bad = [finding.what for finding in findings if finding.verdict == "bad"]
     print(f"verdict: mend {', '.join(bad)} first" if bad else "verdict: ready to train")

@@ -55,7 +55,8 @@ class Panel:
                 self._shown.add(clip.sample.key)
                 waveform = torch.from_numpy(clip.sample.waveform)
                 self._trackers.audio(tag, waveform[None] / 32768, SAMPLE_RATE, step)
-                self._trackers.image(tag, clip_picture(waveform), step)
+                # A name of its own: TensorBoard shows one kind of thing under each.
+                self._trackers.image(f"{tag}/log_mel", clip_picture(waveform), step)
         for tag, table in extremes(predictions).items():
             self._trackers.text(tag, table, step)
 

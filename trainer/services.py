@@ -78,7 +78,7 @@ class Wandb:
         for name, (waveform, rate) in row.audio.items():
             values[f"{name}/audio"] = self._wandb.Audio(_pcm(waveform), sample_rate=rate)
         for name, picture in row.images.items():
-            values[f"{name}/picture"] = self._wandb.Image(picture.permute(1, 2, 0).numpy())
+            values[name] = self._wandb.Image(picture.permute(1, 2, 0).numpy())
         self._run.log(values, step=number, commit=True)
 
     def finish(self) -> None:
@@ -114,7 +114,7 @@ class Trackio:
         for name, (waveform, rate) in row.audio.items():
             values[f"{name}/audio"] = self._trackio.Audio(_pcm(waveform), sample_rate=rate)
         for name, picture in row.images.items():
-            values[f"{name}/picture"] = self._trackio.Image(picture.permute(1, 2, 0).numpy())
+            values[name] = self._trackio.Image(picture.permute(1, 2, 0).numpy())
         self._run.log(values, step=row.step)
 
     def finish(self) -> None:
