@@ -525,6 +525,9 @@ class Monitor(Section):
 
     every_steps: Annotated[int, FREE] = Field(10, ge=1)
     """Optimizer steps between points of the curves."""
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], FREE] = ["tensorboard"]
+    """Where curves and captions are shown. Weights & Biases and Trackio are packages of their own, and take
+    keys and projects from the environment alone; see monitoring.md."""
     peak_tflops: Annotated[float | None, FREE] = Field(None, gt=0)
     """Peak BF16 TFLOP/s of one device, for MFU; default from a table of known cards, without one MFU stays
     blank."""

@@ -42,6 +42,7 @@ def train(
     open_streams(unheeded=True)
     from configs.load import load
     from configs.run.folder import RunDir
+    from configs.trackers import check_trackers
     from data.dataset import index_missing, list_shards
     from launch.gpus import visible_gpus
     from launch.local import run_ranks
@@ -53,6 +54,7 @@ def train(
             f"--procs {procs}: more processes than samples in a step (batch.global_size is"
             f" {settings.batch.global_size})"
         )
+    check_trackers(settings.monitor.trackers)
     index_missing(settings, list_shards(settings))  # before any rank waits for it
     raise typer.Exit(run_ranks(RunDir.create(settings), settings, procs))
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from configs.cores import remark_on_cores
 from configs.errors import EarwitnessError
 from configs.run.folder import RunDir
 from configs.schema import RunConfig
+from configs.trackers import check_network, check_trackers
 from data.balance import remark_on_balance
 from data.location import Location
 from slurm import cluster
@@ -66,7 +68,7 @@ def examine(config: Path | None) -> int:
         findings += _config(config)
     table = Table("what", "", "found", title="earwitness doctor", title_justify="left")
     for finding in findings:
-        table.add_row(finding.what, f"[{COLORS[finding.verdict]}]{finding.verdict}", finding.details)
+        table.add_row(finding.what, f"[{COLORS[finding.verdict]}]{finding.verdict}", escape(finding.details))
     Console().print(table)
     bad = [finding.what for finding in findings if finding.verdict == "bad"]
     print(f"verdict: mend {', '.join(bad)} first" if bad else "verdict: ready to train")
@@ -246,6 +248,7 @@ def _config(path: Path) -> Iterator[Finding]:
         yield from _job(config)
         yield from _cores(config)
         yield from _balance(config)
+        yield from _trackers(config)
         yield _model(config)
         yield _scores(config)
         shards = list_shards(config)
@@ -280,6 +283,18 @@ def _scores(config: RunConfig) -> Finding:
     except EarwitnessError as error:
         return Finding("evaluation", "bad", str(error))
     return Finding("evaluation", "ok", f"the best checkpoint is that of {config.evaluate.best_metric}")
+
+
+def _trackers(config: RunConfig) -> Iterator[Finding]:
+    """Whether each tracker is there, and whom it speaks to."""
+    for name in config.monitor.trackers:
+        try:
+            check_trackers([name])
+            check_network([name])
+        except EarwitnessError as error:
+            yield Finding("trackers", "bad", str(error))
+        else:
+            yield Finding("trackers", "ok", f"{name} {importlib.metadata.version(name)}")
 
 
 def _model(config: RunConfig) -> Finding:

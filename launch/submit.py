@@ -17,6 +17,7 @@ from configs.run.events import Ended, Submitted
 from configs.run.folder import RunDir
 from configs.run.lease import Lease, holder
 from configs.schema import RunConfig
+from configs.trackers import check_network, check_trackers
 from data import storage
 from data.dataset import list_shards, load_sidecars
 from data.sources import Shard
@@ -49,6 +50,7 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
     _check_finished(config, run)
     _check_credentials(config)
     parts.check(config.evaluate.parts, config.evaluate.best_metric)
+    _check_trackers(config)
     shards = list_shards(config)
     missing = _look_at_shards(config, shards)
 
@@ -195,6 +197,14 @@ def _check_credentials(config: RunConfig) -> None:
             " handed on to jobs: they outlive keys. Put them into ~/.aws/credentials (and a profile into"
             " AWS_PROFILE or storage_options), or into a file that `slurm.setup` reads: [. ~/.config/s3.env]"
         )
+
+
+def _check_trackers(config: RunConfig) -> None:
+    """Refuse trackers that could not be of use; a Python of the nodes' own says itself what it lacks."""
+    if config.slurm.python is None:
+        check_trackers(config.monitor.trackers)
+    if not config.slurm.setup:  # it may set WANDB_MODE, or a proxy
+        check_network(config.monitor.trackers)
 
 
 def _look_at_shards(config: RunConfig, shards: Sequence[Shard]) -> int:

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ from configs.run.events import (
 from configs.run.folder import RunDir
 from configs.run.lease import Lease
 from configs.run.stopwatch import Stopwatch
+from configs.trackers import check_trackers
 from launch import snapshot
 from launch.failures import diagnose
 from launch.last_words import speak
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
     from trainer.session import Session
 
 PR_SET_PDEATHSIG = 1
+EXIT_SECONDS = 20.0
+"""That libraries get at the end of a process."""
 
 
 def main(run_path: str, attempt: int) -> int:
@@ -83,6 +87,7 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     stopwatch = Stopwatch()
     snapshot.check(run.code if in_job() else snapshot.ROOT)
     config = run.proposal.read()
+    check_trackers(config.monitor.trackers)
     slots = 2 * decoding_threads(config.data)  # of training's loader, and of an evaluation's
     journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
     nodes = _node_of_each_rank(run, lease.attempt)
@@ -284,6 +289,13 @@ def _report(run: RunDir, attempt: int, rank: int, error: Exception) -> int:
     return diagnosis.exit_code
 
 
+def _run_exit_functions() -> None:
+    """Let libraries write what they still have, as wandb, which would wait long for a server that is gone."""
+    last = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
+    last.start()
+    last.join(EXIT_SECONDS)
+
+
 def _die_with(launcher: int) -> None:
     """Let the kernel kill this process when its parent, the launcher, is killed."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -298,5 +310,5 @@ if __name__ == "__main__":
     code = main(sys.argv[1], int(sys.argv[2]))
     sys.stdout.flush()
     if code in (ExitCode.FINISHED, ExitCode.SAVED):
-        atexit._run_exitfuncs()  # libraries that still have to write something, as wandb has
+        _run_exit_functions()
     os._exit(code)  # not sys.exit: threads that still wait for a read would hold the process

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from configs.disk import naming, words_of_disk
+from trainer.layout import Chart, layout
 
 NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.(.*)")
 """Of a file: the second in which it was made, and by whom."""
@@ -27,16 +28,20 @@ class Curves:
     """What an attempt draws. Without a folder that can be written nothing is drawn; each `flush` looks
     again."""
 
-    def __init__(self, folder: Path, purge_step: int) -> None:
-        """purge_step: what was drawn from this step on is taken back."""
+    def __init__(self, folder: Path, purge_step: int, names: Collection[str] = ()) -> None:
+        """purge_step: what was drawn from this step on is taken back; names: of curves that earlier attempts
+        have drawn."""
         self._folder, self._purge_step = folder, purge_step
         self._writer: SummaryWriter | None = None
         self._trouble = _Trouble()
+        self._names = set(names)
+        self._layout: dict[str, dict[str, Chart]] = {}
         self.flush()
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Draw a point on each curve."""
         if self._writer:
+            self._names.update(values)
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
@@ -50,9 +55,15 @@ class Curves:
         if self._writer:
             self._writer.add_audio(tag, waveform, step, rate)
 
+    def image(self, tag: str, picture: torch.Tensor, step: int) -> None:
+        """Show a picture. picture: (3, height, width) uint8."""
+        if self._writer:
+            self._writer.add_image(tag, picture, step)
+
     def flush(self) -> None:
         """Let others see what was drawn."""
         if self._writer:
+            self._arrange(self._writer)
             self._writer.flush()
             return
         try:
@@ -65,7 +76,15 @@ class Curves:
     def close(self) -> None:
         """Nothing more is drawn."""
         if self._writer:
+            self._arrange(self._writer)
             self._writer.close()
+
+    def _arrange(self, writer: SummaryWriter) -> None:
+        """Let the first look show all curves that there are by now."""
+        arranged = layout(self._names)
+        if arranged != self._layout:
+            writer.add_custom_scalars(arranged)
+            self._layout = arranged
 
 
 class _Trouble:

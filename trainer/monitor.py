@@ -1,4 +1,4 @@
-"""What a run shows while it trains: TensorBoard curves and a line on the terminal."""
+"""What a run shows while it trains: curves and captions in its trackers, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ from configs.run.ledger import History
 from configs.run.stopwatch import Stopwatch
 from configs.schema import RunConfig
 from data.batch import Batch, Sample
-from data.decode import SAMPLE_RATE
 from data.loader import Step
 from data.retry import STATS
 from data.windows import HOP
 from trainer.distributed import World
 from trainer.engines import Update
 from trainer.flops import peak_flops
-from trainer.listening import Listening, PanelClip
+from trainer.listening import Listening
 from trainer.loss import SourceTotals
+from trainer.panel import Panel
+from trainer.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-    from trainer.curves import Curves
 
 SPIKE_WINDOW = 100
 """Steps that a loss is compared with; the first SPIKE_WINDOW / 5 of an attempt are only collected."""
@@ -98,7 +97,7 @@ class Monitor:
         self._names = [source.name for source in config.data.sources]
         self._sample_flops, self._peak = sample_flops, peak_flops(config.monitor.peak_tflops, world.device)
         self._step, self._total_steps = first_step, total_steps
-        self._curves: Curves | None = None
+        self._trackers: Tracker | None = None
         self._history = History([])
         self._progress: Progress | None = None
         self._noted_at, self._noted_step = 0.0, first_step
@@ -106,12 +105,9 @@ class Monitor:
         self._quarantine_bytes = 0
         """Of the quarantine that the curves show."""
         if world.rank == 0:
-            from trainer.curves import Curves  # TensorBoard, which the other ranks do without
-
             self._history = run.ledger.read()
-            # What the attempts before have drawn and this one draws anew is taken back; step 0 is evaluated
-            # again, as it is never saved.
-            self._curves = Curves(run.tensorboard, purge_step=first_step + 1 if first_step else 0)
+            self._trackers = open_trackers(config, run, self._history, first_step)
+            self._panel = Panel(self._trackers, self._history, first_step)
             self._mark_restart()
             if sys.stdout.isatty():
                 self._progress = self._open_terminal()
@@ -147,28 +143,29 @@ class Monitor:
 
     def evaluation_begins(self, samples: int) -> None:
         """Say so where an attempt has said nothing of a step yet: it may take minutes."""
-        if self._curves and samples and not self.clock.steps:
+        if self._trackers and samples and not self.clock.steps:
             captions = min(samples, self._config.evaluate.captions)
             self.say(f"step {self._step}: evaluates {samples} samples, and captions {captions}, first")
 
     def evaluation(self, metrics: dict[str, float], said: Listening) -> None:
         """Report an evaluation; the time that it took does not count for the speed."""
-        if self._curves and metrics:
-            self._curves.scalars(metrics, self._step)
-            for number, clip in enumerate(said.panel):
-                self._show_clip(self._curves, f"panel/{number}", clip)
-            self._curves.flush()
-            values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        if self._trackers and metrics:
+            self._trackers.scalars(metrics, self._step)
+            self._panel.show(said.panel, said.predictions, self._step)
+            self._trackers.flush()
+            # Losses by source, and of each score the one over all.
+            told = {name: value for name, value in metrics.items() if "loss" in name or name.count("/") == 1}
+            values = "  ".join(f"{name} {value:.4f}" for name, value in told.items())
             self.say(f"step {self._step}: {values}")
         self._reset()
 
     def close(self) -> None:
-        """Finish the terminal line and the curves."""
+        """Finish the terminal line and the trackers."""
         if self._progress:
             self._progress.stop()
         self._note()
-        if self._curves:
-            self._curves.close()
+        if self._trackers:
+            self._trackers.close()
 
     def _open_terminal(self) -> Progress:
         from rich.console import Console
@@ -201,7 +198,7 @@ class Monitor:
         )
         unusable_samples = self._world.sum([float(unusable[name]) for name in self._names])
         storage = self._world.sum([float(STATS[name]) for name in STORAGE])
-        if self._curves is None:
+        if self._trackers is None:
             return
         seconds = time.perf_counter() - self._since
         scalars = by_source.means(self._names, "loss")
@@ -216,10 +213,10 @@ class Monitor:
         if self._world.device.type == "cuda":
             scalars["memory/device_gb"] = torch.cuda.max_memory_allocated(self._world.device) / 1e9
             scalars["memory/device_reserved_gb"] = torch.cuda.max_memory_reserved(self._world.device) / 1e9
-        self._curves.scalars(scalars, self._step)
+        self._trackers.scalars(scalars, self._step)
         with contextlib.suppress(OSError):  # the quarantine cannot be read for now
-            self._show_unusable(self._curves)
-        self._curves.flush()
+            self._show_unusable(self._trackers)
+        self._trackers.flush()
         self._show_status(scalars)
 
     def _speeds(self, totals: Totals, seconds: float) -> dict[str, float]:
@@ -252,13 +249,7 @@ class Monitor:
         wait = scalars["speed/data_wait_share"]
         print(f"step {self._step}/{self._total_steps}  {status}  data wait {wait:.0%}", flush=True)
 
-    def _show_clip(self, curves: Curves, tag: str, clip: PanelClip) -> None:
-        waveform = torch.from_numpy(clip.sample.waveform)[None] / 32768
-        curves.audio(tag, waveform, SAMPLE_RATE, self._step)
-        text = f"**said** {clip.caption}\n\n**reference** {clip.sample.caption}\n\n`{clip.sample.key}`"
-        curves.text(tag, text, self._step)
-
-    def _show_unusable(self, curves: Curves) -> None:
+    def _show_unusable(self, trackers: Tracker) -> None:
         """A table of the samples that could not be used, by source and reason, whenever there are more."""
         size = self._run.quarantine.size()
         if size == self._quarantine_bytes:
@@ -267,17 +258,17 @@ class Monitor:
         table = ["| source | samples | reason | e.g. |", "|---|---|---|---|"]
         for (source, reason), keys in self._run.quarantine.read().by_reason().items():
             table.append(f"| {source} | {len(keys):,} | {reason} | {keys[0]} |")
-        curves.text("unusable_samples", "\n".join(table), self._step)
+        trackers.text("unusable_samples", "\n".join(table), self._step)
 
     def _mark_restart(self) -> None:
         """Say in the curves where an attempt begins, and why the one before ended."""
         attempts = summarize(self._history, time.time())
-        if self._curves is None or not attempts:
+        if self._trackers is None or not attempts:
             return
         text = f"attempt {attempts[-1].attempt}, {attempts[-1].place}"
         if len(attempts) > 1:
             text += f", resumed at step {self._step} after: {attempts[-2].words or 'nobody knows'}"
-        self._curves.text("restarts", text, self._step)
+        self._trackers.text("restarts", text, self._step)
 
     def _tell_first_step(self) -> None:
         """Tell the ledger where the seconds until now went."""
@@ -291,7 +282,7 @@ class Monitor:
 
     def _note(self) -> None:
         """Tell the ledger where this attempt's time went, and the curves where that of the run did."""
-        if self._curves is None:
+        if self._trackers is None:
             return
         progress = self.clock.progress(self._attempt, self._step, self._config.batch.global_size)
         self._noted_at = time.monotonic()
@@ -303,7 +294,7 @@ class Monitor:
         history = History([*self._history.events, progress])
         spent = goodput(summarize(history, progress.time), begin(history) or progress.time, progress.time)
         shares = {f"goodput/{name}": seconds / sum(spent.values()) for name, seconds in spent.items()}
-        self._curves.scalars(shares, self._step)
+        self._trackers.scalars(shares, self._step)
 
     def say(self, text: str) -> None:
         """A line on the terminal."""

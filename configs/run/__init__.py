@@ -10,6 +10,7 @@
     base/                 rank 0                      at the first start, before training changes anything
     checkpoints/step-N    every rank, a file each     in the background; rank 0 names the folder
     tensorboard/          rank 0                      with the points of the curves
+    trackers/             rank 0, its own             with the points of the curves (`monitor.trackers`)
     logs/attempt-N/       every rank, its own         what it prints, and what a crash or a hang leaves
     code/, pretrained/    launch submit               its jobs' code; the model, if it came from a hub
     slurm/                launch submit, job.sh       scripts, what Slurm says of jobs; `stop`: launch stop

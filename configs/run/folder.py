@@ -33,6 +33,8 @@ class RunDir:
         trained."""
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+        self.trackers = self.path / "trackers"
+        """What other trackers were told (trainer/courier.py)."""
         self.ledger = Ledger(self.path / "events")
         """What happened."""
         self.quarantine = Quarantine(self.path / "quarantine")
