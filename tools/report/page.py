@@ -1,0 +1,79 @@
+"""Puts a page together: page.html, filled in, with page.css and page.js inside. It asks no network for
+anything, and its Content-Security-Policy lets no other script run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from tools.report.listing import Clip
+from tools.report.overview import ALL, BETTER, Overview
+
+FOLDER = Path(__file__).parent
+GENERATOR = "Earwitness, tools.report"
+BEGINNING = 1024
+"""Bytes in which a page says who made it."""
+ARROWS = {True: " ↑", False: " ↓"}
+"""Behind the names of metrics: which way is better."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows. step: of its evaluation, None for predictions of no run; total: clips of that
+    evaluation; metric: by which the clips are in order; scores: all that they have; notices: what is not on
+    the page, and what to do."""
+
+    top: Overview
+    clips: Sequence[Clip]
+    step: int | None
+    total: int
+    metric: str
+    scores: Sequence[str]
+    notices: Sequence[str]
+
+    def html(self) -> str:
+        """The whole page."""
+        environment = Environment(
+            loader=FileSystemLoader(FOLDER, encoding="utf-8"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        script, style = (
+            f"\n{(FOLDER / name).read_text(encoding='utf-8').strip()}\n" for name in ("page.js", "page.css")
+        )
+        counts = Counter(clip.prediction.source for clip in self.clips)
+        told = {source for values in self.top.metrics.values() for source in values} - {ALL}
+        return environment.get_template("page.html").render(
+            vars(self),
+            generator=GENERATOR,
+            made=time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+            script=Markup(script),
+            script_hash=_hash(script),
+            style=Markup(style),
+            sources=counts,
+            source_names=self.top.sources or sorted(told | set(counts)),
+            columns=[source for source in self.top.sources or sorted(told) if source in told],
+            names=lambda name: name.replace("_", " "),
+            arrow=lambda name: ARROWS.get(BETTER.get(name), ""),
+        )
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of this tool. Raises OSError."""
+    with path.open("rb") as file:
+        return f'content="{GENERATOR}"'.encode() in file.read(BEGINNING)
+
+
+def _hash(script: str) -> str:
+    """As a Content-Security-Policy names a script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
