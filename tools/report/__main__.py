@@ -1,10 +1,10 @@
-"""`python -m tools.report RUN|PREDICTIONS OUT.html`: what a model says of clips, as one page to listen to, that
-needs nothing else."""
+"""`python -m tools.report RUN|PREDICTIONS OUT.html`: what a model says of clips, as one page to listen to
+that needs nothing else."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,13 +38,15 @@ def report(
         ),
     ],
     out: Annotated[Path, typer.Argument(help="The page to write.", metavar="OUT.html")],
-    clips: Annotated[int, typer.Option(min=0, help="Most clips on the page: of each source the worst.")] = 300,
+    clips: Annotated[
+        int, typer.Option(min=0, help="Most clips on the page: the worst of each source.")
+    ] = 300,
     megabytes: Annotated[
         float, typer.Option(min=0, help="Most megabytes of sounds and pictures, again of the worst first.")
     ] = 24,
     storage_options: StorageOptions = None,
 ) -> None:
-    """Write one page with an evaluation's clips to listen to, their captions and scores, worst first; with the
+    """Write one page with an evaluation's clips to listen to, their captions and scores, worst first, and the
     curves and attempts of a run. It works from disk and may be sent around."""
     _check_out(out)
     shown = _of_run(source, storage_options) if source.is_dir() else _of_file(source, storage_options)
@@ -117,9 +119,7 @@ def _check_out(out: Path) -> None:
     if out.suffix.lower() not in (".html", ".htm") or "://" in str(out):
         raise ConfigError(f"{out}: a page is written to a file of this machine whose name ends in .html")
     if out.is_dir() or (out.exists() and not is_page(out)):
-        raise ConfigError(
-            f"{out}: exists and is no page of tools.report; remove it or choose another name"
-        )
+        raise ConfigError(f"{out}: exists and is no page of tools.report; remove it or choose another name")
 
 
 def _left_out(total: int, media: list[Media]) -> list[str]:

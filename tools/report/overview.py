@@ -130,7 +130,7 @@ def _attempt(row: AttemptSummary) -> Attempt:
     steps = "" if row.first is None else f"{row.first:,}-{row.last:,}"
     return Attempt(
         number=row.attempt,
-        ranks=f"{len(row.nodes)} × {row.ranks // len(row.nodes)}",
+        ranks=f"{len(row.nodes)} x {row.ranks // len(row.nodes)}",
         began=_clock(row.begin),
         ended=_clock(row.end) if row.end else "",
         cause=Cause(row.cause).words if row.cause else "at work",

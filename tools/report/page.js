@@ -7,7 +7,7 @@ const clips = [...document.querySelectorAll(".clip")].map((element) => ({
   element,
   places: JSON.parse(element.dataset.places),
   source: element.dataset.source,
-  text: element.querySelector(".texts").textContent.toLowerCase(),
+  text: [...element.querySelectorAll(".reference, .caption, .key")].map((each) => each.textContent).join(" ").toLowerCase(),
 }));
 let order = clips;
 

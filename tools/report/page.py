@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent
 GENERATOR = "Earwitness, tools.report"
 BEGINNING = 1024
 """Bytes in which a page says who made it."""
-ARROWS = {True: " ↑", False: " ↓"}
+ARROWS = {True: " ↑", False: " ↓", None: ""}
 """Behind the names of metrics: which way is better."""
 
 
@@ -53,6 +53,7 @@ class Page:
         )
         counts = Counter(clip.prediction.source for clip in self.clips)
         told = {source for values in self.top.metrics.values() for source in values} - {ALL}
+        names = list(dict.fromkeys([*self.top.sources, *sorted(told | set(counts))]))
         return environment.get_template("page.html").render(
             vars(self),
             generator=GENERATOR,
@@ -60,11 +61,11 @@ class Page:
             script=Markup(script),
             script_hash=_hash(script),
             style=Markup(style),
-            sources=counts,
-            source_names=self.top.sources or sorted(told | set(counts)),
-            columns=[source for source in self.top.sources or sorted(told) if source in told],
+            source_names=names,
+            sources={name: counts[name] for name in names if counts[name]},
+            columns=[name for name in names if name in told],
             names=lambda name: name.replace("_", " "),
-            arrow=lambda name: ARROWS.get(BETTER.get(name), ""),
+            arrow=lambda name: ARROWS[BETTER.get(name)],
         )
 
 

@@ -15,8 +15,8 @@ LONG = 40
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a caption. folded: what stands for a loop, empty for other text; times: how often the loop has
-    it; is_new: whether the caption before has not said it."""
+    """A part of a caption. folded: what a loop says again and again, empty for other text; times: how often;
+    is_new: whether the caption before has not said it."""
 
     text: str
     folded: str = ""
