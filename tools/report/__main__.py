@@ -126,13 +126,13 @@ def _left_out(total: int, media: list[Media]) -> list[str]:
     """What is not on the page, in words."""
     lines = []
     if len(media) < total:
-        lines.append(f"{len(media):,} of {total:,} clips are here: of each source the worst (--clips).")
+        lines.append(f"{len(media):,} of {total:,} clips are here, the worst of each source (--clips).")
     without = sum(not each.audio for each in media)
     full = sum(each.silent == NO_ROOM for each in media)
     if full:
-        lines.append(f"{full:,} clips are here without sound and picture, as the page is full (--megabytes).")
+        lines.append(f"Without sound and picture, as the page is full (--megabytes): {full:,} of the clips.")
     if without > full:
-        lines.append(f"{without - full:,} clips have no sound: beside each stands why.")
+        lines.append(f"Without sound, and beside each stands why: {without - full:,} of the clips.")
     return lines
 
 

@@ -57,7 +57,7 @@ class Page:
         return environment.get_template("page.html").render(
             vars(self),
             generator=GENERATOR,
-            made=time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+            facts=self._facts(),
             script=Markup(script),
             script_hash=_hash(script),
             style=Markup(style),
@@ -67,6 +67,15 @@ class Page:
             names=lambda name: name.replace("_", " "),
             arrow=lambda name: ARROWS[BETTER.get(name)],
         )
+
+    def _facts(self) -> list[str]:
+        """What stands under the name."""
+        facts = [f"from {self.top.model}"] if self.top.model else []
+        facts += [self.top.progress] if self.top.progress else []
+        if self.total:
+            at = "" if self.step is None else f" at step {self.step:,}"
+            facts.append(("1 clip" if self.total == 1 else f"{self.total:,} clips") + at)
+        return [*facts, time.strftime("page of %Y-%m-%d %H:%M UTC", time.gmtime())]
 
 
 def is_page(path: Path) -> bool:
