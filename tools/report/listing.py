@@ -20,7 +20,7 @@ class Score:
     share, 1 for the worst."""
 
     name: str
-    text: str
+    value: float
     place: int
     badness: float
 
@@ -133,5 +133,5 @@ def _scores(predictions: Sequence[Prediction]) -> list[list[Score]]:
             if value is not None:
                 place = places[_goodness(name, value)]
                 badness = 1 - place / (len(places) - 1) if len(places) > 1 else 0.0
-                of_clip.append(Score(name, f"{value:.3g}", place, badness))
+                of_clip.append(Score(name, value, place, badness))
     return scores

@@ -65,6 +65,7 @@ class Page:
             sources={name: counts[name] for name in names if counts[name]},
             columns=[name for name in names if name in told],
             names=lambda name: name.replace("_", " "),
+            number=_number,
             arrow=lambda name: ARROWS[BETTER.get(name)],
         )
 
@@ -82,6 +83,11 @@ def is_page(path: Path) -> bool:
     """Whether a file is a page of this tool. Raises OSError."""
     with path.open("rb") as file:
         return f'content="{GENERATOR}"'.encode() in file.read(BEGINNING)
+
+
+def _number(value: float) -> str:
+    """As 0.491, 12.35 or 0: what is almost nothing is nothing."""
+    return f"{round(value, 3):.4g}"
 
 
 def _hash(script: str) -> str:

@@ -129,7 +129,7 @@ def _beginning(seconds: float, heard: float) -> tuple[float, float] | None:
 
 
 def _audio(waveform: npt.NDArray[np.int16]) -> str:
-    """As MP3, which every browser plays: Safari plays Ogg since 18.4 only."""
+    """As MP3, which every browser plays; older Safaris play no Ogg."""
     file = io.BytesIO()
     soundfile.write(
         file,
