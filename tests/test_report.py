@@ -337,6 +337,8 @@ def test_only_a_page_of_this_tool_is_overwritten(predictions: Path, tmp_path: Pa
         report(predictions, other)
     with pytest.raises(ConfigError, match=r"ends in \.html"):
         report(predictions, tmp_path / "page.jsonl")
+    with pytest.raises(ConfigError, match="a file of this machine"):
+        report(predictions, Path("s3://bucket/page.html"))
     report(predictions, page, clips=1)
     report(predictions, page, clips=2)
     assert page.read_text(encoding="utf-8").count("<article") == 2

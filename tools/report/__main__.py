@@ -3,6 +3,7 @@ that needs nothing else."""
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def _of_file(path: Path, storage_options: str | None) -> _Shown:
 
 def _check_out(out: Path) -> None:
     """Raise ConfigError if OUT is no place for a page."""
-    if out.suffix.lower() not in (".html", ".htm") or "://" in str(out):
+    if out.suffix.lower() not in (".html", ".htm") or re.match(r"\w+:/", str(out)):
         raise ConfigError(f"{out}: a page is written to a file of this machine whose name ends in .html")
     if out.is_dir() or (out.exists() and not is_page(out)):
         raise ConfigError(f"{out}: exists and is no page of tools.report; remove it or choose another name")

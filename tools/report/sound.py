@@ -100,8 +100,10 @@ class Recordings:
         except (DataError, ShardError) as error:
             # After minutes of waiting: what lies beside it is as far away.
             is_away = isinstance(error, ShardError) and not location.is_local
-            self._broken.add(folder if is_away else sound.url)
-            self.failures.append(str(error))
+            place = folder if is_away else sound.url
+            if place not in self._broken:  # else another thread has met it, too
+                self._broken.add(place)
+                self.failures.append(str(error))
             raise BadSample(why) from None
         _check_header(content[:BLOCK], prediction)
         return content[BLOCK:]
@@ -110,7 +112,7 @@ class Recordings:
 def _check_header(header: bytes, prediction: Prediction) -> None:
     """Raise BadSample if another file lies where a clip should be, as in a shard that was packed again."""
     sound = prediction.sound
-    shard, key = prediction.key.split("/", 2)[1:]
+    shard, _, key = prediction.key.partition("/")[2].partition("/")
     key = re.sub(r"#\d+$", "", basename(key))
     try:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
