@@ -4,7 +4,7 @@ machines, folders and buckets: pages are sent around."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def of_file(path: Path, predictions: Sequence[Prediction]) -> Overview:
     return Overview(name=path.stem, metrics=metrics, of=f"means over {len(predictions):,} clips")
 
 
-def by_metric(metrics: Mapping[str, float], sources: Iterable[str]) -> Metrics:
+def by_metric(metrics: Mapping[str, float], sources: Sequence[str]) -> Metrics:
     """Metrics as the ledger has them (validation/METRIC, validation/METRIC/SOURCE), by metric and source."""
     sorted_out: Metrics = {}
     for key, value in metrics.items():
