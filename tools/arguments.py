@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -63,7 +63,7 @@ def named_data(
     if caption_keys:
         source["caption_key"] = list(caption_keys)
     if storage_options is not None:
-        source["storage_options"] = _mapping(storage_options)
+        source["storage_options"] = mapping(storage_options)
     values: dict[str, object] = {"sources": [source]}
     if index_dir is not None:
         values["index_dir"] = index_dir
@@ -73,7 +73,7 @@ def named_data(
         raise explained(error, "SHARDS") from None
 
 
-def _mapping(text: str) -> object:
+def mapping(text: str) -> dict[str, Any]:
     """The value of --storage-options. Raises ConfigError."""
     try:
         value = yaml.safe_load(text)

@@ -54,9 +54,10 @@ def read_predictions(path: Path) -> list[Prediction]:
     """The predictions in a file. Raises ConfigError if it is none of these."""
     predictions: list[Prediction] = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
-            predictions.append(Prediction(**{**values, "sound": Sound(**values["sound"])}))
+        with path.open(encoding="utf-8", newline="\n") as file:  # captions may hold other ends of lines
+            for line in file:
+                values = json.loads(line)
+                predictions.append(Prediction(**{**values, "sound": Sound(**values["sound"])}))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
