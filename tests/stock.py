@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from data.batch import Sample
 
@@ -29,6 +29,26 @@ def logits(model: WhisperForConditionalGeneration, sample: Sample, window: int) 
             decoder_input_ids=torch.tensor([sample.tokens.input_ids]),
             use_cache=False,
         ).logits[0]
+
+
+def caption(
+    model: WhisperForConditionalGeneration,
+    sample: Sample,
+    window: int,
+    generation: GenerationConfig,
+    prompt: list[int],
+) -> list[int]:
+    """Tokens of what `generate` says of a clip. window: mel frames of the model's."""
+    mel = features(sample, model.config.num_mel_bins, window)
+    spoken = {"language": "en", "task": "transcribe"} if generation.is_multilingual else {}
+    with _window_of(model, sample.frames // 2):
+        tokens = model.generate(
+            mel[None].to(model.dtype),
+            generation_config=generation,
+            prompt_ids=torch.tensor(prompt) if prompt else None,
+            **spoken,
+        )
+    return tokens[0].tolist()
 
 
 @contextmanager

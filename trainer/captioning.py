@@ -124,7 +124,9 @@ class Generator:
                     rows.pop()
                     decoding.drop(row)
             done, known = known, known + 1
-        return [torch.tensor(each[begin:]) for each, begin in zip(tokens, begins, strict=True)]
+        return [
+            torch.tensor(each[begin:], dtype=torch.int64) for each, begin in zip(tokens, begins, strict=True)
+        ]
 
     def _most(self, begin: int) -> int:
         """How many tokens a clip may have, those that a caption begins with included. begin: their number. As

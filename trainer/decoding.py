@@ -7,6 +7,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.batch import Segments
 from trainer.whisper import Attention, Block, Whisper
@@ -14,6 +15,9 @@ from trainer.whisper import Attention, Block, Whisper
 Kept = tuple[Tensor, Tensor, Tensor, Tensor]
 """Of a block: keys and values of the tokens, (B, heads, positions, d_head), and of the audio, (B, heads,
 longest, d_head)."""
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of attention. cuDNN's, which torch prefers on Hopper GPUs, takes long at each new shape, and every token
+brings one."""
 
 
 class Decoding:
@@ -30,6 +34,7 @@ class Decoding:
             sounds = torch.ones(audio.total, dtype=torch.bool, device=heard.device)
             self._sounds = _apart(sounds, audio)[:, None, None]
 
+    @sdpa_kernel(KERNELS)
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens: (B, n), the next ones of each clip; more than one at a time only at the beginning. Returns
         logits of the token after them, (B, vocabulary)."""
