@@ -21,7 +21,7 @@ from data.captions import IGNORED, Tokens
 from data.decode import SAMPLE_RATE
 from data.order import EMPTY, LISTEN, Ints, hashed
 from data.windows import HOP
-from trainer.captioning import Generator
+from trainer.captioning import Generator, in_groups
 from trainer.counts import repeated
 from trainer.evaluate import Fetch, Setup
 from trainer.loss import token_losses
@@ -140,8 +140,8 @@ class Listener:
         grouped: list[int] = []
         for source in np.unique(of_source):
             own = np.flatnonzero(of_source == source)
-            by_length: Ints = np.asarray(rows)[own[seconds[own].argsort(kind="stable")]]
-            grouped += [*by_length.tolist(), *[EMPTY] * (-len(by_length) % GROUP)]
+            for group in in_groups(seconds[own].tolist(), GROUP):
+                grouped += [*(rows[own[place]] for place in group), *[EMPTY] * (GROUP - len(group))]
         return grouped
 
     def _hear(
