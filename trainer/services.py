@@ -45,7 +45,7 @@ class Wandb:
         import wandb
 
         self._wandb: Any = wandb
-        arguments = {
+        arguments: dict[str, Any] = {
             "id": identity(self._config, self._dir),
             "project": os.environ.get("WANDB_PROJECT", PROJECT),
             "name": self._config.run.name,
