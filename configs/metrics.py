@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 HIGHER_IS_BETTER = {
     "loss": False,
     "loss_own": False,
-    "discrimination": True,
     "cider_d": True,
     "bleu_1": True,
     "bleu_4": True,
@@ -20,6 +19,7 @@ HIGHER_IS_BETTER = {
     "distinct_2": True,
     "repetition_rate": False,
     "empty_rate": False,
+    "discrimination": True,
     "silence_words": False,
     "silence_repetition_rate": False,
     "noise_words": False,

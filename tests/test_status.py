@@ -295,7 +295,7 @@ def restarted(tmp_path_factory: pytest.TempPathFactory, model: Path, shards: str
         checkpoint={"every_steps": 4},
         engine={"backend": "fsdp2"},
         batch={"global_size": 2, "micro_seconds": 1},
-        evaluate={"every_steps": 3, "captions": 0, "max_samples": 2, "best_metric": "none"},
+        evaluate={"every_steps": 3, "captions": 0, "max_samples": 2, "best_metric": "validation/empty_rate"},
     )
     kills = [
         (Kill("trainer.loop:learning_rate", 3, rank=0), 1),

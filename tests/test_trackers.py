@@ -119,7 +119,7 @@ def test_wandb_gets_one_run_with_each_step_once_over_restarts(tmp_path: Path, wa
     assert [row["step"] for row in told if "texts/path" in row] == [0, 3]
     runs = [record.run for path in (first, second) for record in records(path) if record.HasField("run")]
     assert {(each.run_id, each.display_name, each.project) for each in runs} == {
-        ((run.trackers / "id").read_text(), "run", "earwitness")
+        ((run.trackers / "id").read_text(encoding="utf-8"), "run", "earwitness")
     }
     sent = {item.key: item.value_json for item in runs[0].config.update}
     assert json.loads(sent["optim"])["lr"] == 1e-3
@@ -205,7 +205,7 @@ def test_a_service_that_never_answers_stops_no_step_and_gets_all_at_the_next_sta
 
 def test_a_disk_that_takes_nothing_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_of(tmp_path)
-    (run.trackers).write_text("in the way")
+    (run.trackers).write_text("in the way", encoding="utf-8")
     attempt(run, Plain([]), 0, range(1, 4))
     said = capsys.readouterr().out
     assert said.count("plain is not told for now, training goes on") == 1 and str(run.trackers) in said
@@ -223,7 +223,9 @@ def test_a_disk_that_takes_nothing_is_told_once(tmp_path: Path, capsys: pytest.C
 def test_wandb_without_a_key_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
 ) -> None:
-    (tmp_path / "netrc").write_text(f"machine wandb.example.org login user password {KEY}\n")
+    (tmp_path / "netrc").write_text(
+        f"machine wandb.example.org login user password {KEY}\n", encoding="utf-8"
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)

@@ -38,7 +38,7 @@ def python(tmp_path: Path) -> Path:
     """A Python with trackio, and all that this one has."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
-    (packages / "ours.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "ours.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     done = subprocess.run(
         [tmp_path / "venv/bin/pip", "install", "--quiet", "trackio"],
         capture_output=True,
@@ -62,7 +62,7 @@ def test_trackio_gets_one_run_with_each_step_once_over_restarts(tmp_path: Path, 
     )
     assert done.returncode == 0, done.stderr
     name, rows = json.loads(done.stdout.splitlines()[-1])
-    assert name == (tmp_path / "run/trackers/id").read_text()
+    assert name == (tmp_path / "run/trackers/id").read_text(encoding="utf-8")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
     assert [row["step"] for row in rows if "validation/loss" in row] == [5, 10]
     assert [row["step"] for row in rows if "restarts" in row] == [0, 3]

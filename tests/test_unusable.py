@@ -149,7 +149,7 @@ def test_status_shows_what_can_be_used_and_what_cannot(tmp_path: Path, model: Pa
         for line in run_program("launch", "status", tmp_path / "run").stdout.splitlines()
         if line.startswith(" sounds ")
     ]
-    assert line[:7] == ["sounds", "23", "22", "0", "1", "0", "2"] and line[7:10] == ["2", "x", "the"]
+    assert line[:8] == ["sounds", "23", "22", "1", "0", "1", "0", "2"] and line[8:11] == ["2", "x", "the"]
     told = json.loads(run_program("launch", "status", tmp_path / "run", "--json").stdout)["samples"]
     (counts,) = told["sources"]
     assert (counts["samples"], counts["training"], counts["unusable"], counts["met_unusable"]) == (
@@ -166,9 +166,9 @@ def test_status_shows_what_can_be_used_and_what_cannot(tmp_path: Path, model: Pa
         kept = [line for line in lines if json.loads(line)["event"] != "samples"]
         file.write_text("".join(kept), encoding="utf-8")
     (row,) = [
-        line.split()[:7]
+        line.split()[:8]
         for line in run_program("launch", "status", tmp_path / "run").stdout.splitlines()
         if line.startswith(" sounds ")
     ]
-    assert row == ["sounds", *["?"] * 5, "2"]
+    assert row == ["sounds", *["?"] * 6, "2"]
     assert "1 of 23 samples are left out" in told["left_out"][0]

@@ -6,12 +6,13 @@ import re
 from collections.abc import Collection, Sequence
 
 Chart = list[Sequence[str]]
-AGAINST_REFERENCES = ("cider_d", "spider", "spice", "meteor", "rouge_l", "bleu_4", "bleu_1", "fense", "clap")
+AGAINST_REFERENCES = ("cider_d", "meteor", "rouge_l", "bleu_4", "bleu_1", "sbert_sim")
 CHARTS: dict[str, dict[str, list[str]]] = {
     "loss": {
         "training and validation": ["loss", "validation/loss", "validation/loss_own"],
         "training, by source": ["loss/.+"],
         "validation, by source": ["validation/loss/.+"],
+        "validation at own lengths, by source": ["validation/loss_own/.+"],
     },
     "captions": {
         "against what people said": [f"validation/({'|'.join(AGAINST_REFERENCES)})"],
@@ -21,7 +22,9 @@ CHARTS: dict[str, dict[str, list[str]]] = {
     },
     "listening": {
         "discrimination": ["validation/discrimination(/.+)?"],
-        "loops and silence": ["validation/(repetition|empty)_rate"],
+        "loops, and captions without a word": ["validation/(repetition|empty)_rate"],
+        "words for silence and for noise": ["validation/(silence|noise)_words"],
+        "loops for silence and for noise": ["validation/(silence|noise)_repetition_rate"],
         "length against the reference": ["validation/length_ratio(/.+)?"],
         "distinct words and pairs": ["validation/distinct_[12]"],
     },

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from configs.metrics import HIGHER_IS_BETTER
 from configs.run.predictions import Prediction, read_predictions
-from tools.report.overview import BETTER
 from tools.report.sound import Media
 from tools.report.texts import Piece, pieces
 
@@ -118,7 +118,7 @@ def _goodness(name: str, value: float | None) -> float:
         return math.inf
     if math.isnan(value):
         return -math.inf
-    better = BETTER.get(name, True)
+    better = HIGHER_IS_BETTER.get(name, True)
     return -abs(value - 1) if better is None else value if better else -value
 
 

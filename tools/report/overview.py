@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.metrics import HIGHER_IS_BETTER
 from configs.run.causes import Cause
 from configs.run.ends import find_end
 from configs.run.events import Evaluated, TrainingBegan
@@ -24,9 +23,6 @@ from trainer.hub import is_hub_name
 
 ALL = ""
 """Stands for all sources together."""
-LOSSES = ("loss", "loss_own")
-BETTER = {**dict.fromkeys(LOSSES, False), **HIGHER_IS_BETTER}
-"""By name of a metric: whether more is better; None where 1 is best."""
 
 Metrics = dict[str, dict[str, float]]
 """Values by metric and source."""

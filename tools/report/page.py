@@ -14,8 +14,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from configs.metrics import HIGHER_IS_BETTER
 from tools.report.listing import Clip
-from tools.report.overview import ALL, BETTER, Overview
+from tools.report.overview import ALL, Overview
 
 FOLDER = Path(__file__).parent
 GENERATOR = "Earwitness, tools.report"
@@ -66,7 +67,7 @@ class Page:
             columns=[name for name in names if name in told],
             names=lambda name: name.replace("_", " "),
             number=_number,
-            arrow=lambda name: ARROWS[BETTER.get(name)],
+            arrow=lambda name: ARROWS[HIGHER_IS_BETTER.get(name)],
         )
 
     def _facts(self) -> list[str]:
