@@ -112,6 +112,8 @@ class _Found:
 
 def _load(source: Path, *, best: bool) -> _Found:
     """Raises ConfigError, CheckpointError."""
+    if not source.is_dir():
+        raise ConfigError(f"{source}: does not exist; name the folder of an export, a run or a checkpoint")
     if is_model(source):
         if best:
             raise ConfigError(f"--best: is for a run; {source} is a model")
