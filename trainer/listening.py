@@ -109,6 +109,9 @@ class Listener:
         setup = self.setup
         setup.records.share_tokens()
         generator = setup.generator(module)
+        if setup.world.rank == 0 and generator.beyond:
+            asked = ", ".join(generator.beyond)
+            print(f"the generation config asks for {asked}: clips are captioned one at a time", flush=True)
         panel = set(rows[: self.panel])
         identities = {setup.loaders.dataset.validation.identity(row): row for row in rows}
         module.eval()
