@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from configs.errors import ConfigError
+from configs.metrics import is_higher_better
 from configs.schema import SECRET_URL, RunConfig, Section, Zero2
 
 
@@ -32,7 +33,7 @@ def load_kept(path: Path) -> RunConfig:
     """The config that a run has kept, by this version or an older one. Raises ConfigError.
 
     Before clips were packed every clip was padded, micro-batches had a number of samples, and sbatch and srun
-    were handed any options."""
+    were handed any options; any text was taken for the metric of the best checkpoint."""
     values = read_yaml(path)
     for options in ("sbatch", "srun_args"):  # what is submitted is not read from here
         values.get("slurm", {}).pop(options, None)
@@ -43,6 +44,12 @@ def load_kept(path: Path) -> RunConfig:
         Zero2.model_validate(engine.get("zero2", {}))
     except ValidationError:  # was handed to DeepSpeed unread; what was trained with it is the same
         del engine["zero2"]
+    names = [source.get("name", "") for source in values.get("data", {}).get("sources", [])]
+    evaluate = values.get("evaluate", {})
+    try:
+        is_higher_better(evaluate.get("best_metric", "validation/loss"), names)
+    except ValueError:  # any text was taken, and marked nothing
+        del evaluate["best_metric"]
     return validate(values, str(path))
 
 

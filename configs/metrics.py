@@ -38,6 +38,11 @@ def name_of(curve: str) -> str:
     return curve.removeprefix(CURVES).partition("/")[0]
 
 
+def is_of_captions(curve: str) -> bool:
+    """Whether it takes captions to know a curve."""
+    return name_of(curve) not in ("loss", "loss_own")
+
+
 def cost(curve: str, metrics: Mapping[str, float]) -> float:
     """The value of a curve, its negative where higher is better: the best has the lowest cost. Infinity if
     there is no such value."""

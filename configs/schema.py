@@ -301,6 +301,12 @@ class Augment(Section):
     and b ...`. For sounds that may well occur together."""
     spec_augment: Annotated[SpecAugment, ON_PURPOSE] = SpecAugment()
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is changed."""
+        masks = self.spec_augment.time_masks or self.spec_augment.band_masks
+        return bool(self.gain_db or self.noise_snr_db or self.speed or self.mix or masks)
+
 
 class Data(Section):
     """From shards to batches."""
@@ -528,6 +534,14 @@ class Monitor(Section):
     trackers: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], FREE] = ["tensorboard"]
     """Where curves and captions are shown. Weights & Biases and Trackio are packages of their own, and take
     keys and projects from the environment alone; see monitoring.md."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("name each tracker once")
+        return value
+
     peak_tflops: Annotated[float | None, FREE] = Field(None, gt=0)
     """Peak BF16 TFLOP/s of one device, for MFU; default from a table of known cards, without one MFU stays
     blank."""

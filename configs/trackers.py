@@ -19,17 +19,28 @@ SECONDS = 5.0
 
 def check_trackers(trackers: Sequence[str]) -> None:
     """Raise ConfigError for a tracker whose package is missing, or that has no key."""
+    check_packages(trackers)
+    check_keys(trackers)
+
+
+def check_packages(trackers: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker whose package is missing."""
     for name in trackers:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # or a folder that is called so
             raise ConfigError(
                 f"monitor.trackers: {name} is not installed in this Python: `pip install {name}`, or leave it"
                 " out: monitor.trackers=[tensorboard]"
             )
+
+
+def check_keys(trackers: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker that has no key."""
     if "wandb" in trackers and is_online() and not _has_key():
         raise ConfigError(
             f"monitor.trackers: wandb has no key for {_host()}: type `wandb login` (it goes to ~/.netrc), or"
-            " set WANDB_API_KEY; or WANDB_MODE=offline, which keeps all in the run's folder, for `wandb sync`"
-            " later (docs/monitoring.md)"
+            " set WANDB_API_KEY (for another server WANDB_BASE_URL, too); or WANDB_MODE=offline, which keeps"
+            " all in the run's folder, for `wandb sync` later (docs/monitoring.md)"
         )
 
 

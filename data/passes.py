@@ -17,7 +17,7 @@ def passes(data: Data, sizes: Sequence[int]) -> list[float]:
     powers of floats may differ in the last digit: all ranks must come to the same order.
     """
     weights = [source.weight for source in data.sources]
-    if data.temperature == 1:
+    if data.temperature == 1 or not all(sizes):  # a run has samples of each; here somebody only asks
         return weights
     samples = [Decimal(size) * Decimal(weight) for size, weight in zip(sizes, weights, strict=True)]
     exponent = 1 / Decimal(data.temperature)
@@ -31,6 +31,9 @@ def passes_in_words(data: Data, sizes: Sequence[int]) -> str:
     has to train on."""
     if data.temperature == 1:
         return ""
+    for source, size in zip(data.sources, sizes, strict=True):
+        if not size:
+            return f"passes per epoch are not known: source {source.name} has no sample to train on"
     by_source = [
         f"{source.name} {of_epoch:.3g} (weight {source.weight:g})"
         for source, of_epoch in zip(data.sources, passes(data, sizes), strict=True)

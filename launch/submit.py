@@ -17,7 +17,7 @@ from configs.run.events import Ended, Submitted
 from configs.run.folder import RunDir
 from configs.run.lease import Lease, holder
 from configs.schema import RunConfig
-from configs.trackers import check_network, check_trackers
+from configs.trackers import check_keys, check_network, check_packages
 from data import storage
 from data.dataset import list_shards, load_sidecars
 from data.sources import Shard
@@ -49,7 +49,7 @@ def submit_run(config: RunConfig, *, dry_run: bool) -> None:
     _check_idle(run)
     _check_finished(config, run)
     _check_credentials(config)
-    parts.check(config.evaluate.parts, config.evaluate.best_metric)
+    _check_scores(config)
     _check_trackers(config)
     shards = list_shards(config)
     missing = _look_at_shards(config, shards)
@@ -143,6 +143,17 @@ def examine_model(config: RunConfig, run: RunDir) -> Pretrained | None:
     return base
 
 
+def _check_scores(config: RunConfig) -> None:
+    """Refuse captions to be scored by what is not there; say so where the job may have it nevertheless, by
+    `slurm.setup` or in `slurm.python`."""
+    try:
+        parts.check(config.evaluate.parts, config.evaluate.best_metric)
+    except ConfigError as error:
+        if not (config.slurm.setup or config.slurm.python):
+            raise
+        print(f"NOTE: here, though perhaps not in the job: {error}", file=sys.stderr)
+
+
 def _check_size(config: RunConfig) -> None:
     """Refuse more processes than a step has samples."""
     size = config.batch.global_size
@@ -202,8 +213,9 @@ def _check_credentials(config: RunConfig) -> None:
 def _check_trackers(config: RunConfig) -> None:
     """Refuse trackers that could not be of use; a Python of the nodes' own says itself what it lacks."""
     if config.slurm.python is None:
-        check_trackers(config.monitor.trackers)
-    if not config.slurm.setup:  # it may set WANDB_MODE, or a proxy
+        check_packages(config.monitor.trackers)
+    if not config.slurm.setup:  # it may set WANDB_MODE, a key, or a proxy
+        check_keys(config.monitor.trackers)
         check_network(config.monitor.trackers)
 
 

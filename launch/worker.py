@@ -87,7 +87,8 @@ def _train(run: RunDir, lease: Lease, rank: int, stop: StopFlag) -> int:
     stopwatch = Stopwatch()
     snapshot.check(run.code if in_job() else snapshot.ROOT)
     config = run.proposal.read()
-    check_trackers(config.monitor.trackers)
+    if rank == 0:  # which alone speaks to them
+        check_trackers(config.monitor.trackers)
     slots = 2 * decoding_threads(config.data)  # of training's loader, and of an evaluation's
     journal = CrashJournal(slots, run.rank_file(lease.attempt, rank, "inhand"))
     nodes = _node_of_each_rank(run, lease.attempt)

@@ -55,6 +55,15 @@ def s3_server() -> Iterator[s3.Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other after each small product take minutes on cores that are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def real_clips() -> Path:
     """Folder of real clips with captions."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,8 @@ from tools.caption import caption
 from trainer.captioning import Generator, Heard, in_groups
 from trainer.examine import examine
 from trainer.whisper import from_transformers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOW = 200
 """Mel frames of the small model's window."""
@@ -43,15 +44,6 @@ def sample(waveform: np.ndarray, frames: int) -> Sample:
     """frames: of the encoder, if the clip is padded."""
     own = 2 * -(-len(waveform) // 320)
     return Sample(waveform, Tokens([], []), "", source=0, key="", frames=frames or own)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other after each small product take minutes on cores that are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

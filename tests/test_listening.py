@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.load import validate
-from configs.run.events import Evaluated, Event, Progress
+from configs.run.events import Evaluated, Progress
 from configs.run.folder import RunDir
 from configs.run.ledger import History
 from configs.run.predictions import read_predictions, steps_of
@@ -21,9 +21,11 @@ from tests.evaluators import open_setup
 from tests.forks import Launcher
 from tests.making import config_values
 from trainer import listening
-from trainer.allowance import affordable
+from trainer.allowance import Allowance
 from trainer.evaluate import Setup
-from trainer.listening import Listener, Listening
+from trainer.listening import GROUP, Listener, Listening
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Listen = Callable[..., Listening]
 
@@ -70,8 +72,15 @@ def test_the_panel_alone_has_no_scores_to_compare(listen: Listen) -> None:
     assert not heard.metrics and len(heard.panel) == 4
 
 
+def test_a_panel_of_all_clips_that_there_are_is_scored(listen: Listen) -> None:
+    heard = listen(evaluate={"captions": 12, "scored": 4})
+    assert len(heard.panel) == 12 and "validation/cider_d" in heard.metrics
+
+
 class Planted:
     """A model with a fault, in the place of one that captions."""
+
+    beyond = ()
 
     def __init__(self, setup: Setup, captions: Callable[[int], str]) -> None:
         self.tokenizer, self.captions, self.said = setup.captioner.tokenizer, captions, 0
@@ -127,33 +136,42 @@ def test_discrimination_is_the_share_of_clips_whose_own_caption_is_likelier_than
     assert least <= metrics["validation/discrimination"] <= most
 
 
-def events(*, captioned: int = 10, seconds: float = 5.0, speed: float | None = 16.0) -> list[Event]:
-    return [
-        Evaluated(
-            attempt=0, step=0, metrics={}, captions=[], captioned=captioned, captioning_seconds=seconds
-        ),
-        Progress(attempt=0, step=9, samples_per_second=speed, seconds={}),
-    ]
+def past(*, captioned: int = 10, seconds: float = 5.0, speed: float | None = 16.0) -> History:
+    return History(
+        [
+            Evaluated(
+                attempt=0, step=0, metrics={}, captions=[], captioned=captioned, captioning_seconds=seconds
+            ),
+            Progress(attempt=0, step=9, samples_per_second=speed, seconds={}),
+        ]
+    )
 
 
 @pytest.mark.parametrize(
-    ("past", "speed", "expected"),
+    ("history", "speed", "expected"),
     [
-        ([], None, 6),
-        (events(), None, 50),  # 100 steps of 8 at 16/s are 50 s; half of that, at 0.5 s a clip
-        (events(), 8.0, 100),
-        (events(seconds=0.1), None, 200),
-        (events(seconds=5000), None, 6),
-        (events(speed=None), None, 6),
+        (History([]), None, 6),
+        (past(), None, 50),  # 100 steps of 8 at 16/s are 50 s; half of that, at 0.5 s a clip
+        (past(), 8.0, 100),
+        (past(seconds=0.1), None, 200),
+        (past(seconds=5000), None, 6 + 2 * GROUP),
+        (past(speed=None), None, 6),
     ],
     ids=["begin", "share", "this attempt's speed", "all", "slow", "no step taken"],
 )
-def test_captions_take_no_more_than_their_share_of_the_time(
-    tmp_path: Path, past: list[Event], speed: float | None, expected: int
+def test_captions_take_no_more_than_their_share_of_the_time_or_a_group_of_each_rank(
+    tmp_path: Path, history: History, speed: float | None, expected: int
 ) -> None:
     values = config_values("run", tmp_path, tmp_path, "x.tar", evaluate={"share": 0.5, "every_steps": 100})
-    config = validate(values, "test")
-    assert affordable(config, History(past), speed, wanted=200, panel=6) == expected
+    allowance = Allowance(validate(values, "test"), history, ranks=2)
+    assert allowance.clips(speed, all_clips=200, panel=6) == expected
+
+
+def test_where_captions_mark_the_best_checkpoint_all_are_made_at_each_evaluation(tmp_path: Path) -> None:
+    values = config_values("run", tmp_path, tmp_path, "x.tar")
+    values["evaluate"]["best_metric"] = "validation/cider_d"
+    allowance = Allowance(validate(values, "test"), past(seconds=5000), ranks=2)
+    assert allowance.clips(None, all_clips=200, panel=6) == 200
 
 
 def test_a_run_keeps_what_was_said_and_its_figures_do_not_depend_on_its_ranks(

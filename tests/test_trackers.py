@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,7 +227,7 @@ def test_wandb_without_a_key_is_refused(
     (tmp_path / "netrc").write_text(
         f"machine wandb.example.org login user password {KEY}\n", encoding="utf-8"
     )
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     for name, value in (variables | {"NETRC": str(tmp_path / "netrc")}).items():
@@ -238,7 +239,9 @@ def test_wandb_without_a_key_is_refused(
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
+    """A folder that is called so is none."""
+    found = {"tensorboard": SimpleNamespace(origin="here"), "trackio": SimpleNamespace(origin=None)}
+    monkeypatch.setattr(importlib.util, "find_spec", found.get)
     with pytest.raises(ConfigError, match="trackio is not installed in this Python: `pip install trackio`"):
         check_trackers(["tensorboard", "trackio"])
 

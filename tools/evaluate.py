@@ -31,6 +31,7 @@ from data.windows import Windows
 from tools.arguments import CaptionKeys, StorageOptions, named_data
 from tools.caption import Window, trained_window
 from trainer import model as base
+from trainer import parts
 from trainer.checkpoint import Reader
 from trainer.distributed import alone, end
 from trainer.evaluate import Evaluator, Setup
@@ -87,18 +88,26 @@ def evaluate(
             "model": {"name_or_path": found.captioner.source},
             "data": data.model_dump(mode="json") | {"window": (window or found.window).value},
             "optim": {"max_steps": 1},
-            "evaluate": {"captions": 0, "scored": sys.maxsize if clips is None else clips},
+            "evaluate": {
+                "captions": 0,
+                "scored": sys.maxsize if clips is None else clips,
+                "max_samples": sys.maxsize,
+                "parts": named.evaluate.parts if named else {},
+            },
         }
         if style:
             values["data"]["sources"][0]["style"] = style
         config = validate(values, "SHARDS")
+        parts.check(config.evaluate.parts, config.evaluate.best_metric)
+        if missing := parts.remark():
+            print(missing, file=sys.stderr)
         metrics, said = _evaluate(found, config, is_config=named is not None)
-    if predictions:
-        write_predictions(predictions, said)
     if as_json:
         print(json.dumps({"metrics": metrics, "captioned": len(said)}))
     else:
         _show(metrics, [source.name for source in config.data.sources], len(said))
+    if predictions:
+        write_predictions(predictions, said)
 
 
 @dataclass(frozen=True)
@@ -174,8 +183,10 @@ def _evaluate(
         module = captioner.model.to(device).eval()
         metrics = Evaluator(setup, lambda: None).loss(module, next)
         listener = Listener(setup)
-        said = listener.listen(module, next, len(listener.clips))
+        said = listener.listen(module, next, len(listener.rows))
         assert metrics is not None and said is not None
+        for name, why in said.failed.items():
+            print(f"no {name}: {why}", file=sys.stderr)
         for sample in run.quarantine.read().samples:
             print(f"{sample.key}: {sample.reason}", file=sys.stderr)
         return metrics | said.metrics, said.predictions
@@ -201,7 +212,7 @@ def _samples(config: RunConfig, captioner: Captioner, *, is_config: bool) -> Dat
 def _show(metrics: dict[str, float], sources: Sequence[str], captioned: int) -> None:
     """A table: a metric per line, all clips and each source in columns."""
     table = Table("", "all", *(sources if len(sources) > 1 else ()), title_justify="left")
-    whole = [name for name in metrics if not name.endswith(tuple(f"/{source}" for source in sources))]
+    whole = [name for name in metrics if name.count("/") == 1]
     for name in whole:
         figures = [metrics.get(f"{name}/{source}") for source in sources] if len(sources) > 1 else []
         shown = ["" if figure is None else f"{figure:.4g}" for figure in (metrics[name], *figures)]

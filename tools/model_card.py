@@ -14,7 +14,7 @@ import yaml
 from configs.errors import ConfigError
 from configs.run.events import TrainingBegan
 from configs.run.folder import RunDir
-from configs.schema import Augment, RunConfig
+from configs.schema import RunConfig
 from data import dataset
 from data.captions import LANGUAGE
 from data.merged import Index
@@ -219,7 +219,7 @@ def _training(run: RunDir, config: RunConfig, manifest: Manifest) -> str:
         f"computed in {config.engine.dtype}; master weights and optimizer in fp32",
         f"seed {config.run.seed}",
     ]
-    if data.augment != Augment():
+    if data.augment.is_on:
         changed = data.augment.model_dump(mode="json", exclude_defaults=True)
         lines.append(
             f"clips changed by chance: {', '.join(f'{key} {value}' for key, value in changed.items())}"

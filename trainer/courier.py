@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -108,9 +109,10 @@ class Courier:
     def close(self) -> None:
         """Wait a little for what is under way."""
         self.flush()
+        until = time.monotonic() + (0.0 if self._gave_up else CLOSE_SECONDS)
         with contextlib.suppress(queue.Full):
-            self._rows.put(None, timeout=CLOSE_SECONDS)
-        self._thread.join(CLOSE_SECONDS)
+            self._rows.put(None, timeout=max(0.0, until - time.monotonic()))
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             self._give_up(f"did not take all in {CLOSE_SECONDS:.0f} s")
 
@@ -129,7 +131,7 @@ class Courier:
             return {name: value for name, value in values.items() if row.step > self._said.get(name, -1)}
 
         texts = row.texts if row.step == self._first_step else new(row.texts)
-        return Row(row.step, new(row.scalars), texts, new(row.audio), new(row.images))
+        return Row(row.step, new(row.scalars), texts, row.audio, row.images)  # these come once per attempt
 
     def _read(self) -> list[Row]:
         """What earlier attempts have told, in order."""
@@ -139,7 +141,8 @@ class Courier:
             self._tell(f"may be told steps again: {words_of_disk(error) or error}")
             return []
         by_number = {line["row"]: Row(line["step"], line["scalars"], line["texts"]) for line in lines}
-        return [by_number[number] for number in sorted(by_number)]
+        missing = Row(self._first_step)  # of a line that a machine lost with its power
+        return [by_number.get(number, missing) for number in range(1 + max(by_number, default=-1))]
 
     def _serve(self, past: list[Row]) -> None:
         """Hand rows to the service, in a thread of its own, until there are no more."""

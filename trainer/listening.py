@@ -3,8 +3,9 @@ listens."""
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ from configs.run.predictions import Prediction, Sound
 from data.batch import Sample, collate
 from data.captions import IGNORED, Tokens
 from data.decode import SAMPLE_RATE
-from data.order import EMPTY, LISTEN, Ints, hashed
+from data.order import EMPTY, LISTEN, Ints, fractions, hashed, random_keys
 from data.windows import HOP
 from trainer.captioning import Generator, in_groups
 from trainer.counts import repeated
@@ -35,8 +36,8 @@ DISCRIMINATION = "discrimination"
 """Whether a clip's own caption is likelier than that of another clip of its source."""
 SECONDS_WITHOUT_CONTENT = (3, 10)
 """Lengths of the silence and of the noise that a model is tried on."""
-NOISE = 0.05
-"""Standard deviation of that noise; full scale is 1."""
+NOISE = 0.2
+"""From the lowest to the highest value of that noise; full scale is from -1 to 1."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Listening:
     panel: list[PanelClip] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     """Metrics that broke, and why."""
+    seconds: float = 0.0
+    """That the captions took, scores left out."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ class _Answer:
 
     row: int
     prediction: Prediction
-    sample: Sample | None
-    """Of a clip in the panel."""
+    shown: Sample | None
+    """A clip of the panel."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,15 @@ class Listener:
     """
 
     setup: Setup
+    sign_of_life: Callable[[], None] = lambda: None
+    """Called where something begins that takes time."""
+    arrive: Callable[[], None] = lambda: None
+    """Called before the ranks wait for each other."""
 
     @cached_property
-    def clips(self) -> list[int]:
-        """Rows of the clips that may be captioned, source by source in turn: each source's in an order that
-        depends on the seed alone. The panel comes first."""
+    def rows(self) -> list[int]:
+        """The clips that may be captioned, by their rows in the index, of each source in turn: in an order
+        that depends on the seed alone. The panel comes first."""
         index, settings = self.setup.loaders.dataset.validation, self.setup.config.evaluate
         sources, of_caption = index.column("source"), index.column("caption")
         by_source = []
@@ -97,13 +104,17 @@ class Listener:
     @property
     def panel(self) -> int:
         """Clips of the panel."""
-        return min(self.setup.config.evaluate.captions, len(self.clips))
+        return min(self.setup.config.evaluate.captions, len(self.rows))
+
+    def is_scored(self, count: int) -> bool:
+        """Whether so many clips are enough for figures: more than the panel, or all that there are."""
+        return self.setup.config.evaluate.scored > 0 and (count > self.panel or count >= len(self.rows))
 
     @torch.no_grad()
     def listen(self, module: Whisper, fetch: Fetch, count: int) -> Listening | None:
         """What the model says of the first `count` of the clips, and of silence and noise; None where the
         ranks leave off."""
-        rows = self.clips[:count]
+        rows = self.rows[:count]
         if not rows:
             return Listening()
         setup = self.setup
@@ -113,8 +124,9 @@ class Listener:
             asked = ", ".join(generator.beyond)
             print(f"the generation config asks for {asked}: clips are captioned one at a time", flush=True)
         panel = set(rows[: self.panel])
-        identities = {setup.loaders.dataset.validation.identity(row): row for row in rows}
+        row_of = {setup.loaders.dataset.validation.identity(row): row for row in rows}
         module.eval()
+        began = time.monotonic()
         answers: list[_Answer] = []
         with closing(setup.loaders.validation(self._grouped(rows), GROUP)) as loader:
             for _ in loader.steps:
@@ -123,16 +135,26 @@ class Listener:
                     module.train()
                     return None
                 setup.records.quarantine(step.rejected, None)
-                group = [identities[sample.key] for sample in step.samples]
+                group = [row_of[sample.key] for sample in step.samples]
                 predictions = self._hear(module, generator, step.samples, group)
                 for row, sample, prediction in zip(group, step.samples, predictions, strict=True):
                     answers.append(_Answer(row, prediction, sample if row in panel else None))
+        seconds = time.monotonic() - began
+        is_scored = self.is_scored(len(rows))
         without_content = {}
-        if setup.world.rank == 0 and len(rows) > self.panel:
-            without_content = self._of_nothing(generator)
+        if setup.world.rank == 0 and is_scored:
+            self.sign_of_life()
+            without_content = self._of_silence_and_noise(generator)
         module.train()
+        self.arrive()
         by_rank = setup.world.gather(answers)
-        said = self._sum_up(by_rank, rows, without_content) if by_rank is not None else Listening()
+        said = Listening()
+        if by_rank is not None:
+            self.sign_of_life()
+            said = self._sum_up(by_rank, rows, is_scored=is_scored)
+            curves = {f"{CURVES}{name}": value for name, value in without_content.items()}
+            said = replace(said, metrics=said.metrics | curves, seconds=seconds)
+        self.arrive()
         return replace(said, metrics=setup.world.share(said.metrics))
 
     def _grouped(self, rows: Sequence[int]) -> list[int]:
@@ -178,7 +200,8 @@ class Listener:
     def _losses(self, module: Whisper, clips: Sequence[Sample]) -> list[float]:
         """Mean loss of a token of each clip's caption."""
         setup, means = self.setup, []
-        for part in setup.size.cut(clips):
+        # Not as much as fits: that depends on the number of ranks, and rounding on it.
+        for part in replace(setup.size, seconds=setup.size.window_seconds).cut(clips):
             batch = collate(part).to(setup.world.device)
             losses = token_losses(module, batch, setup.captioner.config, setup.dtype).double()
             sums = losses.new_zeros(2, len(part))
@@ -186,17 +209,13 @@ class Listener:
             means += (sums[0] / sums[1]).tolist()
         return means
 
-    def _of_nothing(self, generator: Generator) -> dict[str, float]:
+    def _of_silence_and_noise(self, generator: Generator) -> dict[str, float]:
         """Words and repetition rate of what the model says of silence and of noise."""
         window = self.setup.loaders.windows.whole * HOP / SAMPLE_RATE
         lengths = [round(min(seconds, window) * SAMPLE_RATE) for seconds in SECONDS_WITHOUT_CONTENT]
-        random = np.random.default_rng(0)
         sounds = {
             "silence": [np.zeros(length, np.int16) for length in lengths],
-            "noise": [
-                (random.normal(0, NOISE, length) * 32768).clip(-32768, 32767).astype(np.int16)
-                for length in lengths
-            ],
+            "noise": [_noise(length) for length in lengths],
         }
         metrics = {}
         for name, waveforms in sounds.items():
@@ -208,16 +227,18 @@ class Listener:
         return metrics
 
     def _sum_up(
-        self, by_rank: Sequence[Sequence[_Answer]], rows: Sequence[int], without_content: dict[str, float]
+        self, by_rank: Sequence[Sequence[_Answer]], rows: Sequence[int], *, is_scored: bool
     ) -> Listening:
         """Scores and panel of all ranks' answers, in the order of the clips."""
         answers = {answer.row: answer for of_rank in by_rank for answer in of_rank}
         in_order = [answers[row] for row in rows if row in answers]
-        scored = score([answer.prediction for answer in in_order], folders=self.setup.config.evaluate.parts)
-        panel = [PanelClip(answer.sample, answer.prediction.caption) for answer in in_order if answer.sample]
-        if len(rows) <= self.panel:
-            return Listening({}, scored.predictions, panel, scored.failed)
-        metrics = scored.means | _discrimination(scored.predictions) | without_content
+        panel = [PanelClip(answer.shown, answer.prediction.caption) for answer in in_order if answer.shown]
+        predictions = [answer.prediction for answer in in_order]
+        if not is_scored:
+            return Listening({}, predictions, panel)
+        folders = self.setup.config.evaluate.parts
+        scored = score(predictions, folders=folders, sign_of_life=self.sign_of_life)
+        metrics = scored.means | _discrimination(scored.predictions)
         curves = {f"{CURVES}{name}": value for name, value in metrics.items()}
         return Listening(curves, scored.predictions, panel, scored.failed)
 
@@ -244,6 +265,11 @@ def _in_turn(by_source: Sequence[Ints]) -> list[int]:
     return [int(rows[turn]) for turn in range(longest) for rows in by_source if turn < len(rows)]
 
 
+def _noise(length: int) -> npt.NDArray[np.int16]:
+    """White noise, always the same."""
+    return ((fractions(random_keys(length, 0, LISTEN)) - 0.5) * NOISE * 32768).astype(np.int16)
+
+
 def _without_caption(waveform: npt.NDArray[np.int16]) -> Sample:
     """A clip of the first source that nobody has captioned."""
     frames = 2 * max(1, len(waveform) // (2 * HOP))
@@ -254,6 +280,7 @@ def _with_caption_of_another(clips: Sequence[Sample], number: int) -> Sample | N
     """A clip with the caption of the next one that has another; None if there is none."""
     clip = clips[number]
     for other in [*clips[number + 1 :], *clips[:number]]:
-        if other.caption != clip.caption:
+        is_right = other.caption in (clip.caption, *clip.references)
+        if not is_right and other.tokens.labels != clip.tokens.labels:
             return replace(clip, tokens=other.tokens)
     return None

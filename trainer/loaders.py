@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from configs.cores import decoding_threads
 from configs.run.crash_journal import CrashJournal
-from configs.schema import Augment, RunConfig
+from configs.schema import RunConfig
 from data import storage
 from data.augment import Augmentation
 from data.balance import Balance, Work, is_possible
@@ -131,7 +131,7 @@ class Loaders:
     def _augmentation(self) -> Augmentation | None:
         """Of training; None where it is off."""
         settings = self.config.data.augment
-        if settings == Augment():
+        if not settings.is_on:
             return None
         shard = self.dataset.training.column("shard")
         return Augmentation(settings, self.config.run.seed, shard, round(self._longest * SAMPLE_RATE))

@@ -19,7 +19,7 @@ from configs.run.predictions import NAME, write_predictions
 from data.batch import Batch, collate
 from data.loader import Loader, Step
 from data.retry import received
-from trainer.allowance import affordable
+from trainer.allowance import Allowance
 from trainer.engines import Update
 from trainer.evaluate import Evaluator, Setup
 from trainer.feed import Fed, Feed
@@ -162,7 +162,6 @@ class Training:
             session.engine.dtype,
         )
         self.evaluator = Evaluator(setup, session.checkpoints.finish)
-        self.listener = Listener(setup)
         self.monitor = Monitor(
             session.config,
             session.run,
@@ -177,6 +176,8 @@ class Training:
             stopwatch=session.stopwatch,
         )
         self.clock = self.monitor.clock
+        self.listener = Listener(setup, lambda: self.clock.enter(Phase.EVALUATION), watch.arrive)
+        self.allowance = Allowance(session.config, self.monitor.history, session.world.size)
         self.profiler = StepProfiler(session.run.profiles, session.world.rank, session.world.device)
         steps = range(session.state.step, session.total_steps)
         loss_weights = torch.tensor([source.loss_weight for source in session.config.data.sources])
@@ -303,38 +304,38 @@ class Training:
         """Validation loss, and captions with their scores. Returns the metrics; None if a stop was
         requested."""
         self.clock.enter(Phase.EVALUATION)
-        self.monitor.evaluation_begins(self.evaluator.samples)
+        count = self.clips_to_caption()
+        self.monitor.evaluation_begins(self.evaluator.samples, count)
         module = self.engine.evaluation_module()
         metrics = self.evaluator.loss(module, self.fetch_for_evaluation)
         if metrics is None:
             return None
-        began = time.monotonic()
-        said = self.listener.listen(module, self.fetch_for_evaluation, self.clips_to_caption())
+        said = self.listener.listen(module, self.fetch_for_evaluation, count)
         if said is None:
             return None
-        seconds = time.monotonic() - began
         metrics |= said.metrics
         for name, why in said.failed.items():
             self.monitor.say(f"step {self.state.step}: no {name}: {why}")
         self.monitor.evaluation(metrics, said)
         self.state.evaluated = True
         if self.world.rank == 0 and metrics:
-            self.record_evaluation(metrics, said, seconds)
+            self.record_evaluation(metrics, said)
         return metrics
 
     def clips_to_caption(self) -> int:
         """How many clips this evaluation captions. All ranks call it."""
-        wanted, panel, count = len(self.listener.clips), self.listener.panel, 0
-        if self.world.rank == 0 and wanted:
+        listener, count = self.listener, 0
+        if self.world.rank == 0:
             progress = self.clock.progress(
                 self.session.attempt, self.state.step, self.config.batch.global_size
             )
-            history = self.session.run.ledger.read()
-            count = affordable(self.config, history, progress.samples_per_second, wanted=wanted, panel=panel)
-            if count < wanted and self.state.step:
+            count = self.allowance.clips(
+                progress.samples_per_second, all_clips=len(listener.rows), panel=listener.panel
+            )
+            if count < len(listener.rows) and self.state.step:
                 self.monitor.say(
-                    f"step {self.state.step}: captions {count} of {wanted} clips; all of them would take more"
-                    f" than {self.config.evaluate.share:.0%} of the time (evaluate.share)"
+                    f"step {self.state.step}: captions {count} of {len(listener.rows)} clips; all would take"
+                    f" more than {self.config.evaluate.share:.0%} of the time (evaluate.share)"
                 )
         return self.world.share(count)
 
@@ -350,9 +351,10 @@ class Training:
             self.leave_together(error)
         return None if sums.leaving else step
 
-    def record_evaluation(self, metrics: dict[str, float], said: Listening, seconds: float) -> None:
-        """Keep what was said, and tell the ledger of an evaluation. seconds: that the captions took."""
+    def record_evaluation(self, metrics: dict[str, float], said: Listening) -> None:
+        """Keep what was said, and tell the ledger of an evaluation."""
         run, step = self.session.run, self.state.step
+        self.allowance.note(len(said.predictions), said.seconds)
         try:
             write_predictions(run.evaluations / NAME.format(step), said.predictions)
         except OSError as error:
@@ -368,7 +370,7 @@ class Training:
                 metrics=metrics,
                 captions=captions,
                 captioned=len(said.predictions),
-                captioning_seconds=round(seconds, 3),
+                captioning_seconds=round(said.seconds, 3),
             )
         )
 

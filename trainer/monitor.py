@@ -30,7 +30,7 @@ from trainer.engines import Update
 from trainer.flops import peak_flops
 from trainer.listening import Listening
 from trainer.loss import SourceTotals
-from trainer.panel import Panel
+from trainer.panel import Panel, flat
 from trainer.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
@@ -141,10 +141,14 @@ class Monitor:
             self._report(update, lr, unusable)
             self._reset()
 
-    def evaluation_begins(self, samples: int) -> None:
+    @property
+    def history(self) -> History:
+        """What the ledger had when this attempt began; on rank 0."""
+        return self._history
+
+    def evaluation_begins(self, samples: int, captions: int) -> None:
         """Say so where an attempt has said nothing of a step yet: it may take minutes."""
         if self._trackers and samples and not self.clock.steps:
-            captions = min(samples, self._config.evaluate.captions)
             self.say(f"step {self._step}: evaluates {samples} samples, and captions {captions}, first")
 
     def evaluation(self, metrics: dict[str, float], said: Listening) -> None:
@@ -257,7 +261,7 @@ class Monitor:
         self._quarantine_bytes = size
         table = ["| source | samples | reason | e.g. |", "|---|---|---|---|"]
         for (source, reason), keys in self._run.quarantine.read().by_reason().items():
-            table.append(f"| {source} | {len(keys):,} | {reason} | {keys[0]} |")
+            table.append(f"| {source} | {len(keys):,} | {flat(reason)} | {flat(keys[0])} |")
         trackers.text("unusable_samples", "\n".join(table), self._step)
 
     def _mark_restart(self) -> None:

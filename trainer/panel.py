@@ -64,12 +64,12 @@ class Panel:
 def clip_text(clip: PanelClip, said: Mapping[int, str]) -> str:
     """A clip with all that the model has said of it, in Markdown. said: captions by step, the last one
     included."""
-    lines = [f"**said** {_flat(clip.caption)}", f"**reference** {_flat(clip.sample.caption)}"]
+    lines = [f"**said** {flat(clip.caption)}", f"**reference** {flat(clip.sample.caption)}"]
     spans = _spans(said)
     if len(spans) > 1:
         shown = [spans[0], ("...", ""), *spans[-LATEST:]] if len(spans) > LATEST + 1 else spans
         lines.append(
-            "\n".join(["| step | said |", "|---|---|", *(f"| {at} | {_flat(what)} |" for at, what in shown)])
+            "\n".join(["| step | said |", "|---|---|", *(f"| {at} | {flat(what)} |" for at, what in shown)])
         )
     return "\n\n".join([*lines, f"`{clip.sample.key}`"])
 
@@ -135,10 +135,10 @@ def _table(measure: str, predictions: Sequence[Prediction]) -> str:
     for one in predictions:
         value = one.loss if measure == "loss" else one.scores[measure]
         cells = [one.source, f"{value:.3f}", one.caption, one.references[0], one.key]
-        lines.append(f"| {' | '.join(map(_flat, cells))} |")
+        lines.append(f"| {' | '.join(map(flat, cells))} |")
     return "\n".join(lines)
 
 
-def _flat(text: str) -> str:
+def flat(text: str) -> str:
     """A text that stays in its cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")

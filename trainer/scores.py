@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from configs.errors import EarwitnessError
@@ -29,9 +29,10 @@ def score(
     predictions: Sequence[Prediction],
     names: Sequence[str] = parts.NAMES,
     folders: Mapping[str, str] | None = None,
+    sign_of_life: Callable[[], None] = lambda: None,
 ) -> Scored:
     """Score captions by some metrics; those that cannot be had here are left out. folders: by metric, as in
-    `evaluate.parts`."""
+    `evaluate.parts`; sign_of_life: called before each metric and source."""
     scored = Scored({}, [replace(clip, scores=dict(clip.scores)) for clip in predictions], {})
     said = [Said.of(prediction) for prediction in predictions]
     rows: defaultdict[str, list[int]] = defaultdict(list)
@@ -43,10 +44,15 @@ def score(
             continue
         try:
             with opened as metric:
-                of_sources = {source: metric([said[row] for row in rows[source]]) for source in rows}
+                of_sources = {}
+                for source in rows:
+                    sign_of_life()
+                    of_sources[source] = metric([said[row] for row in rows[source]])
+                sign_of_life()
                 of_all = metric(said) if len(rows) > 1 else next(iter(of_sources.values()))
-        except EarwitnessError as error:
-            scored.failed[name] = str(error)
+        except Exception as error:  # of a library, a program or a model: it ends no training
+            is_explained = isinstance(error, EarwitnessError)
+            scored.failed[name] = str(error) if is_explained else f"{type(error).__name__}: {error}"
             continue
         means = {name: of_all} | {f"{name}/{source}": figures for source, figures in of_sources.items()}
         scored.means.update((key, figures.mean) for key, figures in means.items() if figures)

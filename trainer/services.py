@@ -25,8 +25,24 @@ PROJECT = "earwitness"
 """Without WANDB_PROJECT or TRACKIO_PROJECT."""
 INIT_SECONDS = 30
 """After which a server that does not answer is taken for gone."""
-NAMING = threading.Lock()
+ID_LOCK = threading.Lock()
 """Held while the id is read or made: each service has a thread of its own."""
+
+
+def shown(config: RunConfig) -> dict[str, Any]:
+    """The settings that others may see: none that hold secrets, or tell where things lie."""
+    places: dict[str, Any] = {
+        "run": {"dir"},
+        "model": {"name_or_path", "init_from"},
+        "data": {
+            "index_dir": True,
+            "cache_dir": True,
+            "sources": {"__all__": {"shards", "storage_options", "validation"}},
+        },
+        "checkpoint": {"mirror"},
+        "evaluate": {"parts"},
+    }
+    return config.model_dump(mode="json", exclude={**places, "slurm": True})
 
 
 class Wandb:
@@ -49,7 +65,7 @@ class Wandb:
             "id": identity(self._config, self._dir),
             "project": os.environ.get("WANDB_PROJECT", PROJECT),
             "name": self._config.run.name,
-            "config": self._config.model_dump(mode="json"),
+            "config": shown(self._config),
             "dir": os.environ.get("WANDB_DIR", str(self._dir.path)),
             # It would take this process's output apart, which goes to the run's logs.
             "settings": wandb.Settings(console="off", quiet=True, init_timeout=INIT_SECONDS),
@@ -100,7 +116,7 @@ class Trackio:
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=identity(self._config, self._dir),
-            config=self._config.model_dump(mode="json"),
+            config=shown(self._config),
             resume="allow",
             embed=False,
         )
@@ -128,7 +144,7 @@ SERVICES: dict[str, Callable[[RunConfig, RunDir], Service]] = {"wandb": Wandb, "
 def identity(config: RunConfig, run: RunDir) -> str:
     """The run's id with all services, as NAME-1f2e3d4c, from its first attempt on."""
     path = run.trackers / "id"
-    with NAMING:
+    with ID_LOCK:
         if not path.exists():
             run.trackers.mkdir(exist_ok=True)
             name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run.name)[:50]

@@ -59,9 +59,10 @@ class Start:
         would not be the same run, CheckpointError if no checkpoint of the run is sound.
         """
         config, run, world = self.config, self.run, self.world
-        parts.check(config.evaluate.parts, config.evaluate.best_metric)
-        if world.rank == 0 and (missing := parts.remark()):
-            print(missing, flush=True)
+        if world.rank == 0:  # which alone scores
+            parts.check(config.evaluate.parts, config.evaluate.best_metric)
+            if missing := parts.remark():
+                print(missing, flush=True)
         self._check_stop()
         mirror = None
         if world.rank == 0 and config.checkpoint.mirror:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,4 +71,5 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 def steps_of(folder: Path) -> dict[int, Path]:
     """The files of predictions of a run, by step, in its order."""
-    return {int(path.stem.partition("-")[2]): path for path in sorted(folder.glob("step-*.jsonl"))}
+    named = ((re.fullmatch(r"step-(\d+)\.jsonl", path.name), path) for path in sorted(folder.glob("*")))
+    return {int(name[1]): path for name, path in named if name}

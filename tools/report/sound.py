@@ -113,7 +113,7 @@ def _check_header(header: bytes, prediction: Prediction) -> None:
     """Raise BadSample if another file lies where a clip should be, as in a shard that was packed again."""
     sound = prediction.sound
     shard, _, key = prediction.key.partition("/")[2].partition("/")
-    key = re.sub(r"#\d+$", "", basename(key))
+    key = basename(key)
     try:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
