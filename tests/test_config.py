@@ -398,6 +398,7 @@ def test_what_a_run_kept_of_settings_that_are_not_taken_any_more_is_left_out(
     kept = yaml.safe_load(dump(validate(values, "test")))
     kept["engine"]["zero2"] = {"gradient_clipping": 1.0}
     kept["slurm"] |= {"sbatch": ["--array=0-3"], "srun_args": ["--label"]}
+    kept["evaluate"]["best_metric"] = "none of these"
     run.config.write_text(yaml.safe_dump(kept), encoding="utf-8")
     assert run.read_config() == validate(values, "test")
     kept["engine"]["zero2"] = {"zero_optimization": {"overlap_comm": True}}

@@ -238,6 +238,14 @@ def test_wandb_without_a_key_is_refused(
         check_trackers(["tensorboard", "wandb"])
 
 
+def test_settings_that_hold_secrets_or_places_are_shown_to_nobody(tmp_path: Path) -> None:
+    values = config_values("run", tmp_path, Path("model"), "s3://the-bucket/a.tar", optim={"lr": 0.25})
+    values["slurm"] = {"notify": "https://hooks.example.org/T0/secret", "setup": ["export TOKEN=secret"]}
+    told = json.dumps(services.shown(validate(values, "test")))
+    assert '"lr": 0.25' in told and '"name": "sounds"' in told
+    assert not [word for word in ("secret", "the-bucket", str(tmp_path)) if word in told]
+
+
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that is called so is none."""
     found = {"tensorboard": SimpleNamespace(origin="here"), "trackio": SimpleNamespace(origin=None)}
