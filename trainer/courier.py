@@ -106,15 +106,15 @@ class Courier:
             self._give_up("does not keep up")
         self._number += 1
 
-    def close(self) -> None:
-        """Wait a little for what is under way."""
+    def close(self, patience: float = CLOSE_SECONDS) -> None:
+        """Wait a little for what is under way. patience: seconds."""
         self.flush()
-        until = time.monotonic() + (0.0 if self._gave_up else CLOSE_SECONDS)
+        until = time.monotonic() + (0.0 if self._gave_up else patience)
         with contextlib.suppress(queue.Full):
             self._rows.put(None, timeout=max(0.0, until - time.monotonic()))
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            self._give_up(f"did not take all in {CLOSE_SECONDS:.0f} s")
+            self._give_up(f"did not take all in {patience:.0f} s")
 
     def _of(self, step: int) -> Row:
         """The row that is being collected."""

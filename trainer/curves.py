@@ -73,8 +73,8 @@ class Curves:
         else:
             self._trouble.ends()
 
-    def close(self) -> None:
-        """Nothing more is drawn."""
+    def close(self, patience: float = 0.0) -> None:
+        """Nothing more is drawn. patience: of services; files have no use for it."""
         if self._writer:
             self._arrange(self._writer)
             self._writer.close()

@@ -20,6 +20,7 @@ from data.batch import Batch, collate
 from data.loader import Loader, Step
 from data.retry import received
 from trainer.allowance import Allowance
+from trainer.courier import CLOSE_SECONDS
 from trainer.engines import Update
 from trainer.evaluate import Evaluator, Setup
 from trainer.feed import Fed, Feed
@@ -37,7 +38,8 @@ from trainer.transfer import OnItsWay
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 LAST_CHANCE = 5.0
-"""Seconds that a checkpoint under way gets when this rank has failed."""
+"""Seconds that a checkpoint under way gets when this rank has failed, and trackers after it: less than those
+after which the launcher ends it."""
 SLICE = 1.0
 """Seconds after which a rank that waits for samples looks whether a stop is requested."""
 
@@ -110,15 +112,17 @@ class TakenStep:
 def train(session: Session, stop: StopFlag, watch: Watch) -> Outcome:
     """Take the steps that are left. Returns SAVED if `stop` was requested on any rank: the state is then on
     disk."""
-    training = Training(session, stop, watch)
+    training, patience = Training(session, stop, watch), LAST_CHANCE
     try:
         with collected_between_steps() as collect:
-            return training.run(collect)
+            outcome = training.run(collect)
+        patience = CLOSE_SECONDS
+        return outcome
     except Exception:
         session.checkpoints.drain(LAST_CHANCE)
         raise
     finally:
-        training.close()
+        training.close(patience)
 
 
 def fetch(
@@ -454,8 +458,8 @@ class Training:
         by_lane = {lane: key for of_rank in by_rank for lane, key in of_rank.items()}
         return [by_lane[lane] for lane in sorted(by_lane)]
 
-    def close(self) -> None:
-        """Give up what is under way, and finish the curves."""
+    def close(self, patience: float) -> None:
+        """Give up what is under way, and finish the curves. patience: seconds that trackers get for it."""
         self.feed.close()
         self.profiler.close()
-        self.monitor.close()
+        self.monitor.close(patience)

@@ -163,13 +163,13 @@ class Monitor:
             self.say(f"step {self._step}: {values}")
         self._reset()
 
-    def close(self) -> None:
-        """Finish the terminal line and the trackers."""
+    def close(self, patience: float) -> None:
+        """Finish the terminal line and the trackers. patience: seconds that these get for it."""
         if self._progress:
             self._progress.stop()
         self._note()
         if self._trackers:
-            self._trackers.close()
+            self._trackers.close(patience)
 
     def _open_terminal(self) -> Progress:
         from rich.console import Console

@@ -3,6 +3,7 @@ training."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -32,8 +33,8 @@ class Tracker(Protocol):
     def flush(self) -> None:
         """Let others see what was shown."""
 
-    def close(self) -> None:
-        """Nothing more is shown."""
+    def close(self, patience: float = 0.0) -> None:
+        """Nothing more is shown. patience: seconds that it may take to bring what is under way."""
 
 
 class Trackers:
@@ -67,10 +68,11 @@ class Trackers:
         for tracker in self._trackers:
             tracker.flush()
 
-    def close(self) -> None:
-        """Nothing more is shown."""
+    def close(self, patience: float = 0.0) -> None:
+        """Nothing more is shown. patience: seconds that it may take, for all of them together."""
+        until = time.monotonic() + patience
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(max(0.0, until - time.monotonic()))
 
 
 def open_trackers(config: RunConfig, run: RunDir, history: History, first_step: int) -> Trackers:
