@@ -174,12 +174,12 @@ def test_a_broken_file_among_others_costs_no_caption_and_no_order(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny.en", "base"])
+@pytest.mark.parametrize(("name", "sizes"), [("tiny.en", (1, 3, 8)), ("base", (8,))])
 def test_real_whispers_say_of_real_clips_what_they_say_by_generate(
-    name: str, pretrained: Path, real_clips: Path
+    name: str, sizes: tuple[int, ...], pretrained: Path, real_clips: Path
 ) -> None:
-    """At own lengths and at full windows, with and without styles, in batches of any size; three of them
-    without an end, too."""
+    """At own lengths and at full windows, with and without styles, in batches of any size; one without an
+    end, too."""
     found = examine(str(pretrained / name), "MODEL", needs_weights=True)
     generation = GenerationConfig.from_dict(found.generation)
     network = WhisperForConditionalGeneration.from_pretrained(pretrained / name, dtype=torch.float32).eval()
@@ -193,9 +193,9 @@ def test_real_whispers_say_of_real_clips_what_they_say_by_generate(
             clips.append((sample(waveform, frames), style[:length]))
     clips.append((sample(clips[-1][0].waveform, 3000), style[:2]))
     expected = theirs(network, generation, clips)
-    for size in (1, 3, 8):
+    for size in sizes:
         assert ours(network, generation, clips, size) == expected
     generation.suppress_tokens.append(generation.eos_token_id)
-    endless = theirs(network, generation, clips[::3])
+    endless = theirs(network, generation, clips[:1])
     assert min(map(len, endless)) >= 440
-    assert ours(network, generation, clips[::3]) == endless
+    assert ours(network, generation, clips[:1]) == endless
