@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from configs.metrics import CURVES
 from configs.run.events import AttemptBegan, FirstStep
 from configs.run.folder import RunDir
 from configs.run.goodput import BUSY, Clock, Phase, begin, goodput, summarize
@@ -40,6 +41,8 @@ SPIKE_WINDOW = 100
 """Steps that a loss is compared with; the first SPIKE_WINDOW / 5 of an attempt are only collected."""
 STORAGE = ("bytes", "requests", "retries", "hedged", "reread", "cached")
 """What is shown of the reads from elsewhere, by all ranks since the attempt began."""
+SAID = tuple(f"{CURVES}{name}" for name in ("cider_d", "rouge_l", "repetition_rate", "discrimination"))
+"""What the terminal tells of an evaluation, beside losses; the rest is in the curves."""
 NOTE_EVERY = 30.0
 """Seconds after which the ledger is told where the time went: so much of it a kill can hide."""
 
@@ -157,8 +160,7 @@ class Monitor:
             self._trackers.scalars(metrics, self._step)
             self._panel.show(said.panel, said.predictions, self._step)
             self._trackers.flush()
-            # Losses by source, and of each score the one over all.
-            told = {name: value for name, value in metrics.items() if "loss" in name or name.count("/") == 1}
+            told = {name: value for name, value in metrics.items() if "loss" in name or name in SAID}
             values = "  ".join(f"{name} {value:.4f}" for name, value in told.items())
             self.say(f"step {self._step}: {values}")
         self._reset()
