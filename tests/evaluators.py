@@ -11,12 +11,14 @@ import torch
 from configs.load import validate
 from configs.run.crash_journal import CrashJournal
 from configs.run.folder import RunDir
+from configs.schema import RunConfig
 from data import dataset
 from data.batch import Size
 from data.captions import CaptionEncoder
 from data.windows import Windows
 from tests.making import WINDOW_SECONDS, config_values
 from trainer import model as trainer_model
+from trainer.distributed import World
 from trainer.evaluate import Setup
 from trainer.loaders import Loaders
 from trainer.records import SampleRecords
@@ -52,6 +54,20 @@ class Rank:
         return [value, *self.others] if self.rank == 0 else None
 
 
+def open_loaders(
+    config: RunConfig, world: World, shape: Any, encoder: CaptionEncoder | None = None, *, full: bool = False
+) -> Loaders:
+    """The loaders of a run. shape: the config of its model; encoder: not needed where nothing is read; full:
+    whether its shards are indexed in full."""
+    for shard in dataset.list_shards(config):
+        dataset.index_shard(shard, config.data.index_dir, full=full)
+    dataset.build(config, config.run.dir, WINDOW_SECONDS)
+    found = dataset.open_dataset(config, config.run.dir)
+    order, windows = found.order(config), Windows.of(config, 100 * WINDOW_SECONDS)
+    unread: Any = encoder
+    return Loaders(config, world, found, unread, order, windows, CrashJournal(8), frozenset(), shape)
+
+
 def open_setup(
     model: Path,
     folder: Path,
@@ -74,19 +90,12 @@ def open_setup(
         evaluate={"max_samples": 1000, **(evaluate or {})},
     )
     config = validate(values, "test")
-    for shard in dataset.list_shards(config):
-        dataset.index_shard(shard, config.data.index_dir, full=False)
-    dataset.build(config, config.run.dir, WINDOW_SECONDS)
-    found = dataset.open_dataset(config, config.run.dir)
     world: Any = Rank(rank, ranks)
     captioner = trainer_model.load(config.model, config.run.seed)
     encoder = CaptionEncoder(
         captioner.tokenizer, captioner.prefix, positions=64, long_caption="truncate", styles=[None]
     )
-    order, windows = found.order(config), Windows.of(config, 100 * WINDOW_SECONDS)
-    loaders = Loaders(
-        config, world, found, encoder, order, windows, CrashJournal(8), frozenset(), captioner.config
-    )
+    loaders = open_loaders(config, world, captioner.config, encoder)
     learnt = torch.zeros(captioner.config.vocab_size, dtype=torch.bool)
     records = SampleRecords(config.data, RunDir(config.run.dir), 0, world, learnt)
     size = Size(WINDOW_SECONDS * micro, WINDOW_SECONDS, tokens=64)

@@ -15,19 +15,16 @@ from transformers import GenerationConfig, WhisperConfig, WhisperProcessor
 
 from configs.errors import ConfigError
 from configs.load import validate
-from configs.run.crash_journal import CrashJournal
 from configs.schema import Augment
-from data import dataset
 from data.augment import NEIGHBOURS, Augmentation, joined, mixed
 from data.batch import Batch, Masks, Sample, collate
 from data.captions import CaptionEncoder, Tokens, prefix_tokens
 from data.features import hide, log_mel
-from data.index import index_shard
 from data.loader import Loader, Step
 from data.order import EMPTY
-from data.windows import Windows
 from tests import shards as small
-from tests.making import WINDOW_SECONDS, config_values
+from tests.evaluators import open_loaders
+from tests.making import config_values
 from trainer.distributed import World
 from trainer.flops import step_flops
 from trainer.loaders import CAPTION_TOKENS, Loaders
@@ -255,21 +252,9 @@ def made(model: Path, shards: str, tmp_path: Path) -> Make:
         values = config_values("run", tmp_path, model, of, batch={"global_size": 8})
         values["data"] |= {"shuffle_window": 5, **data}
         config = validate(values, "test")
-        for shard in dataset.list_shards(config):
-            index_shard(shard, config.data.index_dir, full=True)
-        dataset.build(config, config.run.dir, WINDOW_SECONDS)
-        samples = dataset.open_dataset(config, config.run.dir)
-        return Loaders(
-            config,
-            World(rank, ranks, torch.device("cpu")),
-            samples,
-            CaptionEncoder(tokenizer, prefix, positions=64, long_caption="truncate"),
-            samples.order(config),
-            Windows.of(config, 100 * WINDOW_SECONDS),
-            CrashJournal(8),
-            frozenset(),
-            WhisperConfig.from_pretrained(model),
-        )
+        world = World(rank, ranks, torch.device("cpu"))
+        encoder = CaptionEncoder(tokenizer, prefix, positions=64, long_caption="truncate")
+        return open_loaders(config, world, WhisperConfig.from_pretrained(model), encoder, full=True)
 
     return made
 

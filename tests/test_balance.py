@@ -16,16 +16,13 @@ from hypothesis.extra.numpy import arrays
 from transformers import WhisperConfig
 
 from configs.load import validate
-from configs.run.crash_journal import CrashJournal
 from configs.schema import RunConfig
-from data import dataset
 from data.balance import EVEN, deal
-from data.index import index_shard
 from data.order import rank_lanes
-from data.windows import Windows
 from launch.doctor import _balance
 from launch.remarks import on_samples
-from tests.making import WINDOW_SECONDS, config_values
+from tests.evaluators import open_loaders
+from tests.making import config_values
 from trainer.distributed import World
 from trainer.loaders import Loaders
 
@@ -105,21 +102,8 @@ def made(model: Path, shards: str, tmp_path: Path) -> Make:
 
     def made(*, full: bool = True, ranks: int = 2, rank: int = 0, size: int = 8, **data: object) -> Loaders:
         config = config_of(tmp_path, model, shards, size, **data)
-        for shard in dataset.list_shards(config) if full else []:
-            index_shard(shard, config.data.index_dir, full=True)
-        dataset.build(config, config.run.dir, WINDOW_SECONDS)
-        samples = dataset.open_dataset(config, config.run.dir)
-        return Loaders(
-            config,
-            World(rank, ranks, torch.device("cpu")),
-            samples,
-            None,
-            samples.order(config),
-            Windows.of(config, 100 * WINDOW_SECONDS),
-            CrashJournal(8),
-            frozenset(),
-            WhisperConfig.from_pretrained(model),
-        )
+        world = World(rank, ranks, torch.device("cpu"))
+        return open_loaders(config, world, WhisperConfig.from_pretrained(model), full=full)
 
     return made
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from data import dataset
 from data.batch import Sample
 from data.captions import CaptionEncoder
 from data.index import index_shard
-from data.merged import TRAINING, VALIDATION
+from data.merged import TRAINING, VALIDATION, Index
 from data.samples import SampleReader
 from data.windows import Windows
 from launch.samples import passes_of
@@ -141,6 +142,19 @@ def test_a_style_that_leaves_no_room_for_a_caption_is_refused(model: Path) -> No
         )
 
 
+def reader_of(index: Index, encoder: CaptionEncoder, **settings: Any) -> SampleReader:
+    return SampleReader(
+        index,
+        encoder,
+        windows=Windows(200, share=0.0, seed=0),
+        max_seconds=2.0,
+        overlong="skip",
+        seed=0,
+        crash_journal=CrashJournal(1),
+        **settings,
+    )
+
+
 def test_a_sample_is_prompted_with_the_style_of_its_own_source(model: Path, tmp_path: Path) -> None:
     tokenizer = WhisperProcessor.from_pretrained(model).tokenizer
     styles = {"short": "In a few words.", "long": "At length.", "plain": None}
@@ -152,15 +166,7 @@ def test_a_sample_is_prompted_with_the_style_of_its_own_source(model: Path, tmp_
     encoder = CaptionEncoder(
         tokenizer.backend_tokenizer, [7], positions=64, long_caption="truncate", styles=list(styles.values())
     )
-    samples = SampleReader(
-        index,
-        encoder,
-        windows=Windows(200, share=0.0, seed=0),
-        max_seconds=2.0,
-        overlong="skip",
-        seed=0,
-        crash_journal=CrashJournal(1),
-    )
+    samples = reader_of(index, encoder)
     for row in range(len(index)):
         sample = samples.load(row)
         assert isinstance(sample, Sample)
@@ -181,16 +187,7 @@ def test_a_share_of_the_samples_comes_without_the_style_of_their_source(model: P
     )
 
     def styled(share: float, epoch: int, rows: Iterable[int] = range(100)) -> list[bool]:
-        samples = SampleReader(
-            index,
-            encoder,
-            windows=Windows(200, share=0.0, seed=0),
-            max_seconds=2.0,
-            overlong="skip",
-            seed=0,
-            crash_journal=CrashJournal(1),
-            style_drop=share,
-        )
+        samples = reader_of(index, encoder, style_drop=share)
         return [samples.load(row, step=row, epoch=epoch).tokens.input_ids[0] != 7 for row in rows]
 
     assert all(styled(0.0, 0)) and not any(styled(1.0, 0))

@@ -18,7 +18,7 @@ from tests.evaluators import open_setup
 from tools.sandbox import faults, s3
 from tools.sandbox.faults import Proxy
 from trainer import evaluate
-from trainer.evaluate import Evaluator
+from trainer.evaluate import Evaluator, LeftOff
 
 Open = Callable[..., Evaluator]
 
@@ -116,13 +116,14 @@ def test_an_error_ends_it_where_all_ranks_learn_of_it(shards: str, opened: Open)
     def read(*place: object) -> bytes:
         raise OSError("gone")
 
-    def take(loader: Loader) -> Step | None:
+    def take(loader: Loader) -> Step:
         try:
             return next(loader)
         except OSError as error:
             errors.append(error)
-            return None
+            raise LeftOff from error
 
     evaluator.setup.loaders.__dict__["_read"] = read
-    assert evaluator.loss(torch.nn.Identity(), take) is None
+    with pytest.raises(LeftOff):
+        evaluator.loss(torch.nn.Identity(), take)
     assert [str(error) for error in errors] == ["gone"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -21,9 +21,13 @@ from trainer.model import Captioner
 from trainer.records import SampleRecords
 from trainer.whisper import Whisper
 
-Fetch = Callable[[Loader], Step | None]
-"""Gives the next step of a loader once all ranks have theirs, None where they leave off. Raises on all ranks
-if one has failed. All ranks call it at the same point."""
+Fetch = Callable[[Loader], Step]
+"""Gives the next step of a loader once all ranks have theirs. Raises LeftOff where they leave off, and on all
+ranks if one has failed. All ranks call it at the same point."""
+
+
+class LeftOff(Exception):
+    """The ranks leave an evaluation off: they were asked to stop, or a later attempt has taken over."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,15 @@ class Setup:
     def at_own_lengths(self) -> bool:
         """Whether clips are trained at their own lengths."""
         return self.config.data.window == "own"
+
+    def steps(self, rows: Sequence[int], per_rank: int, fetch: Fetch) -> Iterator[Step]:
+        """Validation samples, `per_rank` for each rank in a step; those that cannot be used are noted. Raises
+        as `fetch` does."""
+        with closing(self.loaders.validation(rows, per_rank)) as loader:
+            for _ in loader.steps:
+                step = fetch(loader)
+                self.records.quarantine(step.rejected, None)
+                yield step
 
     def padded(self, sample: Sample) -> Sample:
         """The same clip in the model's whole window."""
@@ -93,31 +106,23 @@ class Evaluator:
         return self.setup.loaders.validation_rows(self.setup.config.evaluate.max_samples)
 
     @torch.no_grad()
-    def loss(self, module: Whisper, fetch: Fetch) -> dict[str, float] | None:
+    def loss(self, module: Whisper, fetch: Fetch) -> dict[str, float]:
         """Mean loss of a caption token over all validation samples (`validation/loss`) and by source
         (`validation/loss/SOURCE`), each clip padded to the whole window, as programs that use the export do;
         where clips are trained at their own lengths, the same at these (`validation/loss_own`), too.
 
-        Empty without validation samples; None where the ranks leave off. Raises UnusableData if none of a
-        source's validation samples can be used.
+        Empty without validation samples. Raises UnusableData if none of a source's validation samples can be
+        used, and as `fetch` does.
         """
         setup, rows_by_source = self.setup, self._rows_by_source
         rows = [row for rows in rows_by_source for row in rows]
         at_full, at_own = (SourceTotals.zeros(len(setup.names), setup.world.device) for _ in range(2))
         rejected: list[Rejected] = []
-        module.eval()
-        with closing(setup.loaders.validation(rows, self._windows_at_once)) as loader:
-            for _ in loader.steps:
-                step = fetch(loader)
-                if step is None:
-                    module.train()
-                    return None
-                setup.records.quarantine(step.rejected, None)
-                rejected += step.rejected
-                self._add(at_full, module, [setup.padded(clip) for clip in step.samples])
-                if setup.at_own_lengths:
-                    self._add(at_own, module, step.samples)
-        module.train()
+        for step in setup.steps(rows, self._windows_at_once, fetch):
+            rejected += step.rejected
+            self._add(at_full, module, [setup.padded(clip) for clip in step.samples])
+            if setup.at_own_lengths:
+                self._add(at_own, module, step.samples)
         at_full, at_own = at_full.over_ranks(setup.world), at_own.over_ranks(setup.world)
         self._check_usable(rows_by_source, at_full, rejected)
         return at_full.means(setup.names, "validation/loss") | at_own.means(

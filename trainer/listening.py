@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
@@ -111,9 +110,9 @@ class Listener:
         return self.setup.config.evaluate.scored > 0 and (count > self.panel or count >= len(self.rows))
 
     @torch.no_grad()
-    def listen(self, module: Whisper, fetch: Fetch, count: int) -> Listening | None:
-        """What the model says of the first `count` of the clips, and of silence and noise; None where the
-        ranks leave off."""
+    def listen(self, module: Whisper, fetch: Fetch, count: int) -> Listening:
+        """What the model says of the first `count` of the clips, and of silence and noise. Raises as `fetch`
+        does."""
         rows = self.rows[:count]
         if not rows:
             return Listening()
@@ -125,27 +124,19 @@ class Listener:
             print(f"the generation config asks for {asked}: clips are captioned one at a time", flush=True)
         panel = set(rows[: self.panel])
         row_of = {setup.loaders.dataset.validation.identity(row): row for row in rows}
-        module.eval()
         began = time.monotonic()
         answers: list[_Answer] = []
-        with closing(setup.loaders.validation(self._grouped(rows), GROUP)) as loader:
-            for _ in loader.steps:
-                step = fetch(loader)
-                if step is None:
-                    module.train()
-                    return None
-                setup.records.quarantine(step.rejected, None)
-                group = [row_of[sample.key] for sample in step.samples]
-                predictions = self._hear(module, generator, step.samples, group)
-                for row, sample, prediction in zip(group, step.samples, predictions, strict=True):
-                    answers.append(_Answer(row, prediction, sample if row in panel else None))
+        for step in setup.steps(self._grouped(rows), GROUP, fetch):
+            group = [row_of[sample.key] for sample in step.samples]
+            predictions = self._hear(module, generator, step.samples, group)
+            for row, sample, prediction in zip(group, step.samples, predictions, strict=True):
+                answers.append(_Answer(row, prediction, sample if row in panel else None))
         seconds = time.monotonic() - began
         is_scored = self.is_scored(len(rows))
         without_content = {}
         if setup.world.rank == 0 and is_scored:
             self.sign_of_life()
             without_content = self._of_silence_and_noise(generator)
-        module.train()
         self.arrive()
         by_rank = setup.world.gather(answers)
         said = Listening()

@@ -11,22 +11,19 @@ from typing import NoReturn, Protocol, TypeVar
 
 import torch
 
-from configs.disk import words_of_disk
 from configs.errors import EarwitnessError, PeerFailed
-from configs.run.events import Evaluated, Skipped, Spike
+from configs.run.events import Skipped, Spike
 from configs.run.goodput import Phase
-from configs.run.predictions import NAME, write_predictions
 from data.batch import Batch, collate
 from data.loader import Loader, Step
 from data.retry import received
-from trainer.allowance import Allowance
 from trainer.courier import CLOSE_SECONDS
 from trainer.engines import Update
-from trainer.evaluate import Evaluator, Setup
+from trainer.evaluate import LeftOff
+from trainer.evaluation import Evaluation
 from trainer.feed import Fed, Feed
 from trainer.flops import step_flops
 from trainer.garbage import collected_between_steps
-from trainer.listening import Listener, Listening
 from trainer.loss import token_losses, token_weights
 from trainer.monitor import Monitor, SpikeWindow
 from trainer.optim import learning_rate
@@ -156,16 +153,6 @@ class Training:
         self.state, self.records, self.checkpoints = session.state, session.records, session.checkpoints
         self.sources = [source.name for source in session.config.data.sources]
         captioner = session.captioner
-        setup = Setup(
-            session.config,
-            session.world,
-            captioner,
-            session.loaders,
-            session.records,
-            session.size,
-            session.engine.dtype,
-        )
-        self.evaluator = Evaluator(setup, session.checkpoints.finish)
         self.monitor = Monitor(
             session.config,
             session.run,
@@ -180,8 +167,7 @@ class Training:
             stopwatch=session.stopwatch,
         )
         self.clock = self.monitor.clock
-        self.listener = Listener(setup, lambda: self.clock.enter(Phase.EVALUATION), watch.arrive)
-        self.allowance = Allowance(session.config, self.monitor.history, session.world.size)
+        self.evaluation = Evaluation(session, self.monitor, watch.arrive)
         self.profiler = StepProfiler(session.run.profiles, session.world.rank, session.world.device)
         steps = range(session.state.step, session.total_steps)
         loss_weights = torch.tensor([source.loss_weight for source in session.config.data.sources])
@@ -308,43 +294,15 @@ class Training:
         """Validation loss, and captions with their scores. Returns the metrics; None if a stop was
         requested."""
         self.clock.enter(Phase.EVALUATION)
-        count = self.clips_to_caption()
-        self.monitor.evaluation_begins(self.evaluator.samples, count)
-        module = self.engine.evaluation_module()
-        metrics = self.evaluator.loss(module, self.fetch_for_evaluation)
-        if metrics is None:
+        try:
+            metrics = self.evaluation.make(self.fetch_for_evaluation)
+        except LeftOff:
             return None
-        said = self.listener.listen(module, self.fetch_for_evaluation, count)
-        if said is None:
-            return None
-        metrics |= said.metrics
-        for name, why in said.failed.items():
-            self.monitor.say(f"step {self.state.step}: no {name}: {why}")
-        self.monitor.evaluation(metrics, said)
         self.state.evaluated = True
-        if self.world.rank == 0 and metrics:
-            self.record_evaluation(metrics, said)
         return metrics
 
-    def clips_to_caption(self) -> int:
-        """How many clips this evaluation captions. All ranks call it."""
-        listener, count = self.listener, 0
-        if self.world.rank == 0:
-            progress = self.clock.progress(
-                self.session.attempt, self.state.step, self.config.batch.global_size
-            )
-            count = self.allowance.clips(
-                progress.samples_per_second, all_clips=len(listener.rows), panel=listener.panel
-            )
-            if count < len(listener.rows) and self.state.step:
-                self.monitor.say(
-                    f"step {self.state.step}: captions {count} of {len(listener.rows)} clips; all would take"
-                    f" more than {self.config.evaluate.share:.0%} of the time (evaluate.share)"
-                )
-        return self.world.share(count)
-
-    def fetch_for_evaluation(self, loader: Loader) -> Step | None:
-        """The next step of an evaluation, once all ranks have theirs; None if they leave off."""
+    def fetch_for_evaluation(self, loader: Loader) -> Step:
+        """The next step of an evaluation, once all ranks have theirs. Raises LeftOff."""
         nothing = Step(self.state.step, [], [], 0.0)
         step, error = self.fetch(loader, nothing, Phase.EVALUATION)
         self.watch.arrive()
@@ -353,30 +311,9 @@ class Training:
         self.clock.enter(Phase.EVALUATION)
         if sums.failed:
             self.leave_together(error)
-        return None if sums.leaving else step
-
-    def record_evaluation(self, metrics: dict[str, float], said: Listening) -> None:
-        """Keep what was said, and tell the ledger of an evaluation."""
-        run, step = self.session.run, self.state.step
-        self.allowance.note(len(said.predictions), said.seconds)
-        try:
-            write_predictions(run.evaluations / NAME.format(step), said.predictions)
-        except OSError as error:
-            print(f"captions of step {step} are not kept: {words_of_disk(error) or error}", flush=True)
-        captions = [
-            {"key": clip.sample.key, "reference": clip.sample.caption, "caption": clip.caption}
-            for clip in said.panel
-        ]
-        run.ledger.record(
-            Evaluated(
-                attempt=self.session.attempt,
-                step=step,
-                metrics=metrics,
-                captions=captions,
-                captioned=len(said.predictions),
-                captioning_seconds=round(said.seconds, 3),
-            )
-        )
+        if sums.leaving:
+            raise LeftOff
+        return step
 
     def save(self, reason: str) -> None:
         """Begin to save in the background."""

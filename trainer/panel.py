@@ -11,22 +11,16 @@ from configs.metrics import HIGHER_IS_BETTER
 from configs.run.events import Evaluated
 from configs.run.ledger import History
 from configs.run.predictions import Prediction
-from data.batch import Segments
 from data.decode import SAMPLE_RATE
-from data.features import log_mel
-from data.windows import HOP
 from trainer.listening import PanelClip
+from trainer.picture import palette, picture
 from trainer.trackers import Tracker
 
 LATEST = 10
 """Captions of a clip that are shown, after the first one."""
 SHOWN = 3
 """Clips of each source among the worst, and among the best."""
-MELS = 80
-WIDTH = 400
-"""Pixels of a picture, at most."""
-COLORS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))
-"""From silence to the loudest, evenly spaced; each is lighter than the one before."""
+COLOURS = 256
 
 
 class Panel:
@@ -86,15 +80,8 @@ def _spans(said: Mapping[int, str]) -> list[tuple[str, str]]:
 
 
 def clip_picture(waveform: torch.Tensor) -> torch.Tensor:
-    """The log-mel spectrogram of a clip, low tones at the bottom. (n,) int16 -> (3, MELS, up to WIDTH)
-    uint8."""
-    positions = max(1, -(-len(waveform) // (2 * HOP)))
-    mel = log_mel(waveform, Segments.of([len(waveform)]), Segments.of([positions]), MELS, 2 * positions)
-    small = torch.nn.functional.adaptive_max_pool1d(mel, min(WIDTH, mel.shape[1])).flip(0).numpy()
-    heat = (small - small.min()) / max(float(np.ptp(small)), 1e-6) * (len(COLORS) - 1)
-    anchors = np.array(COLORS).T
-    painted = [np.interp(heat, range(len(COLORS)), channel) for channel in anchors]
-    return torch.from_numpy(np.stack(painted).astype(np.uint8))
+    """The log-mel spectrogram of a clip. (n,) int16 -> (3, MELS, up to WIDEST) uint8."""
+    return torch.from_numpy(palette(COLOURS)[picture(waveform, COLOURS)]).permute(2, 0, 1)
 
 
 def extremes(predictions: Sequence[Prediction]) -> dict[str, str]:

@@ -21,24 +21,17 @@ from PIL import Image
 
 from configs.errors import DataError, ShardError
 from configs.run.predictions import Prediction
-from data.batch import Segments
 from data.decode import SAMPLE_RATE, BadSample, decode
-from data.features import log_mel
 from data.location import Location
 from data.storage import read
 from data.tar import BLOCK
-from data.windows import HOP
+from trainer.picture import palette, picture
 
 THREADS = 8
 """Clips at a time: most of the time is waited for storage."""
 AT_ONCE = 32
 """Clips that are read before it is seen whether more have room."""
-MELS = 80
-WIDEST = 400
-"""Columns of a picture."""
 COLOURS = 16
-MAGMA = ("000004", "180f3d", "440f76", "721f81", "9e2f7f", "cd4071", "f1605d", "fd9668", "feca8d", "fcfdbf")
-"""From silence to loud, evenly spaced."""
 PLAIN_NAME = re.compile(r"[ -~]{1,98}")
 """Names that stand in a tar header as they are; of others it may hold a part."""
 
@@ -146,27 +139,12 @@ def _audio(waveform: npt.NDArray[np.int16]) -> str:
 
 
 def _picture(waveform: npt.NDArray[np.int16]) -> str:
-    """A PNG of what the model hears: time from left to right, low tones at the bottom."""
-    samples = len(waveform)
-    frames = max(2, samples // HOP // 2 * 2)
-    sound, audio = Segments.of([samples]), Segments.of([frames // 2])
-    mel = log_mel(torch.from_numpy(waveform), sound, audio, MELS, window=frames + 4)
-    mel = torch.nn.functional.adaptive_avg_pool1d(mel, min(WIDEST, frames)).flip(0)
-    low, high = mel.aminmax()
-    levels = (mel - low) / (high - low).clamp(min=1e-6) * (COLOURS - 1)
-    image = Image.fromarray(levels.round().to(torch.uint8).numpy())
-    image.putpalette(_palette())
+    """A PNG of the clip's log-mel spectrogram."""
+    image = Image.fromarray(picture(torch.from_numpy(waveform), COLOURS))
+    image.putpalette(palette(COLOURS).tobytes())
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True, bits=4)
     return _data_url("image/png", file.getvalue())
-
-
-def _palette() -> bytes:
-    """COLOURS times red, green and blue."""
-    anchors = np.array([list(bytes.fromhex(colour)) for colour in MAGMA], dtype=float)
-    places = np.linspace(0, len(anchors) - 1, COLOURS)
-    channels = [np.interp(places, np.arange(len(anchors)), channel) for channel in anchors.T]
-    return np.rint(np.stack(channels, axis=1)).astype(np.uint8).tobytes()
 
 
 def _data_url(kind: str, content: bytes) -> str:
