@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from configs.metrics import CURVES
+from configs.metrics import CURVES, is_of_captions
 from configs.run.events import AttemptBegan, FirstStep
 from configs.run.folder import RunDir
 from configs.run.goodput import BUSY, Clock, Phase, begin, goodput, summarize
@@ -160,7 +160,9 @@ class Monitor:
             self._trackers.scalars(metrics, self._step)
             self._panel.show(said.panel, said.predictions, self._step)
             self._trackers.flush()
-            told = {name: value for name, value in metrics.items() if "loss" in name or name in SAID}
+            told = {
+                name: value for name, value in metrics.items() if not is_of_captions(name) or name in SAID
+            }
             values = "  ".join(f"{name} {value:.4f}" for name, value in told.items())
             self.say(f"step {self._step}: {values}")
         self._reset()
