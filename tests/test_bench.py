@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import gzip
 import importlib.util
 import json
@@ -233,6 +234,11 @@ def test_training_is_compared_in_parts(whisper: Path, tables: Path, tmp_path: Pa
     untrained = judge(whisper, clips_of(tables, "validation"))["loss"]
     assert first["losses"]["loss"] < untrained and theirs["losses"]["loss"] < untrained
     assert len(both["aims"]) == 2
+    way = "batch.global_size=8 data.sources.high.style=tone"
+    other = bench(work, "compare", *options, "--only", "ours", "--with", way, "--captions", rounds=())
+    (run,) = other["methods"][f"own windows, 0.2 full, {way}"]["runs"]
+    assert (run["steps"], run["samples"]) == (3, 18)
+    assert {"cider_d", "cider_d/high", "discrimination/low"} <= set(run["scores"])
 
 
 def test_results_are_kept_and_told_apart_by_what_was_trained(tmp_path: Path) -> None:
@@ -241,9 +247,15 @@ def test_results_are_kept_and_told_apart_by_what_was_trained(tmp_path: Path) -> 
     done = Trained(own, 1, recipe, {"cores": 2}, steps=3, samples=34, seconds=2.0, losses={"loss": 0.5})
     Results(tmp_path / "new/results.jsonl").add(done)
     again = Results(tmp_path / "new/results.jsonl")
-    assert again.of(recipe) == [done] and again.have(own, 1, recipe)
-    assert not again.have(own, 2, recipe) and not again.have(theirs, 1, recipe)
-    assert not again.have(own, 1, dataclasses.replace(recipe, lr=1e-4))
+    have = functools.partial(again.have, captions=False)
+    assert again.of(recipe) == [done] and have(own, 1, recipe)
+    assert not have(own, 2, recipe) and not have(theirs, 1, recipe)
+    assert not have(own, 1, dataclasses.replace(recipe, lr=1e-4))
+    assert not have(dataclasses.replace(own, overrides="optim.lr=1e-4"), 1, recipe)
+    assert not again.have(own, 1, recipe, captions=True), "its captions were not scored"
+    scored = dataclasses.replace(done, scores={"cider_d": 4.4})
+    again.add(scored)
+    assert again.of(recipe) == [scored] and again.have(own, 1, recipe, captions=True)
 
 
 def test_clips_are_as_long_as_the_reference_has_them() -> None:

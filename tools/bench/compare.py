@@ -1,4 +1,5 @@
-"""The benchmark of training: this trainer and transformers' Seq2SeqTrainer, in turn, on the same clips."""
+"""The benchmark of training: this trainer, in one or more ways, and transformers' Seq2SeqTrainer, in turn, on
+the same clips."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import json
 import shutil
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import ConfigError
+from configs.load import dump, load
 from configs.run.events import TrainingBegan
 from configs.run.folder import RunDir
 from configs.schema import Data
@@ -35,6 +37,8 @@ TRAINER = "Seq2SeqTrainer"
 SHARE = float(Data.model_fields["full_share"].default)
 MOST_TIME = {"own": 1 / 3, "full": 1 / 1.15}
 """The most that Earwitness may take of the Trainer's seconds per sample, by window."""
+SCORES = ("cider_d", "discrimination", "repetition_rate", "length_ratio")
+"""Of captions, those that the table has."""
 MOST_LOSS = 1.0
 """The most that its validation loss at own windows may be of the Trainer's."""
 
@@ -60,12 +64,13 @@ class Recipe:
 @dataclass(frozen=True)
 class Method:
     """A way to train. window, full_share: as `data.window` and `data.full_share` name them; the Trainer has
-    full windows alone, and one process."""
+    full windows alone, and one process; overrides: other settings of a run, as `launch train` takes them."""
 
     who: Which
     window: str
     full_share: float = 1.0
     ranks: int = 1
+    overrides: str = ""
 
     @property
     def name(self) -> str:
@@ -73,13 +78,15 @@ class Method:
         if self.who is Which.trainer:
             return TRAINER
         windows = f"own windows, {self.full_share:g} full" if self.window == "own" else "full windows"
-        return f"{windows}, {self.ranks} ranks" if self.ranks > 1 else windows
+        return ", ".join(
+            filter(None, (windows, f"{self.ranks} ranks" if self.ranks > 1 else "", self.overrides))
+        )
 
 
 @dataclass(frozen=True)
 class Trained:
     """What a training has given. seconds: from the beginning of training to the end of its last step; losses:
-    of the judge, at full windows."""
+    of the judge, at full windows; scores: of captions, if they were asked for, by their metrics' names."""
 
     method: Method
     seed: int
@@ -89,6 +96,7 @@ class Trained:
     samples: int
     seconds: float
     losses: dict[str, float]
+    scores: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, line: str) -> Trained:
@@ -121,6 +129,13 @@ def bench_compare(
     shares: Annotated[
         str, typer.Option(help="Shares of clips at full windows, as 0.1,0.2; a training for each.")
     ] = f"{SHARE:g}",
+    ways: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with", help="Settings of a run, as 'optim.lr=3e-5 batch.global_size=4'; a training for each."
+        ),
+    ] = None,
+    captions: Annotated[bool, typer.Option(help="Score captions of the validation clips, too.")] = False,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 7e-5,
     ranks: Annotated[int, typer.Option(min=1, help="Processes of Earwitness; the Trainer has one.")] = 1,
     only: Annotated[Which | None, typer.Option(help="Leave the other one out.")] = None,
@@ -131,7 +146,9 @@ def bench_compare(
     as_json: JsonOption = False,
 ) -> None:
     """Measure this trainer and transformers' Seq2SeqTrainer, in turn: samples/s, and validation loss."""
-    methods = [method for method in _methods(window, shares, ranks) if only in (None, method.who)]
+    methods = [
+        method for method in _methods(window, shares, ranks, ways or [""]) if only in (None, method.who)
+    ]
     where = Path(model)
     recipe = Recipe(
         str(where.resolve()) if where.is_dir() else model, str(clips.resolve()), epochs, max_steps, lr
@@ -143,10 +160,10 @@ def bench_compare(
             (method, seed)
             for seed in _numbers("--seeds", seeds, int)
             for method in methods
-            if not results.have(method, seed, recipe)
+            if not results.have(method, seed, recipe, captions=captions)
         ]
         _check_installed([method for method, _ in due])
-        bench = Comparison(work, recipe)
+        bench = Comparison(work, recipe, captions=captions)
         for method, seed in due:
             results.add(bench.train(method, seed))
         _report(results.of(recipe), as_json=as_json)
@@ -163,13 +180,17 @@ class Results:
                 Trained.from_json(line) for line in path.read_text(encoding="utf-8").splitlines()
             ]
 
-    def have(self, method: Method, seed: int, recipe: Recipe) -> bool:
-        """Whether this training is among them."""
-        return any((done.method, done.seed) == (method, seed) for done in self.of(recipe))
+    def have(self, method: Method, seed: int, recipe: Recipe, *, captions: bool) -> bool:
+        """Whether this training is among them, with scores of captions if they are asked for."""
+        return any(
+            (done.method, done.seed) == (method, seed) and (done.scores or not captions)
+            for done in self.of(recipe)
+        )
 
     def of(self, recipe: Recipe) -> list[Trained]:
-        """Those of a recipe."""
-        return [done for done in self._trained if done.recipe == recipe]
+        """Those of a recipe; of a training that was done again the last."""
+        latest = {(done.method, done.seed): done for done in self._trained if done.recipe == recipe}
+        return list(latest.values())
 
     def add(self, trained: Trained) -> None:
         """Keep one more."""
@@ -182,8 +203,8 @@ class Results:
 class Comparison:
     """Trains in processes of their own, and judges the results."""
 
-    def __init__(self, work: Path, recipe: Recipe) -> None:
-        self._work, self._recipe = work, recipe
+    def __init__(self, work: Path, recipe: Recipe, *, captions: bool) -> None:
+        self._work, self._recipe, self._captions = work, recipe, captions
         self._validation = clips_of(Path(recipe.clips), "validation")
 
     def train(self, method: Method, seed: int) -> Trained:
@@ -195,12 +216,26 @@ class Comparison:
         say(f"{figures['samples'] / figures['seconds']:.2f} samples/s; judging")
         losses = judge(result, self._validation)
         say(", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        scores = self._score(method, seed, result) if self._captions else {}
         shutil.rmtree(result)
         conditions = describe("torch", "transformers", "deepspeed") | {
             "device": device_name(),
             "dtype": dtype(),
         }
-        return Trained(method, seed, self._recipe, conditions, losses=losses, **figures)
+        return Trained(method, seed, self._recipe, conditions, losses=losses, scores=scores, **figures)
+
+    def _score(self, method: Method, seed: int, result: Path) -> dict[str, float]:
+        """Captions of all validation clips, padded to full windows, whatever it was trained on."""
+        config = self._write_config(RunDir(self._work / "run"), method, seed, judged=True)
+        output = run_module("tools.evaluate", result, config, "--window", "full", "--json", gpus=True)
+        metrics = json.loads(output)["metrics"]
+        scores = {
+            name.removeprefix("validation/"): value
+            for name, value in metrics.items()
+            if not name.startswith("validation/loss")
+        }
+        say(", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name))
+        return scores
 
     def _train_theirs(self, method: Method, seed: int, result: Path) -> dict[str, Any]:
         recipe = self._recipe
@@ -227,17 +262,16 @@ class Comparison:
         shutil.rmtree(run.path)
         return figures
 
-    def _write_config(self, run: RunDir, method: Method, seed: int) -> Path:
-        """A config for the clips, which are packed before the first training."""
+    def _write_config(self, run: RunDir, method: Method, seed: int, *, judged: bool = False) -> Path:
+        """A config for the clips, which are packed before they are first needed. judged: with those that
+        results are judged by."""
         recipe = self._recipe
         length = {"max_steps": recipe.max_steps} if recipe.max_steps else {"epochs": recipe.epochs}
-        tables = tables_of(Path(recipe.clips))
-        shards = {source: self._work / "shards" / source for source in tables}
         sections = {
             "run": {"name": "compare", "dir": str(run.path), "seed": seed},
             "model": {"name_or_path": recipe.model},
             "data": {
-                "sources": [{"name": name, "shards": [f"{shards[name]}/*.tar"]} for name in tables],
+                "sources": [self._source(name, judged=judged) for name in tables_of(Path(recipe.clips))],
                 "index_dir": str(self._work / "index"),
                 "window": method.window,
                 "full_share": method.full_share,
@@ -246,17 +280,27 @@ class Comparison:
             "batch": {"global_size": GLOBAL_BATCH},
             "optim": {"lr": recipe.lr, "warmup_fraction": 0.0, **length},
             "engine": {"dtype": dtype()},
-            "evaluate": {"every_steps": 10**6, "captions": 0},
+            "evaluate": {"every_steps": 10**6, "captions": 0, "scored": 0},
             "checkpoint": {"every_steps": 10**6, "keep_last": 1},
             "monitor": {"every_steps": 10**6},
         }
+        plain = self._work / "plain.yaml"
+        plain.write_text(yaml.safe_dump(sections), encoding="utf-8")
         config = self._work / "config.yaml"
-        config.write_text(yaml.safe_dump(sections), encoding="utf-8")
-        if not (self._work / "index").exists():
-            for name, table in tables.items():
-                run_module("tools.pack", table, shards[name], "--where", "split=train")
-            run_module("tools.index", config)
+        config.write_text(dump(load(plain, method.overrides.split())), encoding="utf-8")
+        run_module("tools.index", config)
         return config
+
+    def _source(self, name: str, *, judged: bool) -> dict[str, Any]:
+        splits = ["train", "validation"] if judged else ["train"]
+        shards = {split: self._work / "shards" / f"{name}-{split}" for split in splits}
+        for split, folder in shards.items():
+            if not folder.exists():
+                table = tables_of(Path(self._recipe.clips))[name]
+                run_module("tools.pack", table, folder, "--where", f"split={split}")
+        globs = {split: [f"{folder}/*.tar"] for split, folder in shards.items()}
+        judges = {"validation": {"shards": globs["validation"]}} if judged else {}
+        return {"name": name, "shards": globs["train"], **judges}
 
 
 def _read(run: RunDir) -> dict[str, Any]:
@@ -274,11 +318,12 @@ def _check_installed(methods: list[Method]) -> None:
         raise ConfigError("transformers' Trainer needs accelerate: pip install accelerate (or --only ours)")
 
 
-def _methods(window: Window, shares: str, ranks: int) -> list[Method]:
+def _methods(window: Window, shares: str, ranks: int, ways: list[str]) -> list[Method]:
     """The ways to train that are compared, the Trainer's last."""
-    ours = [Method(Which.ours, "full", ranks=ranks)]
+    of_clips = [1.0]
     if window is Window.own:
-        ours = [Method(Which.ours, "own", share, ranks) for share in _numbers("--shares", shares, float)]
+        of_clips = _numbers("--shares", shares, float)
+    ours = [Method(Which.ours, window.value, share, ranks, way) for way in ways for share in of_clips]
     return [*ours, Method(Which.trainer, "full")]
 
 
@@ -336,8 +381,11 @@ def _report(trained: list[Trained], *, as_json: bool) -> None:
 
 def _spreads(runs: list[Trained]) -> dict[str, Spread]:
     figures = {"samples/s": Spread.of([done.samples_per_second for done in runs])}
-    for name in runs[0].losses:
-        figures[name] = Spread.of([done.losses[name] for done in runs])
+    of_sources = [name.removeprefix("loss") for name in runs[0].losses]
+    for name in (metric + of for metric in ("loss", *SCORES) for of in of_sources):
+        values = [done.losses | done.scores for done in runs]
+        if all(name in figures_of_run for figures_of_run in values):
+            figures[name] = Spread.of([figures_of_run[name] for figures_of_run in values])
     return figures
 
 
