@@ -35,7 +35,8 @@ NO_MASKS = Masks(np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32))
 class Sample:
     """A decoded clip with its caption. waveform: (n,) int16 at 16 kHz; source: number of its source; key:
     SOURCE/SHARD/KEY; frames: mel frames that the encoder takes, an even number; what the clip does not fill
-    is silence; masks: what is hidden of it; references: all captions that the clip has."""
+    is silence; masks: what is hidden of it; references: all captions that the clip has; begins: seconds of
+    the recording that lie before it."""
 
     waveform: npt.NDArray[np.int16]
     tokens: Tokens
@@ -45,6 +46,7 @@ class Sample:
     frames: int
     masks: Masks = NO_MASKS
     references: tuple[str, ...] = ()
+    begins: float = 0.0
 
     @property
     def seconds(self) -> float:

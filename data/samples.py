@@ -79,12 +79,14 @@ class Partner(NamedTuple):
 
 
 class _Clip(NamedTuple):
-    """A clip that was decoded, its caption, the tokens of that, and all captions that it has."""
+    """A clip that was decoded, its caption, the tokens of that, all captions that it has, and the seconds of
+    the recording that lie before it."""
 
     waveform: Waveform
     caption: str
     tokens: Tokens
     references: tuple[str, ...]
+    begins: float = 0.0
 
 
 class SampleReader:
@@ -167,7 +169,17 @@ class SampleReader:
             waveform = self.augmentation.waveform(waveform, row, epoch)
             masks = self.augmentation.masks(row, epoch)
         frames = int(self.windows.frames([len(waveform)], [row], epoch)[0])
-        return Sample(waveform, clip.tokens, clip.caption, source, key, frames, masks, clip.references)
+        return Sample(
+            waveform,
+            clip.tokens,
+            clip.caption,
+            source,
+            key,
+            frames,
+            masks,
+            clip.references,
+            clip.begins,
+        )
 
     def _clip(self, row: int, content: Content, step: int, epoch: int, style: str | None) -> _Clip:
         """A clip as it was recorded, or the stretch of it that fits. Raises BadSample."""
@@ -179,10 +191,17 @@ class SampleReader:
         captions = find_captions(text, shard.source.caption_keys)
         caption = self._chosen(captions, row, epoch)
         tokens = self.encoder.encode(caption, style)
-        ending = self.index.text("ending", row)
+        begins = 0.0
+
+        def fit(seconds: float) -> tuple[float, float] | None:
+            nonlocal begins
+            stretch = self._fit(seconds, row, step)
+            begins = stretch[0] if stretch else 0.0
+            return stretch
+
         with self.crash_journal.holding(key, shard.location.url):
-            whole = decode(audio, ending, lambda seconds: self._fit(seconds, row, step))
-        return _Clip(whole[: self.max_length], caption, tokens, tuple(captions))
+            whole = decode(audio, self.index.text("ending", row), fit)
+        return _Clip(whole[: self.max_length], caption, tokens, tuple(captions), begins)
 
     def _mixed(self, clip: _Clip, partner: Partner, step: int, epoch: int, style: str | None) -> _Clip:
         """A clip with another one in it; as it is where that cannot be used, cannot be heard beside it, or

@@ -17,7 +17,6 @@ from rich.table import Table
 from configs.disk import words_of_disk
 from configs.errors import ConfigError, EarwitnessError
 from configs.run.causes import FINAL, Cause
-from configs.run.ends import find_end
 from configs.run.events import (
     AttemptBegan,
     ChainEnded,
@@ -41,7 +40,7 @@ from configs.run.ledger import History, warning
 from configs.run.quarantine import Quarantined
 from launch.samples import SamplesReport
 from slurm import cluster
-from slurm.chain import chain_jobs, look_outside
+from slurm.chain import chain_jobs, seen_end
 from slurm.cluster import QueuedJob
 from slurm.said import refused_successor
 from slurm.sayings import advice
@@ -146,8 +145,7 @@ def look(run: RunDir, queued: list[QueuedJob] | None, now: float) -> Report:
         jobs = [job for job in queued or [] if job.job in known_jobs]
     for began in history.unsettled:
         if not _at_work(run, began, jobs):
-            outside = look_outside(run, history, began.attempt)
-            history.events.append(find_end(run, history, began.attempt, outside))
+            history.events.append(seen_end(run, history, began.attempt))
     rows, since = summarize(history, now), begin(history)
     state, words = _state(run, history, rows, jobs)
     is_going_on = state in ("running", "starting", "waiting")

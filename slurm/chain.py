@@ -70,29 +70,31 @@ def record_end(
     history = run.ledger.read()
     if told := history.last(Ended, attempt):
         return told
-    end = find_end(run, history, attempt, look_outside(run, history, attempt, exit_code, failure))
+    end = seen_end(run, history, attempt, exit_code, failure)
     run.ledger.record(end)
     return end
 
 
-def look_outside(
+def seen_end(
     run: RunDir,
     history: History,
     attempt: int,
     exit_code: int | None = None,
     failure: Failure | None = None,
-) -> Outside:
-    """What Slurm knows of an attempt's end, if it was a job; nothing is written."""
+) -> Ended:
+    """How an attempt ended, by what it has left and by what Slurm knows of it, if it was a job; nothing is
+    written."""
     began = history.last(AttemptBegan, attempt)
     job = began.job if began else ""
     state = job_state(run, job)
-    return Outside(
+    outside = Outside(
         failure=failure or first_failure(run, job, attempt),
         job_cause=JOB_STATES.get(state),
         job_state=state,
         stop_asked=bool(job) and stop_requested(run),
         exit_code=exit_code,
     )
+    return find_end(run, history, attempt, outside)
 
 
 def decide(

@@ -295,6 +295,9 @@ def test_overlong_clips_are_skipped_or_cropped_or_taken_from_their_start(shards:
         for sample in step.samples:
             assert len(sample.waveform) == min(16_000, len(whole[sample.key]))
             starts.setdefault(sample.key, set()).add(find(sample.waveform, whole[sample.key]))
+            begins = round(sample.begins * 16_000)
+            there = whole[sample.key][begins:][: len(sample.waveform)].astype(float)
+            assert np.abs(there - sample.waveform)[400:-400].max() <= 2
     assert any(len(found) > 1 for found in starts.values()), "another epoch takes another stretch"
     for step in loader(opened(shards, max_seconds=1.0, overlong="start")):
         for sample in step.samples:

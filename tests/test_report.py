@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 from playwright.sync_api import Page, sync_playwright
@@ -26,6 +28,7 @@ from configs.run.predictions import NAME, Prediction, Sound, read_predictions, w
 from data.tar import walk
 from tests.making import caption_of, config_values, sound_of
 from tools.report.__main__ import report
+from tools.report.sound import Recordings
 from tools.report.texts import pieces
 
 HOSTILE = '<script>window.pwned = 1</script> "quoted" \u2028 & <b>bold</b> 🐕'
@@ -80,6 +83,22 @@ def make_predictions(folder: Path) -> list[Prediction]:
         )
         for number, sound in enumerate([*sounds, *speech])
     ]
+
+
+def test_of_a_long_recording_the_stretch_is_heard_that_the_model_has_heard(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    silence_then_tone = np.concatenate([np.zeros(16_000), np.sin(np.arange(16_000) / 4)])
+    soundfile.write(file, silence_then_tone, 16_000, format="FLAC")
+    (sound,) = write_shard(tmp_path / "long-0.tar", {"clip.flac": file.getvalue()})
+    loudness = []
+    for begins in (0.0, 1.2):
+        heard = replace(sound, begins=begins)
+        prediction = Prediction("long/long-0.tar/clip", "long", 0.5, ["A tone."], "A tone.", 1.0, heard)
+        (media,) = Recordings({}).media([prediction], 10**6)
+        audio, rate = soundfile.read(io.BytesIO(base64.b64decode(media.audio.partition(",")[2])))
+        assert len(audio) / rate == pytest.approx(0.5, abs=0.2)
+        loudness.append(float(np.abs(audio).max()))
+    assert loudness[0] < 0.01 and loudness[1] > 0.5
 
 
 EVENTS: list[Event] = [

@@ -182,7 +182,7 @@ class Listener:
                     references=list(clip.references or (clip.caption,)),
                     caption=self.setup.captioner.decode(said),
                     loss=loss,
-                    sound=self._sound(row),
+                    sound=self._sound(row, clip),
                     scores=scores,
                 )
             )
@@ -233,11 +233,12 @@ class Listener:
         curves = {f"{CURVES}{name}": value for name, value in metrics.items()}
         return Listening(curves, scored.predictions, panel, scored.failed)
 
-    def _sound(self, row: int) -> Sound:
+    def _sound(self, row: int, clip: Sample) -> Sound:
         index = self.setup.loaders.dataset.validation
         shard = index.shards[int(index.column("shard")[row])]
         start, size = (int(index.column(name)[row]) for name in ("audio_offset", "audio_size"))
-        return Sound(shard.location.url, start, start + size, index.text("ending", row))
+        ending = index.text("ending", row)
+        return Sound(shard.location.url, start, start + size, ending, clip.begins)
 
 
 def _discrimination(predictions: Sequence[Prediction]) -> dict[str, float]:

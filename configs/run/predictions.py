@@ -17,12 +17,14 @@ NAME = "step-{:08d}.jsonl"
 
 @dataclass(frozen=True)
 class Sound:
-    """Where the audio of a clip lies: bytes [start, end) of a shard. ending: of its file name, as `flac`."""
+    """Where the audio of a clip lies: bytes [start, end) of a shard. ending: of its file name, as `flac`;
+    begins: seconds of it that lie before the clip."""
 
     url: str
     start: int
     end: int
     ending: str
+    begins: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.run.causes import Cause
-from configs.run.ends import find_end
 from configs.run.events import Evaluated, TrainingBegan
 from configs.run.folder import RunDir
 from configs.run.goodput import AttemptSummary, summarize
@@ -17,7 +16,7 @@ from configs.run.lease import holder
 from configs.run.ledger import History
 from configs.run.predictions import Prediction
 from configs.schema import RunConfig
-from slurm.chain import look_outside
+from slurm.chain import seen_end
 from tools.report.curves import Chart, charts
 from trainer.hub import is_hub_name
 
@@ -118,8 +117,7 @@ def _settle(run: RunDir, history: History) -> None:
     now = holder(run)
     for began in history.unsettled:
         if not (now and now.alive and now.attempt == began.attempt):
-            outside = look_outside(run, history, began.attempt)
-            history.events.append(find_end(run, history, began.attempt, outside))
+            history.events.append(seen_end(run, history, began.attempt))
 
 
 def _attempt(row: AttemptSummary) -> Attempt:

@@ -75,7 +75,7 @@ class Recordings:
     def _media(self, prediction: Prediction) -> Media:
         try:
             audio, ending = self._read(prediction), prediction.sound.ending
-            waveform = decode(audio, ending, lambda seconds: _beginning(seconds, prediction.seconds))
+            waveform = decode(audio, ending, lambda seconds: _heard(seconds, prediction))
         except BadSample as error:
             return Media(silent=str(error))
         return Media(audio=_audio(waveform), picture=_picture(waveform))
@@ -118,9 +118,11 @@ def _check_header(header: bytes, prediction: Prediction) -> None:
         raise BadSample(f"{shard} {there} now: was it packed again?")
 
 
-def _beginning(seconds: float, heard: float) -> tuple[float, float] | None:
-    """The stretch of a clip that the model has heard, where that is not all of it."""
-    return (0.0, heard) if seconds > heard + 0.1 else None
+def _heard(seconds: float, prediction: Prediction) -> tuple[float, float] | None:
+    """The stretch of a recording that the model has heard (start, length), None where that is all of it."""
+    if seconds <= prediction.seconds + 0.1:
+        return None
+    return prediction.sound.begins, prediction.seconds
 
 
 def _audio(waveform: npt.NDArray[np.int16]) -> str:
