@@ -27,6 +27,9 @@ from trainer.writer import Snapshot, Writer
 
 STEPS, STOPPED = 4, 2
 
+OPTIM: dict[str, object] = {"lr": 1e-3, "layer_decay": 0.8, "weight_decay": 0.1}
+"""Six groups of parameters, each of which is divided among the ranks."""
+
 
 class Elastic(Course):
     """Runs that are stopped and go on."""
@@ -43,7 +46,7 @@ class Elastic(Course):
             **{
                 "engine": {"backend": backend, "dtype": precision},
                 "batch": {"global_size": 8, "micro_seconds": 2},
-                "optim": {"max_steps": STEPS, "lr": 1e-3},
+                "optim": {**OPTIM, "max_steps": STEPS},
                 "checkpoint": {"every_steps": 1, "keep_last": 9},
                 "evaluate": {"every_steps": 1000, "captions": 0, "scored": 0, "max_samples": 4},
                 **more,
@@ -67,7 +70,7 @@ def saved(run: Path, step: int) -> Reader:
 
 
 def weights(reader: Reader) -> torch.Tensor:
-    return torch.cat([reader.tensor(name).flatten() for name in reader.manifest.parameters])
+    return torch.cat([reader.tensor(name).flatten() for name in sorted(reader.manifest.parameters)])
 
 
 def learn_another_token(run: RunDir) -> int:
@@ -310,7 +313,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(course, whole, l
 
 
 CHANGES = {
-    "optim.lr": {"optim": {"max_steps": STEPS, "lr": 2e-3}},
+    "optim.lr": {"optim": {**OPTIM, "max_steps": STEPS, "lr": 2e-3}},
     "run.seed": {"run": {"seed": 8}},
     "batch.global_size": {"batch": {"global_size": 4, "micro_seconds": 2}},
 }
@@ -337,7 +340,7 @@ def test_a_change_that_leaves_no_step_to_take_is_refused(course, whole, launch) 
         course.config(
             run.path.name,
             run={"seed": 8, "allow_change": ["run.seed"]},
-            optim={"epochs": 1, "lr": 1e-3, "max_steps": None},
+            optim={**OPTIM, "epochs": 1, "max_steps": None},
         )
     )
     assert done.returncode == 2 and "begins epoch 2, but optim.epochs=1 ends before it" in done.stderr
@@ -347,7 +350,7 @@ def test_a_change_on_purpose_begins_a_new_epoch_and_stays(course, whole, launch)
     """Another seed: the rest of the run has the samples of a new epoch, in its order. A later resume needs no
     more permission."""
     run = course.stopped(whole["fp32"], "allowed")
-    longer = {"optim": {"max_steps": STEPS + 4, "lr": 1e-3}}
+    longer = {"optim": {**OPTIM, "max_steps": STEPS + 4}}
     assert (
         launch(
             course.config(run.path.name, run={"seed": 8, "allow_change": ["run.seed"]}), procs=2
@@ -373,7 +376,7 @@ def test_what_may_change_does(course, whole, launch) -> None:
     shutil.copytree(course.folder / "shards", moved)
     config = course.config(
         run.path.name,
-        optim={"max_steps": STEPS + 1, "lr": 1e-3},
+        optim={**OPTIM, "max_steps": STEPS + 1},
         checkpoint={"every_steps": 3},
         monitor={"every_steps": 2},
     )
