@@ -399,13 +399,11 @@ class Optim(Section):
 
     lr: Annotated[float, ON_PURPOSE] = Field(5e-5, gt=0)
     """Peak learning rate."""
-    layer_decay: Annotated[float, ON_PURPOSE] = Field(1.0, gt=0, le=1)
-    """Share of a block's learning rate that the block below it has, in encoder and decoder: the last blocks
-    learn at `lr`, what lies below all blocks most slowly. 1: all alike."""
     betas: Annotated[tuple[float, float], ON_PURPOSE] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: Annotated[float, ON_PURPOSE] = Field(1e-8, gt=0)
-    """AdamW's epsilon."""
+    """AdamW's epsilon. A large one (1e-4) leaves weights of small gradient nearly where they are, so that a
+    small set of clips overwrites less of what the model knew."""
     weight_decay: Annotated[float, ON_PURPOSE] = Field(0.0, ge=0)
     """Decoupled weight decay; biases and norms have none."""
     clip_grad_norm: Annotated[float, ON_PURPOSE] = Field(1.0, gt=0, allow_inf_nan=True)

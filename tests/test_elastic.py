@@ -27,8 +27,8 @@ from trainer.writer import Snapshot, Writer
 
 STEPS, STOPPED = 4, 2
 
-OPTIM: dict[str, object] = {"lr": 1e-3, "layer_decay": 0.8, "weight_decay": 0.1}
-"""Six groups of parameters, each of which is divided among the ranks."""
+OPTIM: dict[str, object] = {"lr": 1e-3, "weight_decay": 0.1}
+"""Two groups of parameters, each of which is divided among the ranks."""
 
 
 class Elastic(Course):

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from configs.schema import RunConfig
 from trainer.distributed import World
 from trainer.engines import KINDS, Fragment, Read, Update, global_norm
-from trainer.optim import adamw, set_learning_rate
+from trainer.optim import adamw
 from trainer.transfer import OnItsWay
 from trainer.whisper import Whisper
 
@@ -52,7 +52,8 @@ class Fsdp2Engine:
 
     def step(self, lr: float) -> Update:
         """Clip, update the weights and forget the gradient."""
-        set_learning_rate(self._optimizer.param_groups, lr)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
         gradients = [_flat(p.grad) for p in self._trained.values() if p.grad is not None]
         norm = global_norm(gradients)
         on_its_way = OnItsWay(norm)

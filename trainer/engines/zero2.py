@@ -31,7 +31,7 @@ from configs.errors import ConfigError
 from configs.schema import RunConfig
 from trainer.distributed import World
 from trainer.engines import KINDS, Fragment, Read, Update, global_norm
-from trainer.optim import adamw, set_learning_rate
+from trainer.optim import adamw
 from trainer.whisper import Whisper
 
 PRIVATE = (
@@ -171,7 +171,8 @@ class Zero2Engine:
 
     def step(self, lr: float) -> Update:
         """Clip, update the weights and forget the gradient."""
-        set_learning_rate(self._zero.param_groups, lr)
+        for group in self._zero.param_groups:
+            group["lr"] = lr
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         return Update(norm, bool(self._engine.was_step_applied()))
