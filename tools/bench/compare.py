@@ -37,9 +37,10 @@ TRAINER = "Seq2SeqTrainer"
 SHARE = float(Data.model_fields["full_share"].default)
 MOST_TIME = {"own": 1 / 3, "full": 1 / 1.15}
 """The most that Earwitness may take of the Trainer's seconds per sample, by window."""
-SCORES = ("cider_d", "discrimination", "repetition_rate", "length_ratio")
-"""Of captions, those that the table has."""
-MOST_LOSS = 1.0
+CIDER = "cider_d"
+SCORES = (CIDER, "exact_match", "length_ratio", "repetition_rate", "discrimination")
+"""Of captions, those that the table has, the first one by source, too."""
+MOST_LOSS = 0.85
 """The most that its validation loss at own windows may be of the Trainer's."""
 
 
@@ -348,7 +349,7 @@ class Spread:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} ± {self.deviation:.2g}"
+        return f"{self.mean:.4g}" + (f" ± {self.deviation:.2g}" if self.deviation else "")
 
 
 def _report(trained: list[Trained], *, as_json: bool) -> None:
@@ -368,24 +369,28 @@ def _report(trained: list[Trained], *, as_json: bool) -> None:
         }
         print(json.dumps({"methods": methods, "aims": verdicts(goals)}))
         return
-    columns = list(dict.fromkeys(name for figures in spreads.values() for name in figures))
-    table = Table("", "seeds", *columns, title="mean ± standard deviation over seeds", title_justify="left")
-    for method, figures in spreads.items():
-        seeds = ",".join(str(done.seed) for done in by_method[method])
-        table.add_row(method.name, seeds, *(str(figures.get(name, "")) for name in columns))
     print(", ".join(f"{name} {grouped(value)}" for name, value in trained[-1].conditions.items()))
-    Console(width=160).print(table)
+    columns = list(dict.fromkeys(name for figures in spreads.values() for name in figures))
+    of_captions = [name for name in columns if name.partition("/")[0] in SCORES]
+    of_training = [name for name in columns if name not in of_captions]
+    for title, names in (("training", of_training), ("captions", of_captions)):
+        if names:
+            table = Table("", "seeds", *names, title=f"{title}, mean ± standard deviation over seeds")
+            for method, figures in spreads.items():
+                seeds = ",".join(str(done.seed) for done in by_method[method])
+                table.add_row(method.name, seeds, *(str(figures.get(name, "")) for name in names))
+            Console(width=160).print(table)
     for name, goal in goals.items():
         print(f"{name}: {goal}")
 
 
 def _spreads(runs: list[Trained]) -> dict[str, Spread]:
     figures = {"samples/s": Spread.of([done.samples_per_second for done in runs])}
-    of_sources = [name.removeprefix("loss") for name in runs[0].losses]
-    for name in (metric + of for metric in ("loss", *SCORES) for of in of_sources):
-        values = [done.losses | done.scores for done in runs]
-        if all(name in figures_of_run for figures_of_run in values):
-            figures[name] = Spread.of([figures_of_run[name] for figures_of_run in values])
+    values = [done.losses | done.scores for done in runs]
+    by_source = [name.removeprefix("loss") for name in runs[0].losses]
+    for name in (*runs[0].losses, *(f"{CIDER}{of}" for of in by_source), *SCORES[1:]):
+        if all(name in of_run for of_run in values):
+            figures[name] = Spread.of([of_run[name] for of_run in values])
     return figures
 
 
@@ -402,4 +407,10 @@ def _aims(spreads: dict[Method, dict[str, Spread]]) -> dict[str, Aim]:
             if method.window == "own":
                 loss = ours["loss"].mean / theirs["loss"].mean
                 goals[f"{method.name}, loss of the Trainer's"] = Aim(loss, MOST_LOSS)
+            for name, score in ours.items():
+                if name.partition("/")[0] == CIDER and name in theirs and score.mean:
+                    # Theirs of ours: an aim is the most that a figure may be.
+                    goals[f"{method.name}, the Trainer's {name} of ours"] = Aim(
+                        theirs[name].mean / score.mean, 1.0
+                    )
     return goals
