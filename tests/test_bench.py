@@ -215,6 +215,14 @@ def test_the_judge_gives_the_mean_loss_of_a_caption_token_at_full_windows(
     assert judge(whisper, clips) == pytest.approx(expected, rel=1e-5)
 
 
+def test_settings_are_checked_before_anything_is_trained(whisper: Path, tables: Path, tmp_path: Path) -> None:
+    ways = ["--with", "optim.lr=1e-5", "--with", "batch.globalsize=4"]
+    options = [str(whisper), str(tables), "--only", "ours", "--dir", str(tmp_path)]
+    done = run_program("tools.bench", "compare", *options, *ways)
+    assert done.returncode == 2 and "did you mean 'global_size'?" in done.stderr
+    assert "--with 'batch.globalsize=4'" in done.stderr and "seed" not in done.stderr
+
+
 @pytest.mark.slow
 def test_training_is_compared_in_parts(whisper: Path, tables: Path, tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "out"

@@ -23,7 +23,7 @@ from configs.errors import ConfigError
 from configs.load import dump, load
 from configs.run.events import TrainingBegan
 from configs.run.folder import RunDir
-from configs.schema import Data
+from configs.schema import Data, RunConfig
 from tools.bench.captioned import clips_of, judge, tables_of
 from tools.bench.report import Aim, describe, grouped, run_module, say, verdicts
 from tools.bench.seq2seq import Task
@@ -165,6 +165,8 @@ def bench_compare(
         ]
         _check_installed([method for method, _ in due])
         bench = Comparison(work, recipe, captions=captions)
+        for method in methods:
+            bench.check(method)
         for method, seed in due:
             results.add(bench.train(method, seed))
         _report(results.of(recipe), as_json=as_json)
@@ -263,9 +265,30 @@ class Comparison:
         shutil.rmtree(run.path)
         return figures
 
+    def check(self, method: Method) -> None:
+        """Raise ConfigError if the settings of a method are none of a run: before anything is trained."""
+        if method.who is Which.trainer:
+            return
+        try:
+            self._config(RunDir(self._work / "run"), method, 0)
+        except ConfigError as error:
+            raise ConfigError(f"--with {method.overrides!r}: {error}") from None
+
     def _write_config(self, run: RunDir, method: Method, seed: int, *, judged: bool = False) -> Path:
         """A config for the clips, which are packed before they are first needed. judged: with those that
         results are judged by."""
+        tables = tables_of(Path(self._recipe.clips))
+        for name, table in tables.items():
+            for split in ("train", "validation") if judged else ("train",):
+                folder = self._shards(name, split)
+                if not folder.exists():
+                    run_module("tools.pack", table, folder, "--where", f"split={split}")
+        path = self._work / "config.yaml"
+        path.write_text(dump(self._config(run, method, seed, judged=judged)), encoding="utf-8")
+        run_module("tools.index", path)
+        return path
+
+    def _config(self, run: RunDir, method: Method, seed: int, *, judged: bool = False) -> RunConfig:
         recipe = self._recipe
         length = {"max_steps": recipe.max_steps} if recipe.max_steps else {"epochs": recipe.epochs}
         sections = {
@@ -287,21 +310,16 @@ class Comparison:
         }
         plain = self._work / "plain.yaml"
         plain.write_text(yaml.safe_dump(sections), encoding="utf-8")
-        config = self._work / "config.yaml"
-        config.write_text(dump(load(plain, method.overrides.split())), encoding="utf-8")
-        run_module("tools.index", config)
-        return config
+        return load(plain, method.overrides.split())
 
     def _source(self, name: str, *, judged: bool) -> dict[str, Any]:
-        splits = ["train", "validation"] if judged else ["train"]
-        shards = {split: self._work / "shards" / f"{name}-{split}" for split in splits}
-        for split, folder in shards.items():
-            if not folder.exists():
-                table = tables_of(Path(self._recipe.clips))[name]
-                run_module("tools.pack", table, folder, "--where", f"split={split}")
-        globs = {split: [f"{folder}/*.tar"] for split, folder in shards.items()}
-        judges = {"validation": {"shards": globs["validation"]}} if judged else {}
-        return {"name": name, "shards": globs["train"], **judges}
+        source: dict[str, Any] = {"name": name, "shards": [f"{self._shards(name, 'train')}/*.tar"]}
+        if judged:
+            source["validation"] = {"shards": [f"{self._shards(name, 'validation')}/*.tar"]}
+        return source
+
+    def _shards(self, source: str, split: str) -> Path:
+        return self._work / "shards" / f"{source}-{split}"
 
 
 def _read(run: RunDir) -> dict[str, Any]:
