@@ -177,8 +177,8 @@ class SampleReader:
             key,
             frames,
             masks,
-            clip.references,
-            clip.begins,
+            references=clip.references,
+            begins=clip.begins,
         )
 
     def _clip(self, row: int, content: Content, step: int, epoch: int, style: str | None) -> _Clip:

@@ -8,6 +8,7 @@ import functools
 import gzip
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +18,11 @@ import soundfile
 import torch
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError
 from tests.making import caption_of, make_model, run_program, sound_of
 from tools.bench import trace
 from tools.bench.captioned import clips_of, judge
-from tools.bench.compare import Method, Recipe, Results, Trained, Which
+from tools.bench.compare import Comparison, Method, Recipe, Results, Trained, Which
 from tools.bench.made import SHARES, _draw_seconds
 
 SAVE = {"blocking_seconds", "total_seconds", "gigabytes"}
@@ -215,12 +216,23 @@ def test_the_judge_gives_the_mean_loss_of_a_caption_token_at_full_windows(
     assert judge(whisper, clips) == pytest.approx(expected, rel=1e-5)
 
 
-def test_settings_are_checked_before_anything_is_trained(whisper: Path, tables: Path, tmp_path: Path) -> None:
-    ways = ["--with", "optim.lr=1e-5", "--with", "batch.globalsize=4"]
-    options = [str(whisper), str(tables), "--only", "ours", "--dir", str(tmp_path)]
-    done = run_program("tools.bench", "compare", *options, *ways)
-    assert done.returncode == 2 and "did you mean 'global_size'?" in done.stderr
-    assert "--with 'batch.globalsize=4'" in done.stderr and "seed" not in done.stderr
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("batch.globalsize=4", "did you mean 'global_size'?"),
+        ("run.seed=5", "run. is for the comparison to say: --seeds"),
+        ("data.sources.high.style='A tone", "No closing quotation"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_trained(
+    whisper: Path, tables: Path, tmp_path: Path, way: str, words: str
+) -> None:
+    comparison = Comparison(tmp_path, Recipe(str(whisper), str(tables), 3, 0, 1e-4), captions=False)
+    style = "data.sources.high.style='A tone.'"
+    comparison.check(Method(Which.ours, "own", 0.2, overrides=f"optim.lr=1e-5 {style}"))
+    with pytest.raises(ConfigError, match=re.escape(words)) as refused:
+        comparison.check(Method(Which.ours, "own", 0.2, overrides=way))
+    assert str(refused.value).startswith(f"--with {way!r}: ")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shlex
 import shutil
 import statistics
 import tempfile
@@ -35,6 +36,14 @@ GLOBAL_BATCH = 16
 RESULTS = "results.jsonl"
 TRAINER = "Seq2SeqTrainer"
 SHARE = float(Data.model_fields["full_share"].default)
+DECIDED = {
+    "run.": "--seeds, --dir",
+    "model.name_or_path": "MODEL",
+    "data.audit": "samples are counted by it",
+    "data.window": "--window",
+    "data.full_share": "--shares",
+}
+"""Settings, or what they begin with, that `--with` may not change, and what says them."""
 MOST_TIME = {"own": 1 / 3, "full": 1 / 1.15}
 """The most that Earwitness may take of the Trainer's seconds per sample, by window."""
 CIDER = "cider_d"
@@ -72,6 +81,14 @@ class Method:
     full_share: float = 1.0
     ranks: int = 1
     overrides: str = ""
+
+    @property
+    def settings(self) -> list[str]:
+        """The overrides one by one, divided as a shell does it. Raises ConfigError."""
+        try:
+            return shlex.split(self.overrides)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     @property
     def name(self) -> str:
@@ -270,6 +287,9 @@ class Comparison:
         if method.who is Which.trainer:
             return
         try:
+            for name, where in DECIDED.items():
+                if any(setting.startswith(name) for setting in method.settings):
+                    raise ConfigError(f"{name} is for the comparison to say: {where}")
             self._config(RunDir(self._work / "run"), method, 0)
         except ConfigError as error:
             raise ConfigError(f"--with {method.overrides!r}: {error}") from None
@@ -310,7 +330,7 @@ class Comparison:
         }
         plain = self._work / "plain.yaml"
         plain.write_text(yaml.safe_dump(sections), encoding="utf-8")
-        return load(plain, method.overrides.split())
+        return load(plain, method.settings)
 
     def _source(self, name: str, *, judged: bool) -> dict[str, Any]:
         source: dict[str, Any] = {"name": name, "shards": [f"{self._shards(name, 'train')}/*.tar"]}
