@@ -154,6 +154,11 @@ def test_a_single_clip_has_no_cider_d_and_no_clips_have_no_figures() -> None:
             "caf\N{LATIN SMALL LETTER E WITH ACUTE} m\N{LATIN SMALL LETTER U WITH DIAERESIS}sic",
         ),
         (" ... ?! ", ""),
+        ("犬が吠える。", "犬 が 吠 え る"),
+        ("สุนัขเห่า", "สุ นั ข เ ห่ า"),
+        ("东京ABC塔!", "东 京 abc 塔"),
+        ("कुत्ता भौंकता है।", "कुत्ता भौंकता है"),
+        ("개가 짖는다.", "개가 짖는다"),
     ],
 )
 def test_words_are_in_lower_case_without_punctuation_as_the_tokenizer_of_the_field_has_them(

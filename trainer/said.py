@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import regex
+
 from configs.run.predictions import Prediction
 
 CONTRACTED = "(?:s|re|ve|ll|d|m)"
-WORD = re.compile(
-    rf"\w+?(?=n't\b)|n't\b|'{CONTRACTED}\b"  # is n't, dog 's
-    rf"|\w+(?:(?!'{CONTRACTED}\b)[-'.,:/]\w+)*"  # close-by, o'clock, 3.5, and/or
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+"""Letters of scripts that write no blanks between words: each, with its marks, is a word of its own."""
+LETTER = rf"(?:(?!{UNSPACED})\w)"
+WORD = regex.compile(  # whose \w has the marks above and below letters, as Hindi writes its vowels
+    rf"(?=\w){UNSPACED}\p{{M}}*"
+    rf"|{LETTER}+?(?=n't\b)|n't\b|'{CONTRACTED}\b"  # is n't, dog 's
+    rf"|{LETTER}+(?:(?!'{CONTRACTED}\b)[-'.,:/]{LETTER}+)*"  # close-by, o'clock, 3.5, and/or
 )
 NO_WORD = "\N{REPLACEMENT CHARACTER}"
 """What a reference without a word is taken for; no caption has it. Metrics divide by a reference's length."""
@@ -24,9 +29,10 @@ def words_of(text: str) -> list[str]:
     Nearly those of the Penn Treebank's tokenizer, which is the custom of the field and needs Java
     (docs/evaluation.md says how nearly).
     """
-    return WORD.findall(
+    words: list[str] = WORD.findall(
         unicodedata.normalize("NFC", text).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     )
+    return words
 
 
 @dataclass(frozen=True)
